@@ -1,0 +1,151 @@
+"""Memory layers with Tucker-decomposed scores: UltraMem and UltraMemV2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ultramem.config import MemoryConfig
+from ultramem.layers.memory_layer import MemoryLayer
+from ultramem.layers.product_key import balance_loss
+from ultramem.layers.value_table import ValueTable
+from ultramem.ops import tucker_topk
+
+
+class TuckerMemory(MemoryLayer):
+    """UltraMem (arXiv:2411.12364) and UltraMemV2 (arXiv:2508.18756), which differ in their configuration only.
+
+    Heads share the queries and differ in their keys. `u` and `t` (heads, rank) are the leading singular vectors of
+    each head's summed cores; they carry no gradient, and `refresh` follows the cores once per optimiser step.
+    Arguments as for `MemoryLayer`.
+    """
+
+    u: Tensor
+    t: Tensor
+    shuffle: Tensor
+    pre_proj: nn.Linear | None
+
+    def __init__(self, config: MemoryConfig, d_model: int, table: ValueTable, **options: Any) -> None:
+        self.queries_per_axis = config.tucker_rank if config.query_per_rank else 1
+        super().__init__(config, d_model, table, num_queries=2 * self.queries_per_axis, **options)
+        factory = {"device": options.get("device"), "dtype": options.get("dtype")}
+        heads, rank = config.heads, config.tucker_rank
+        self.query_norm = nn.RMSNorm(config.key_dim, eps=config.norm_eps, **factory)
+        self.key_norm = nn.RMSNorm(config.key_dim, eps=config.norm_eps, **factory)
+        self.keys = nn.Parameter(torch.empty(heads, 2, self.axis_keys, config.key_dim, rank, **factory))
+        self.cores = nn.Parameter(torch.empty(config.cores, heads, rank, rank, **factory))
+        if config.pre_value_dim:
+            self.pre_proj = nn.Linear(d_model, config.pre_value_dim, bias=False, **factory)
+        else:
+            self.pre_proj = None
+        self.output_proj = nn.Linear(config.output_width, d_model, bias=False, **factory)
+        self.register_buffer("u", torch.zeros(heads, rank, **factory))
+        self.register_buffer("t", torch.zeros(heads, rank, **factory))
+        self.register_buffer(
+            "shuffle", torch.empty(self.axis_keys**2, dtype=torch.int64, device=options.get("device"))
+        )
+
+    def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `MemoryLayer`; the weights are the scores of each core."""
+        config = self.config
+        row_scores, column_scores = self.axis_scores(queries)
+        axis_top_k = min(config.axis_top_k or config.top_k, self.axis_keys)
+        scores, indices = tucker_topk(
+            row_scores, column_scores, self.cores, self.u, self.t, config.top_k, axis_top_k
+        )
+        if self.training:
+            self.auxiliary_loss = self._auxiliary_loss(row_scores, column_scores, axis_top_k)
+        return scores.flatten(1, 2), indices.flatten(1)
+
+    def axis_scores(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Row and column scores (tokens, heads, rank, axis_keys) of queries (tokens, num_queries, key_dim)."""
+        config = self.config
+        heads, rank, keys_per_axis = config.heads, config.tucker_rank, self.axis_keys
+        normed = self.query_norm(queries).view(-1, 2, self.queries_per_axis, config.key_dim)
+        keys = self.key_norm(self.keys.transpose(3, 4))
+        # One matrix product for each query of each axis; ranks that share a query share the product.
+        left = normed.permute(1, 2, 0, 3).flatten(0, 1)
+        right = keys.unflatten(3, (self.queries_per_axis, -1)).permute(1, 3, 0, 4, 2, 5)
+        products = left @ right.reshape(left.shape[0], -1, config.key_dim).transpose(1, 2)
+        scores = products.view(
+            2, self.queries_per_axis, -1, heads, rank // self.queries_per_axis, keys_per_axis
+        )
+        row_scores, column_scores = scores.permute(0, 2, 3, 1, 4, 5).flatten(3, 4).unbind(0)
+        return row_scores, column_scores
+
+    def locate(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Through the shuffle to virtual block and table row."""
+        virtual = self.shuffle[indices]
+        rows = (virtual % self.window_rows + self.window_start) % self.table.values.shape[0]
+        return rows, virtual // self.window_rows if self.config.value_projectors == "per_block" else None
+
+    def lookup(self, x: Tensor, scores: Tensor, rows: Tensor, blocks: Tensor | None) -> Tensor:
+        """Weighted sums (tokens, output_width) of the rows; x is (tokens, d_model)."""
+        return self.table.lookup(
+            scores,
+            rows,
+            None if self.pre_proj is None else self.pre_proj(x),
+            pre_activation=self.config.pre_activation,
+            blocks=blocks,
+            num_blocks=self.config.virtual_blocks,
+        )
+
+    def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
+        """Project to the model's width."""
+        return self.output_proj(looked_up)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Recompute `u` and `t` from the cores; call once per optimiser step.
+
+        Their joint sign, which an SVD leaves open, is kept as close to the previous one as possible: a flip would
+        invert the ranking of the keys.
+        """
+        cores = self.cores.full_tensor() if isinstance(self.cores, DTensor) else self.cores
+        summed = cores.sum(0).to(torch.promote_types(cores.dtype, torch.float32))
+        left, _, right = torch.linalg.svd(summed)
+        u, t = left[..., 0], right[..., 0, :]
+        agreement = (u * self.u).sum(-1, keepdim=True) + (t * self.t).sum(-1, keepdim=True)
+        sign = torch.where(agreement < 0, -1.0, 1.0).to(u.dtype)
+        self.u.copy_(u * sign)
+        self.t.copy_(t * sign)
+
+    @torch.no_grad()
+    def singular_values(self) -> Tensor:
+        """(rank,) singular values of the summed cores, descending, mean over the heads."""
+        cores = self.cores.full_tensor() if isinstance(self.cores, DTensor) else self.cores
+        return torch.linalg.svdvals(cores.sum(0).float()).mean(0)
+
+    def _auxiliary_loss(self, row_scores: Tensor, column_scores: Tensor, axis_top_k: int) -> Tensor | None:
+        config = self.config
+        losses = []
+        if config.balance_coef:
+            for scores, direction in ((row_scores, self.u), (column_scores, self.t)):
+                axis = torch.einsum("thrn,hr->thn", scores, direction.to(scores.dtype))
+                losses.append(config.balance_coef * balance_loss(axis, axis_top_k))
+        if config.tucker_penalty_coef:
+            losses.append(
+                config.tucker_penalty_coef * tucker_penalty(self.cores, config.tucker_penalty_threshold)
+            )
+        return sum(losses) if losses else None
+
+
+def tucker_penalty(cores: Tensor, threshold: float) -> Tensor:
+    """Mean squared excess over `threshold` of the summed cores' singular values but the largest.
+
+    UltraMem (arXiv:2411.12364), section 3.1: it keeps the cores near the rank-1 approximation by which the axes
+    are ranked.
+
+    Args:
+        cores: (cores, heads, rank, rank).
+        threshold: excess is counted from here.
+
+    Returns:
+        Scalar, in float32 or wider; 0 for rank 1.
+    """
+    trailing = torch.linalg.svdvals(cores.sum(0).to(torch.promote_types(cores.dtype, torch.float32)))[..., 1:]
+    return F.relu(trailing - threshold).square().sum() / max(trailing.numel(), 1)

@@ -1,0 +1,166 @@
+"""The memory of one model: its layers and the tables that they read. This is what a host holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ultramem.config import MemoryConfig
+from ultramem.errors import ConfigError
+from ultramem.layers import HostScheme, MemoryLayer, MemoryPlus, ProductKeyMemory, TuckerMemory, ValueTable
+from ultramem.layers.initialization import initialize
+
+_LAYER_TYPES: dict[str, type[MemoryLayer]] = {
+    "pkm": ProductKeyMemory,
+    "memory_plus": MemoryPlus,
+    "ultramem": TuckerMemory,
+    "ultramem_v2": TuckerMemory,
+}
+
+
+class Memory(nn.Module):
+    """All memory layers of one model.
+
+    ```python
+    memory = Memory(MemoryConfig(num_keys=128, key_dim=192, value_dim=192, pre_value_dim=192), d_model=768, num_blocks=4)
+    y = memory.layers[3](x)  # (..., 768) -> (..., 768)
+    ```
+
+    After each optimiser step call `refresh()`. In training, add `auxiliary_loss()` to the loss if the configuration
+    asks for such losses.
+
+    Args:
+        config: kind, sizes and switches.
+        d_model: width of the residual stream.
+        num_blocks: blocks of the model.
+        scheme: the host's initialisation, one for all blocks or one for each; by default the UltraMemV2 paper's.
+        seed: of the initial values.
+        device: of the parameters; on `meta` nothing is initialised: call `to_empty` and `reset_parameters`.
+        dtype: of the parameters.
+
+    Attributes:
+        layers: the memory layers, in the order of `insertions`.
+        table: the table that all layers share; None where each layer has its own.
+        insertions: for each layer, the block that it reads and the block after which it adds.
+
+    Raises:
+        ConfigError: the configuration does not fit `d_model` or `num_blocks`.
+    """
+
+    layers: Sequence[MemoryLayer]
+    table: ValueTable | None
+
+    def __init__(
+        self,
+        config: MemoryConfig,
+        d_model: int,
+        num_blocks: int,
+        *,
+        scheme: HostScheme | Sequence[HostScheme] | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("d_model", d_model), ("num_blocks", num_blocks)):
+            if size < 1:
+                raise ConfigError(f"{name}={size}: must be at least 1")
+        self.config = config
+        self.d_model = d_model
+        self.num_blocks = num_blocks
+        self.insertions = config.insertions(num_blocks)
+        self.layout = layout = config.layout(len(self.insertions))
+        self._schemes = scheme or HostScheme.paper(d_model, num_blocks)
+
+        def new_table() -> ValueTable:
+            rows, value_dim, pre_value_dim = layout.table_rows, config.value_dim, config.pre_value_dim
+            return ValueTable(rows, value_dim, pre_value_dim, device=device, dtype=dtype)
+
+        shared = config.kind in ("memory_plus", "ultramem_v2")
+        self.table = new_table() if shared and self.insertions else None
+        self.layers = nn.ModuleList(
+            _LAYER_TYPES[config.kind](
+                config,
+                d_model,
+                self.table or new_table(),
+                axis_keys=layout.axis_keys,
+                window_start=start,
+                window_rows=layout.window_rows,
+                owns_table=not shared,
+                device=device,
+                dtype=dtype,
+            )
+            for start in layout.starts
+        )  # type: ignore[assignment]
+        if torch.device(device or "cpu").type != "meta":
+            self.reset_parameters(seed=seed)
+
+    def reset_parameters(
+        self, scheme: HostScheme | Sequence[HostScheme] | None = None, *, seed: int = 0
+    ) -> None:
+        """Initialise everything, as `config.init` says.
+
+        Args:
+            scheme: the host's initialisation, one for all blocks or one for each; by default that given before.
+            seed: the same seed gives the same values, also where parameters are sharded over processes.
+
+        Raises:
+            ConfigError: the number of schemes is not the number of blocks.
+        """
+        self._schemes = schemes = scheme or self._schemes
+        if isinstance(schemes, HostScheme):
+            schemes = [schemes] * self.num_blocks
+        if len(schemes) != self.num_blocks:
+            raise ConfigError(
+                f"scheme: {len(schemes)} given for {self.num_blocks} blocks; give one, or one for each"
+            )
+        if not self.layers:
+            return
+        generator = torch.Generator(self.layers[0].query_proj.weight.device).manual_seed(seed)
+        initialize(self.config, self.layers, [schemes[add] for _, add in self.insertions], generator)
+
+    def refresh(self) -> None:
+        """Follow the Tucker cores with the vectors that rank the keys; call once after each optimiser step."""
+        for layer in self.layers:
+            if isinstance(layer, TuckerMemory):
+                layer.refresh()
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """Sum of the layers' auxiliary losses of the last forward pass in training; None if there are none."""
+        losses = [layer.auxiliary_loss for layer in self.layers if layer.auxiliary_loss is not None]
+        return torch.stack(losses).sum() if losses else None
+
+    def track_usage(self, enabled: bool = True) -> None:
+        """Start or stop counting what the layers read, for `usage_metrics`."""
+        for layer in self.layers:
+            layer.track_usage(enabled)
+
+    def usage_metrics(
+        self, *, reset: bool = True, group: dist.ProcessGroup | None = None
+    ) -> dict[str, Tensor]:
+        """What the layers read since the last report: scalars, named such as `layer 03/rows read`.
+
+        For each layer: `rows read` (share of the rows in reach), `KL from uniform` (of the reads, in nats), `output
+        std`, `top score` and `last score` (means over tokens), and `singular value 1`, ... of Tucker cores.
+
+        Args:
+            reset: start counting anew.
+            group: sum the counts over these processes first; a collective call, by default of all if distributed.
+        """
+        metrics = {}
+        for number, layer in enumerate(self.layers):
+            if layer.usage is None:
+                continue
+            if dist.is_initialized():
+                layer.usage.reduce(group)
+            values = layer.usage.metrics()
+            if isinstance(layer, TuckerMemory):
+                for i, value in enumerate(layer.singular_values(), start=1):
+                    values[f"singular value {i}"] = value
+            metrics |= {f"layer {number:02d}/{name}": value for name, value in values.items()}
+            if reset:
+                layer.usage.reset()
+        return metrics

@@ -1,0 +1,52 @@
+"""Tucker-decomposed retrieval in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def tucker_topk(
+    row_scores: Tensor, column_scores: Tensor, cores: Tensor, u: Tensor, t: Tensor, k: int, axis_k: int
+) -> tuple[Tensor, Tensor]:
+    """The k best grid cells `sum_c row[i]ᵀ C_c column[j]` among the best `axis_k` keys of each axis.
+
+    UltraMem (arXiv:2411.12364), section 3.1 (TDQKR): each axis is ranked by the cores' rank-1 approximation,
+    `row · u` and `column · t`; the grid of the candidates is scored exactly.
+
+    Args:
+        row_scores: (tokens, heads, rank, keys), any floating-point dtype.
+        column_scores: (tokens, heads, rank, keys), same dtype.
+        cores: (cores, heads, rank, rank).
+        u: (heads, rank), leading left singular vector of each head's summed cores; no gradient flows to it.
+        t: (heads, rank), leading right singular vector; no gradient flows to it.
+        k: cells to keep, at most `axis_k ** 2`.
+        axis_k: candidates of each axis, at most `keys`.
+
+    Returns:
+        Scores (tokens, heads, k, cores), ordered by descending sum over the cores, differentiable in the axis
+        scores and the cores; int64 indices (tokens, heads, k), `i * keys + j`. Equal sums come in any order.
+    """
+    keys = row_scores.shape[-1]
+    with torch.no_grad():
+        # One token's u and t weigh every key alike, so the ranks are contracted before the ranking.
+        rows = torch.einsum("thrn,hr->thn", row_scores, u.to(row_scores.dtype)).topk(axis_k).indices
+        columns = torch.einsum("thrn,hr->thn", column_scores, t.to(row_scores.dtype)).topk(axis_k).indices
+        summed = torch.einsum(
+            "thri,hrs->this", _at(row_scores, rows), cores.sum(0, dtype=row_scores.dtype)
+        ) @ _at(column_scores, columns)
+        cells = summed.flatten(-2).topk(k).indices
+        chosen_rows = rows.gather(-1, cells // axis_k)
+        chosen_columns = columns.gather(-1, cells % axis_k)
+    scores = torch.einsum(
+        "thrk,chrs,thsk->thkc",
+        _at(row_scores, chosen_rows),
+        cores.to(row_scores.dtype),
+        _at(column_scores, chosen_columns),
+    )
+    return scores, chosen_rows * keys + chosen_columns
+
+
+def _at(scores: Tensor, indices: Tensor) -> Tensor:
+    """Scores (tokens, heads, rank, keys) at indices (tokens, heads, k), as (tokens, heads, rank, k)."""
+    return scores.gather(-1, indices.unsqueeze(-2).expand(*scores.shape[:-1], indices.shape[-1]))

@@ -1,0 +1,60 @@
+"""Weighted sums of table rows in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ultramem.ops.weighted_lookup.shared_table import SharedTable
+
+ACTIVATIONS = {None: lambda x: x, "gelu": F.gelu, "silu": F.silu}
+
+
+def weighted_lookup(
+    scores: Tensor,
+    rows: Tensor,
+    values: Tensor | SharedTable,
+    pre_input: Tensor | None = None,
+    pre_values: Tensor | SharedTable | None = None,
+    *,
+    pre_activation: str | None = None,
+    blocks: Tensor | None = None,
+    num_blocks: int = 1,
+) -> Tensor:
+    """Each token's sum of its rows' values, weighted by its scores and its products with the pre-values.
+
+    UltraMem (arXiv:2411.12364), section 3.2 (MCS), UltraMemV2 (arXiv:2508.18756), section 3: core c weighs the
+    c-th slice of the value; the pre-value product, through `pre_activation`, weighs all of it.
+
+    Args:
+        scores: (tokens, k, cores).
+        rows: (tokens, k), int64, row numbers of the table.
+        values: (table_rows, value_dim); value_dim is a multiple of the number of cores. A `SharedTable` collects
+            the gradients of several lookups.
+        pre_input: (tokens, pre_value_dim), or None for a lookup without pre-values.
+        pre_values: (table_rows, pre_value_dim), with `pre_input`.
+        pre_activation: None, `gelu` or `silu`.
+        blocks: (tokens, k), int64, each row's virtual block; None sums all rows together.
+        num_blocks: number of virtual blocks, with `blocks`.
+
+    Returns:
+        (tokens, value_dim), or with `blocks` (tokens, num_blocks * value_dim), the blocks' sums side by side.
+    """
+    tokens, k, cores = scores.shape
+    if pre_input is not None:
+        products = torch.einsum("tp,tkp->tk", pre_input, _rows(pre_values, rows).to(pre_input.dtype))
+        scores = scores * ACTIVATIONS[pre_activation](products).unsqueeze(-1)
+    chosen = _rows(values, rows).unflatten(-1, (cores, -1))
+    if blocks is None:
+        return torch.einsum("tkc,tkcv->tcv", scores.to(chosen.dtype), chosen).flatten(1)
+    weighted = (scores.unsqueeze(-1).to(chosen.dtype) * chosen).flatten(2)
+    sums = weighted.new_zeros(tokens, num_blocks, weighted.shape[-1])
+    return sums.scatter_add(1, blocks.unsqueeze(-1).expand_as(weighted), weighted).flatten(1)
+
+
+def _rows(table: Tensor | SharedTable | None, rows: Tensor) -> Any:
+    assert table is not None
+    return table.gather(rows) if isinstance(table, SharedTable) else F.embedding(rows, table)
