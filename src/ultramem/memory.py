@@ -38,7 +38,7 @@ class Memory(nn.Module):
         num_blocks: blocks of the model.
         scheme: the host's initialisation, one for all blocks or one for each; by default the UltraMemV2 paper's.
         seed: of the initial values.
-        device: of the parameters; on `meta` nothing is initialised: call `to_empty` and `reset_parameters`.
+        device: of the parameters; on `meta` nothing is initialised: call `to_empty` and `init_weights`.
         dtype: of the parameters.
 
     Attributes:
@@ -96,9 +96,9 @@ class Memory(nn.Module):
             for start in layout.starts
         )  # type: ignore[assignment]
         if torch.device(device or "cpu").type != "meta":
-            self.reset_parameters(seed=seed)
+            self.init_weights(seed=seed)
 
-    def reset_parameters(
+    def init_weights(
         self, scheme: HostScheme | Sequence[HostScheme] | None = None, *, seed: int = 0
     ) -> None:
         """Initialise everything, as `config.init` says.
