@@ -1,0 +1,122 @@
+"""The configuration of a whole model for the training host."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from olmo_core.nn.attention import AttentionConfig
+from olmo_core.nn.feed_forward import FeedForwardConfig
+from olmo_core.nn.layer_norm import LayerNormConfig, LayerNormType
+from olmo_core.nn.lm_head import LMHeadConfig
+from olmo_core.nn.rope import RoPEConfig
+
+from ultramem.config import MemoryConfig
+from ultramem.errors import ConfigError
+from ultramem.hosts.olmo_core.model import MemoryBlockConfig, MemoryTransformer
+from ultramem.hosts.olmo_core.moe import MoEConfig
+from ultramem.layers import HostScheme
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder: RMSNorm before each sublayer, RoPE, query and key norms per head, SwiGLU, no biases.
+
+    A value that cannot work raises `ConfigError` on construction.
+
+    Attributes:
+        d_model: width of the residual stream.
+        num_blocks: transformer blocks.
+        num_heads: attention heads; must divide `d_model` into an even head width.
+        feed_forward_size: width of the SwiGLU feed-forward; unused with `moe`, whose experts have their own.
+        vocab_size: embedding rows; a multiple of 128 is fastest on GPUs.
+        memory: memory layers beside the feed-forwards, or None.
+        moe: a mixture of experts instead of the feed-forwards, or None.
+        tie_embeddings: one matrix for the embedding and the output layer.
+        rope_theta: base of the rotary position embedding.
+        norm_eps: epsilon of all norms but the memory's.
+        init_std: standard deviation of all initial weights, truncated at three of them; those that write to the
+            residual stream have `init_std / sqrt(2 num_blocks)`.
+        seed: of the initial weights.
+    """
+
+    d_model: int
+    num_blocks: int
+    num_heads: int
+    feed_forward_size: int
+    vocab_size: int = 50304
+    memory: MemoryConfig | None = None
+    moe: MoEConfig | None = None
+    tie_embeddings: bool = True
+    rope_theta: int = 10000
+    norm_eps: float = 1e-5
+    init_std: float = 0.02282
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "num_blocks", "num_heads", "vocab_size", "rope_theta"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.feed_forward_size < 1 and self.moe is None:
+            raise ConfigError(f"feed_forward_size={self.feed_forward_size}: must be at least 1")
+        if self.d_model % (2 * self.num_heads):
+            raise ConfigError(
+                f"num_heads={self.num_heads}: must divide d_model={self.d_model} into heads of an even width"
+            )
+        for name in ("norm_eps", "init_std"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be above 0")
+        if self.memory is not None and self.moe is not None:
+            raise ConfigError("moe: a model has memory or a mixture of experts, not both; set one of them to null")
+        if self.memory is not None:
+            self.memory.layout(len(self.memory.insertions(self.num_blocks)))
+            if self.memory.kind == "pkm" and self.memory.value_dim != self.d_model:
+                raise ConfigError(
+                    f"memory.value_dim={self.memory.value_dim}: pkm adds values to the residual stream, so set it to "
+                    f"d_model={self.d_model}"
+                )
+
+    @property
+    def system(self) -> str:
+        """`dense`, `moe`, or the kind of memory."""
+        if self.memory is not None:
+            return self.memory.kind
+        return "dense" if self.moe is None else "moe"
+
+    @property
+    def output_std(self) -> float:
+        """Standard deviation of the initial weights that write to the residual stream."""
+        return self.init_std / math.sqrt(2 * self.num_blocks)
+
+    def build(self, device: str = "cpu") -> MemoryTransformer:
+        """The model with uninitialised parameters; OLMo-core's `init_weights` initialises them.
+
+        Args:
+            device: where to create the parameters, such as `cpu` or `meta`.
+        """
+        norm = LayerNormConfig(name=LayerNormType.rms, eps=self.norm_eps, bias=False)
+        block = MemoryBlockConfig(
+            sequence_mixer=AttentionConfig(
+                n_heads=self.num_heads,
+                bias=False,
+                rope=RoPEConfig(theta=self.rope_theta),
+                qk_norm=norm,
+                use_head_qk_norm=True,
+            ),
+            feed_forward=None if self.moe else FeedForwardConfig(hidden_size=self.feed_forward_size, bias=False),
+            layer_norm=norm,
+            moe=self.moe,
+        )
+        return MemoryTransformer(
+            d_model=self.d_model,
+            vocab_size=self.vocab_size,
+            n_layers=self.num_blocks,
+            block=block,
+            lm_head=LMHeadConfig(layer_norm=norm, bias=False),
+            init_device=device,
+            init_seed=self.seed,
+            init_std=self.init_std,
+            tie_word_embeddings=self.tie_embeddings,
+            memory=self.memory,
+            memory_scheme=HostScheme.swiglu(self.d_model, self.feed_forward_size, self.init_std, self.output_std),
+        )

@@ -1,0 +1,246 @@
+"""OLMo-core's transformer with memory layers beside its feed-forwards."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.nn.attention import SequenceMixer
+from olmo_core.nn.feed_forward import FeedForward
+from olmo_core.nn.transformer import Transformer, TransformerBlock, TransformerBlockConfig
+from olmo_core.nn.transformer.init import _apply_init, init_linear
+from olmo_core.ops import attach_auxiliary_loss
+from torch import Tensor, nn
+from torch.distributed import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from ultramem.config import MemoryConfig
+from ultramem.hosts.olmo_core.moe import DroplessMoE, MoEBlock, MoEConfig
+from ultramem.layers import HostScheme, MemoryLayer
+from ultramem.memory import Memory
+
+
+@dataclass
+class MemoryBlockConfig(TransformerBlockConfig):
+    """Builds the blocks of a `MemoryTransformer`: with a mixture of experts if `moe` is given."""
+
+    moe: MoEConfig | None = None
+
+    def build(self, **options: Any) -> TransformerBlock:
+        """As in OLMo-core."""
+        options |= {"sequence_mixer": self.sequence_mixer, "layer_norm": self.layer_norm}
+        if self.moe is not None:
+            return MoEBlock(moe=self.moe, **options)
+        return MemoryBlock(feed_forward=self.feed_forward, **options)
+
+
+class PassOutputs:
+    """Outputs of memory layers on their way to a later block, for one forward pass.
+
+    A class of its own, since FSDP copies dictionaries that it finds among a block's arguments.
+    """
+
+    def __init__(self) -> None:
+        self.of_layer: dict[int, Tensor] = {}
+
+
+class MemoryBlock(TransformerBlock):
+    """A block whose normalised feed-forward input memory layers read as well.
+
+    Attributes:
+        reads: memory layers, with their numbers, that read this block.
+        adds: numbers of the memory layers whose output joins the residual stream after this block.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.reads: list[tuple[int, MemoryLayer]] = []  # in a list: they are the model's submodules, not the block's
+        self.adds: list[int] = []
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        loss_div_factor: Tensor | float | None = None,
+        memory_outputs: PassOutputs | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """x (batch, sequence, d_model) to the same; further arguments as in OLMo-core."""
+        h = self.attention_residual_stream(x, self.attention(self.attention_norm(x), **kwargs))
+        read_from = self.feed_forward_norm(h)
+        # Outputs stay in place until the pass ends: recomputation under activation checkpointing reads them again.
+        outputs = (memory_outputs or PassOutputs()).of_layer
+        for number, layer in self.reads:
+            outputs[number] = read_memory(layer, read_from, loss_div_factor)
+        h = self.feed_forward_residual_stream(h, self.feed_forward(read_from))
+        for number in self.adds:
+            h = h + outputs[number]
+        return h
+
+    def num_flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations of a training step for each token, the memory layers' included."""
+        memory = sum(6 * layer_active_parameters(layer) for _, layer in self.reads)
+        return super().num_flops_per_token(seq_len) + memory
+
+    def apply_tp(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported.
+
+        Raises:
+            OLMoConfigurationError: always.
+        """
+        raise OLMoConfigurationError("tensor parallelism is not supported with memory layers; use FSDP or DDP")
+
+    def apply_pp(self, pp_mesh: DeviceMesh) -> None:
+        """Not supported.
+
+        Raises:
+            OLMoConfigurationError: always.
+        """
+        raise OLMoConfigurationError("pipeline parallelism is not supported with memory layers; use FSDP or DDP")
+
+
+@torch.compiler.disable
+def read_memory(layer: MemoryLayer, x: Tensor, loss_div_factor: Tensor | float | None) -> Tensor:
+    """The layer's output, with its auxiliary loss attached.
+
+    Args:
+        layer: the memory layer.
+        x: (batch, sequence, d_model).
+        loss_div_factor: what the training loss of the whole batch, a sum over tokens, is divided by. A micro-batch
+            contributes to the mean auxiliary loss in proportion to its tokens.
+    """
+    y = layer(x)
+    if layer.auxiliary_loss is not None:
+        tokens = x.shape[:-1].numel()
+        share = 1.0 if loss_div_factor is None else tokens / loss_div_factor
+        y = attach_auxiliary_loss(y, layer.auxiliary_loss * share)
+    return y
+
+
+class FullMegatronInit:
+    """Truncated normal weights; those that write to the residual stream are smaller by sqrt(2 blocks).
+
+    Has the methods of OLMo-core's `InitMethod`, whose members leave either sublayer's output unscaled.
+    """
+
+    def init_embeddings(
+        self, m: nn.Embedding, *, d_model: int, embed_scale: float | None, std: float, generator: torch.Generator
+    ) -> None:
+        """Embedding rows."""
+        _apply_init(
+            nn.init.trunc_normal_, m.weight, mean=0.0, std=std, a=-3 * std, b=3 * std, generator=generator
+        )
+
+    def init_final_w_out(self, m: nn.Linear, *, d_model: int, std: float, generator: torch.Generator) -> None:
+        """Output layer, if it is not tied to the embedding."""
+        init_linear(m, std=std, generator=generator)
+
+    def init_attention(
+        self,
+        m: SequenceMixer,
+        *,
+        d_model: int,
+        block_idx: int,
+        num_blocks: int,
+        std: float,
+        generator: torch.Generator,
+    ) -> None:
+        """Attention projections."""
+        for linear in (m.w_q, m.w_k, m.w_v):
+            init_linear(linear, std=std, generator=generator)
+        init_linear(m.w_out, std=std / math.sqrt(2 * num_blocks), generator=generator)
+
+    def init_feed_forward(
+        self,
+        m: FeedForward | DroplessMoE,
+        *,
+        d_model: int,
+        block_idx: int,
+        num_blocks: int,
+        std: float,
+        generator: torch.Generator,
+    ) -> None:
+        """Feed-forward or experts."""
+        output_std = std / math.sqrt(2 * num_blocks)
+        if isinstance(m, DroplessMoE):
+            m.init_weights(std=std, output_std=output_std, generator=generator)
+            return
+        init_linear(m.w1, std=std, generator=generator)
+        init_linear(m.w3, std=std, generator=generator)
+        init_linear(m.w2, std=output_std, generator=generator)
+
+
+class MemoryTransformer(Transformer):
+    """OLMo-core's transformer with a `Memory`.
+
+    Args:
+        memory: the memory's configuration; None for a model without.
+        memory_scheme: the initialisation of the blocks, which `matched` memory layers follow.
+        options: of OLMo-core's `Transformer`.
+
+    Attributes:
+        memory: the `Memory`, or None.
+    """
+
+    memory: Memory | None
+
+    def __init__(self, *, memory: MemoryConfig | None, memory_scheme: HostScheme, **options: Any) -> None:
+        super().__init__(**options)
+        self.init_method = FullMegatronInit()
+        if memory is None or not memory.insertions(self.n_layers):
+            self.memory = None
+            return
+        self.memory = Memory(memory, self.d_model, self.n_layers, scheme=memory_scheme, device="meta")
+        self.memory.to_empty(device=options["init_device"])
+        for number, (read, add) in enumerate(self.memory.insertions):
+            self.blocks[str(read)].reads.append((number, self.memory.layers[number]))
+            self.blocks[str(add)].adds.append(number)
+        # OLMo-core caches its counts on construction, when the memory was not there yet.
+        for count in ("num_params", "num_non_embedding_params"):
+            self.__dict__.pop(count, None)
+
+    def init_weights(self, **options: Any) -> torch.Generator:
+        """As in OLMo-core; then the memory."""
+        generator = super().init_weights(**options)
+        if self.memory is not None:
+            self.memory.init_weights(seed=self.init_seed)
+        return generator
+
+    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_inputs(*args, **kwargs)
+        if self.memory is not None:
+            prepared[2]["memory_outputs"] = PassOutputs()  # among the arguments that all blocks get
+        return prepared
+
+    def apply_fsdp(
+        self,
+        dp_mesh: DeviceMesh | None = None,
+        param_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> None:
+        """As in OLMo-core; memory layers are sharded one by one, a shared table with the embeddings.
+
+        A shared table is gathered once for all layers that read it.
+        """
+        policy = MixedPrecisionPolicy(param_dtype=param_dtype or self.dtype, reduce_dtype=reduce_dtype)
+        for layer in [] if self.memory is None else self.memory.layers:
+            fully_shard(layer, mesh=dp_mesh, mp_policy=policy)
+        super().apply_fsdp(dp_mesh=dp_mesh, param_dtype=param_dtype, reduce_dtype=reduce_dtype, **options)
+
+    def post_optim_step(self) -> None:
+        """Let the memory follow its new parameters."""
+        super().post_optim_step()
+        if self.memory is not None:
+            self.memory.refresh()
+
+
+def layer_active_parameters(layer: MemoryLayer) -> int:
+    """Parameters that one token uses: all of the layer's own, and the table rows that it reads."""
+    table = set(layer.table.parameters())
+    own = sum(parameter.numel() for parameter in layer.parameters() if parameter not in table)
+    config = layer.config
+    return own + config.heads * config.top_k * (config.value_dim + config.pre_value_dim)

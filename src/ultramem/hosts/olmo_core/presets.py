@@ -1,0 +1,78 @@
+"""Named model configurations: those of the papers, and a family of small ones."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+
+from ultramem.config import MemoryConfig
+from ultramem.errors import ConfigError
+from ultramem.hosts.olmo_core.config import ModelConfig
+from ultramem.hosts.olmo_core.moe import MoEConfig
+
+
+def preset(name: str) -> ModelConfig:
+    """The model configuration of that name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, 1, 0)
+        raise ConfigError(f"preset={name!r}: there is no such preset; did you mean {near[0]!r}? All: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+# UltraMemV2 (arXiv:2508.18756), table 1 and appendix B: about 227 million active parameters.
+_DENSE_227M = ModelConfig(d_model=768, num_blocks=20, num_heads=12, feed_forward_size=3072)
+# About 1 billion.
+_DENSE_1B = ModelConfig(
+    d_model=2048, num_blocks=16, num_heads=16, feed_forward_size=8192, tie_embeddings=False
+)
+
+PRESETS: dict[str, ModelConfig] = {
+    "dense_227m": _DENSE_227M,
+    "olmoe_227m": replace(_DENSE_227M, feed_forward_size=0, moe=MoEConfig(num_experts=64, top_k=8, hidden_size=384)),
+    "memory_plus_227m": replace(
+        _DENSE_227M,
+        feed_forward_size=3008,
+        memory=MemoryConfig(
+            kind="memory_plus",
+            num_keys=1138,
+            key_dim=384,
+            value_dim=768,
+            heads=2,
+            top_k=80,
+            insertion="4:4/8:8/12:12/16:16",
+        ),
+    ),
+    "ultramem_227m": replace(
+        _DENSE_227M,
+        feed_forward_size=2752,
+        memory=MemoryConfig(
+            kind="ultramem",
+            num_keys=808,
+            key_dim=192,
+            value_dim=384,
+            heads=2,
+            top_k=80,
+            insertion="2:5/6:9/10:13/14:17",
+        ),
+    ),
+    "ultramem_v2_227m": replace(
+        _DENSE_227M,
+        feed_forward_size=2496,
+        memory=MemoryConfig(
+            num_keys=360, key_dim=192, value_dim=192, pre_value_dim=192, top_k=32, share_ratio=0.5
+        ),
+    ),
+    "dense_1b": _DENSE_1B,
+    "olmoe_1b": replace(_DENSE_1B, feed_forward_size=0, moe=MoEConfig(num_experts=64, top_k=8, hidden_size=1024)),
+    "ultramem_v2_1b": replace(
+        _DENSE_1B,
+        feed_forward_size=6656,
+        memory=MemoryConfig(
+            num_keys=528, key_dim=512, value_dim=768, pre_value_dim=384, top_k=128, share_ratio=0.5
+        ),
+    ),
+}

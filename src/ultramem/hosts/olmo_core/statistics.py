@@ -1,0 +1,65 @@
+"""What a model costs: parameters, floating-point operations and bytes for each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ultramem.hosts.olmo_core.config import ModelConfig
+from ultramem.hosts.olmo_core.model import layer_active_parameters
+
+
+@dataclass(frozen=True)
+class ModelStatistics:
+    """Costs of a model.
+
+    Attributes:
+        total: all parameters.
+        active: parameters that one token uses: of a table the rows that it reads, of experts those chosen.
+        embeddings: parameters of the embedding and of the output layer, counted once if they are tied.
+        flops_per_token: floating-point operations of a forward pass for one token at the given sequence length.
+        bytes_per_token: bytes of weights and rows that one token reads at batch size 1, in bfloat16.
+    """
+
+    total: int
+    active: int
+    embeddings: int
+    flops_per_token: int
+    bytes_per_token: int
+
+    @property
+    def total_without_embeddings(self) -> int:
+        """All parameters but the embeddings."""
+        return self.total - self.embeddings
+
+    @property
+    def active_without_embeddings(self) -> int:
+        """Parameters that one token uses, without the embeddings."""
+        return self.active - self.embeddings
+
+
+def model_statistics(config: ModelConfig, sequence_length: int) -> ModelStatistics:
+    """Count on the meta device; nothing is allocated.
+
+    Args:
+        config: of the model.
+        sequence_length: tokens that the attention's operations are counted for.
+    """
+    model = config.build(device="meta")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    matrix = config.vocab_size * config.d_model
+    embeddings = matrix if config.tie_embeddings else 2 * matrix
+    active = total
+    if model.memory is not None:
+        in_memory = sum(parameter.numel() for parameter in model.memory.parameters())
+        active += sum(map(layer_active_parameters, model.memory.layers)) - in_memory
+    if config.moe is not None:
+        expert = 3 * config.d_model * config.moe.hidden_size
+        active -= config.num_blocks * (config.moe.num_experts - config.moe.top_k) * expert
+    return ModelStatistics(
+        total=total,
+        active=active,
+        embeddings=embeddings,
+        # A training step's operations: a third of them are the forward pass's.
+        flops_per_token=model.num_flops_per_token(sequence_length) // 3,
+        bytes_per_token=2 * (active - embeddings + matrix + config.d_model),
+    )
