@@ -1,0 +1,84 @@
+"""An output directory that appears whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ultramem.data.token_files import MANIFEST_NAME
+from ultramem.errors import UltraMemError
+
+
+@contextmanager
+def partial_directory(output: Path, overwrite: bool) -> Iterator[Path]:
+    """An empty `OUTPUT.partial` to work in, renamed to `output` at the end and removed if an exception passes.
+
+    What a killed run left there is cleared first.
+
+    Args:
+        output: Absolute path of the directory to make.
+        overwrite: Replace a finished one.
+
+    Raises:
+        UltraMemError: `output` is there and must not be replaced, or another run is writing it.
+    """
+    _check_replaceable(output, overwrite)
+    partial = output.with_name(f"{output.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial):
+        _clear(partial)
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _replace(output, partial)
+
+
+def _check_replaceable(output: Path, overwrite: bool) -> None:
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UltraMemError(f"{output} is a file; name a directory with --output")
+    if (output / MANIFEST_NAME).is_file():
+        if not overwrite:
+            raise UltraMemError(f"{output} is finished already; replace it with --overwrite or choose another --output")
+    elif any(output.iterdir()):
+        raise UltraMemError(
+            f"{output} holds other files and was not written by `ultramem tokenize`; choose another --output"
+        )
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a lock on the directory, which the system releases however this process ends."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UltraMemError(f"another run is writing {directory}; wait for it or choose another --output") from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _clear(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _replace(output: Path, partial: Path) -> None:
+    replaced = output.with_name(f"{output.name}.replaced")
+    if output.exists():
+        output.rename(replaced)
+    partial.rename(output)
+    shutil.rmtree(replaced, ignore_errors=True)

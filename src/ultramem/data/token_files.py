@@ -1,0 +1,264 @@
+"""Token files and the manifest that describes them: what training and evaluation read.
+
+A token file is what `dolma tokens` writes and OLMo-core reads: a headerless little-endian array of unsigned
+integers (`.npy` by name only), with the boundaries of its documents in a `.csv.gz` beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ultramem.errors import ConfigError, UltraMemError
+
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+FORMAT_VERSION = 1
+ITEM_SIZES = {"uint16": 2, "uint32": 4}
+SAMPLED_BLOCKS, SAMPLED_TOKENS = 16, 2**16
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A token file: its absolute path and how many documents, tokens and UTF-8 bytes of text it holds.
+
+    Tokens include the end-of-text token of every document; bytes are those of the text alone.
+    """
+
+    path: Path
+    documents: int
+    tokens: int
+    bytes: int
+
+    @property
+    def boundaries(self) -> Path:
+        """The `.csv.gz` with the documents' start, end, id, source file and place in it."""
+        return self.path.with_suffix(".csv.gz")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The token files of one split, `train` or `heldout`."""
+
+    name: str
+    files: tuple[TokenFile, ...]
+
+    @property
+    def paths(self) -> list[Path]:
+        """Absolute paths of the token files, in order."""
+        return [file.path for file in self.files]
+
+    @property
+    def documents(self) -> int:
+        """Documents in all files."""
+        return sum(file.documents for file in self.files)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all files, end-of-text tokens included."""
+        return sum(file.tokens for file in self.files)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of UTF-8 text in all files: the denominator of bits per byte."""
+        return sum(file.bytes for file in self.files)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a directory written by `ultramem tokenize` holds.
+
+    Args:
+        directory: The directory, an absolute path.
+        splits: `train` and `heldout`; the latter may have no files.
+        dtype: `uint16` or `uint32`.
+        vocab_size: One more than the largest id of the tokenizer.
+        eos_token_id: Ends every document; a text that spells out a special token does not get its id.
+        pad_token_id: The tokenizer's padding id.
+        tokenizer: Name of the tokenizer; its file is `tokenizer_path`.
+        seed: Seed of the choice of held-out documents.
+        sources: The `paths` given, how many `files` they stood for, and those files' `bytes` on disk.
+        arguments: What else the run was given.
+        skipped: Broken records that were left out.
+        skipped_examples: What was wrong with the first of them.
+    """
+
+    directory: Path
+    splits: Mapping[str, Split]
+    dtype: str
+    vocab_size: int
+    eos_token_id: int
+    pad_token_id: int
+    tokenizer: str
+    seed: int
+    sources: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    skipped: int = 0
+    skipped_examples: Sequence[str] = ()
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The `tokenizer.json` that the tokens were made with."""
+        return self.directory / TOKENIZER_NAME
+
+    def split(self, name: str) -> Split:
+        """The split of that name.
+
+        Raises:
+            UltraMemError: There is none, or it has no documents.
+        """
+        if name not in self.splits:
+            raise UltraMemError(f"{self.directory} has no split {name!r}; it has {', '.join(self.splits)}")
+        if not self.splits[name].files:
+            raise UltraMemError(
+                f"split {name!r} of {self.directory} has no documents; "
+                "run `ultramem tokenize` again with another --heldout or --seed"
+            )
+        return self.splits[name]
+
+
+def save_manifest(manifest: Manifest) -> None:
+    """Write `manifest.json` into the manifest's directory, through a temporary file."""
+    content = {
+        "format_version": FORMAT_VERSION,
+        "dtype": manifest.dtype,
+        "vocab_size": manifest.vocab_size,
+        "eos_token_id": manifest.eos_token_id,
+        "pad_token_id": manifest.pad_token_id,
+        "tokenizer": manifest.tokenizer,
+        "seed": manifest.seed,
+        "splits": {name: _split_to_json(split, manifest.directory) for name, split in manifest.splits.items()},
+        "skipped": manifest.skipped,
+        "skipped_examples": list(manifest.skipped_examples),
+        "sources": dict(manifest.sources),
+        "arguments": dict(manifest.arguments),
+    }
+    temporary = manifest.directory / f"{MANIFEST_NAME}.partial"
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(manifest.directory / MANIFEST_NAME)
+
+
+def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
+    """Read a directory written by `ultramem tokenize`, and check that its files are there and whole.
+
+    Raises:
+        UltraMemError: The directory, its manifest or one of its files is missing, unreadable or of the wrong size.
+    """
+    root = Path(directory).absolute()
+    if not root.is_dir():
+        raise UltraMemError(f"{root} does not exist; write it with `ultramem tokenize SOURCES --output {root}`")
+    path = root / MANIFEST_NAME
+    if not path.is_file():
+        raise UltraMemError(
+            f"{root} has no {MANIFEST_NAME}: it was not written by `ultramem tokenize`, or not to the end; "
+            "tokenize again, or name token files themselves"
+        )
+    try:
+        manifest = _manifest_from_json(json.loads(path.read_text(encoding="utf-8")), root)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UltraMemError(f"{path} is damaged ({error!r}); tokenize again with --overwrite") from error
+    for split in manifest.splits.values():
+        for file in split.files:
+            _check_file(file, ITEM_SIZES[manifest.dtype])
+    if not manifest.tokenizer_path.is_file():
+        raise UltraMemError(f"{manifest.tokenizer_path} is missing; copy it back or tokenize again with --overwrite")
+    return manifest
+
+
+def check_token_files(paths: Sequence[str | os.PathLike[str]], dtype: str, vocab_size: int) -> list[int]:
+    """Check token files that come without a manifest, and count the tokens in each.
+
+    Sizes are checked in full, ids in evenly spaced blocks of each file.
+
+    Args:
+        paths: Headerless little-endian token files.
+        dtype: `uint16` or `uint32`.
+        vocab_size: Every id must be below it.
+
+    Raises:
+        ConfigError: `dtype` is neither of the two.
+        UltraMemError: No file is named, or one is missing, empty, cut off within a token or has too large an id.
+    """
+    if dtype not in ITEM_SIZES:
+        raise ConfigError(f"dtype is {dtype!r}; token files are of uint16 or uint32")
+    if not paths:
+        raise UltraMemError("no token file is given; name at least one")
+    return [_check_plain_file(Path(path), dtype, vocab_size) for path in paths]
+
+
+def _split_to_json(split: Split, directory: Path) -> dict[str, Any]:
+    files = [
+        {
+            "path": file.path.relative_to(directory).as_posix(),
+            "documents": file.documents,
+            "tokens": file.tokens,
+            "bytes": file.bytes,
+        }
+        for file in split.files
+    ]
+    return {"documents": split.documents, "tokens": split.tokens, "bytes": split.bytes, "files": files}
+
+
+def _manifest_from_json(content: dict[str, Any], directory: Path) -> Manifest:
+    if content["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format version {content['format_version']}, but this ultramem reads {FORMAT_VERSION}")
+    if content["dtype"] not in ITEM_SIZES:
+        raise ValueError(f"dtype {content['dtype']!r}, not uint16 or uint32")
+    splits = {
+        name: Split(
+            name,
+            tuple(
+                TokenFile(directory / file["path"], file["documents"], file["tokens"], file["bytes"])
+                for file in split["files"]
+            ),
+        )
+        for name, split in content["splits"].items()
+    }
+    return Manifest(
+        directory=directory,
+        splits=splits,
+        **{name: content[name] for name in ("dtype", "vocab_size", "eos_token_id", "pad_token_id", "tokenizer")},
+        **{name: content[name] for name in ("seed", "sources", "arguments", "skipped", "skipped_examples")},
+    )
+
+
+def _check_file(file: TokenFile, item_size: int) -> None:
+    remedy = "copy it again, or tokenize again with --overwrite"
+    for path in (file.path, file.boundaries):
+        if not path.is_file():
+            raise UltraMemError(f"{path} is missing, though the manifest lists it; {remedy}")
+    expected, found = file.tokens * item_size, file.path.stat().st_size
+    if found != expected:
+        raise UltraMemError(
+            f"{file.path} is damaged: {found} bytes found, {expected} expected ({file.tokens} tokens of {item_size} "
+            f"bytes); {remedy}"
+        )
+
+
+def _check_plain_file(path: Path, dtype: str, vocab_size: int) -> int:
+    if not path.is_file():
+        raise UltraMemError(f"token file {path} does not exist; check the path")
+    size, item_size = path.stat().st_size, ITEM_SIZES[dtype]
+    if size == 0:
+        raise UltraMemError(f"token file {path} is empty; tokenize again")
+    if size % item_size:
+        raise UltraMemError(
+            f"token file {path} is cut off or not of {dtype}: {size} bytes found, a multiple of {item_size} expected; "
+            "copy it again, or give the right dtype"
+        )
+    tokens = np.memmap(path, mode="r", dtype=np.dtype(dtype).newbyteorder("<"))
+    last_start = max(len(tokens) - SAMPLED_TOKENS, 0)
+    for start in np.unique(np.linspace(0, last_start, SAMPLED_BLOCKS, dtype=np.int64)):
+        block = tokens[start : start + SAMPLED_TOKENS]
+        if (largest := int(block.max())) >= vocab_size:
+            raise UltraMemError(
+                f"token file {path} has id {largest} near token {start}, but the vocabulary has {vocab_size} tokens; "
+                "give the tokenizer and dtype that it was written with"
+            )
+    return len(tokens)

@@ -1,0 +1,269 @@
+"""The run of `ultramem tokenize`: documents in, token files and a manifest out."""
+
+from __future__ import annotations
+
+import heapq
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.progress import Progress
+
+from ultramem.data.documents import BrokenRecordError, Document, find_sources, read_documents
+from ultramem.data.encoding import encode_documents
+from ultramem.data.output_directory import partial_directory
+from ultramem.data.progress import DocumentMeter, progress_display
+from ultramem.data.token_files import TOKENIZER_NAME, Manifest, load_manifest, save_manifest
+from ultramem.data.token_writer import SplitWriter
+from ultramem.data.tokenizers import SMALLEST_BPE, ChosenTokenizer, load_tokenizer, train_bpe
+from ultramem.errors import ConfigError, UltraMemError
+
+BPE_SAMPLE_BYTES = 32 * 2**20  # training time and memory grow with the sample, its vocabulary hardly changes
+SKIPPED_EXAMPLES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeConfig:
+    """What to tokenize, how, and where to.
+
+    Args:
+        sources: Files and directories; see `find_sources`.
+        output: The directory to write; made whole or not at all.
+        tokenizer: Name or file, see `load_tokenizer`; either this or `train_bpe` is needed.
+        train_bpe: Number of tokens of a byte-level BPE to train on the documents that are not held out, or where
+            those have more than 32 MiB, on a seeded sample of that size.
+        eos_token, eos_id, pad_token: Where the tokenizer's files do not say or say otherwise.
+        text_field: Field of JSON records or column of parquet files that holds the text.
+        separator: What stands between the documents of a `.txt` file.
+        include, exclude: Shell patterns for the files of directories.
+        heldout: Share of the documents kept apart for evaluation, 0 to below 1; chosen by seed and text, so that
+            copies of a document are never on both sides.
+        seed: Of the choice of held-out documents and of the BPE's sample. Documents keep their order.
+        processes: Processes that tokenize; the result does not depend on it.
+        shard_tokens: Most tokens in one token file.
+        max_size: Bytes of text to take; reading ends before the document that would pass it.
+        on_error: `stop` at a broken record, or `skip` and count it.
+        overwrite: Replace a finished `output`.
+
+    Raises:
+        ConfigError: A value cannot work.
+    """
+
+    sources: tuple[Path, ...]
+    output: Path
+    tokenizer: str | None = None
+    train_bpe: int | None = None
+    eos_token: str | None = None
+    eos_id: int | None = None
+    pad_token: str | None = None
+    text_field: str = "text"
+    separator: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    heldout: float = 0.02
+    seed: int = 0
+    processes: int = 1
+    shard_tokens: int = 2**28
+    max_size: int | None = None
+    on_error: str = "stop"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ConfigError("sources is empty; name at least one file or directory")
+        if (self.tokenizer is None) == (self.train_bpe is None):
+            raise ConfigError("give either tokenizer (--tokenizer NAME_OR_FILE) or train_bpe (--train-bpe SIZE)")
+        if self.train_bpe is not None and self.train_bpe < SMALLEST_BPE:
+            raise ConfigError(f"train_bpe is {self.train_bpe}; a byte-level BPE has at least {SMALLEST_BPE} tokens")
+        if self.train_bpe is not None and (self.eos_token, self.eos_id, self.pad_token) != (None, None, None):
+            raise ConfigError("eos_token, eos_id and pad_token go with tokenizer; train_bpe sets its own")
+        if not 0 <= self.heldout < 1:
+            raise ConfigError(f"heldout is {self.heldout}; give a share from 0 to below 1, such as 0.02")
+        if self.on_error not in ("stop", "skip"):
+            raise ConfigError(f"on_error is {self.on_error!r}; give stop or skip")
+        for name, value, least in (
+            ("seed", self.seed, 0),
+            ("processes", self.processes, 1),
+            ("shard_tokens", self.shard_tokens, 1),
+            ("max_size", self.max_size, 1),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; give {least} or more")
+
+
+class Corpus:
+    """The documents of a run, in order, as often as they are asked for; counts what the last reading took."""
+
+    def __init__(self, config: TokenizeConfig) -> None:
+        self.config = config
+        self.files = find_sources(config.sources, config.include, config.exclude)
+        self.size_on_disk = sum(file.num_bytes for file in self.files)
+        self._start()
+
+    def _start(self) -> None:
+        self.text_bytes = 0
+        self.position = 0
+        self.skipped = 0
+        self.skipped_examples: list[str] = []
+
+    def __iter__(self) -> Iterator[Document]:
+        self._start()
+        limit = self.config.max_size
+        for record in read_documents(self.files, self.config.text_field, self.config.separator):
+            if isinstance(record, BrokenRecordError):
+                self._skip(record)
+                continue
+            if limit is not None and self.text_bytes + record.num_bytes > limit:
+                return
+            self.text_bytes += record.num_bytes
+            self.position = record.position
+            yield record
+
+    def _skip(self, record: BrokenRecordError) -> None:
+        if self.config.on_error == "stop":
+            raise BrokenRecordError(f"{record}; mend it, or leave such records out with --on-error skip")
+        self.skipped += 1
+        if len(self.skipped_examples) < SKIPPED_EXAMPLES:
+            self.skipped_examples.append(str(record))
+
+    @property
+    def completed(self) -> int:
+        """How much of `size_on_disk` has been read; all of it where `max_size` is reached."""
+        if self.config.max_size is None:
+            return self.position
+        return max(self.position, self.size_on_disk * self.text_bytes // self.config.max_size)
+
+    def is_heldout(self, document: Document) -> bool:
+        """Whether the document is kept apart for evaluation."""
+        return draw(document, self.config.seed) < self.config.heldout
+
+
+def draw(document: Document, seed: int) -> float:
+    """A uniformly distributed number from 0 to below 1 that depends on the seed and the text alone."""
+    key = blake2b(str(seed).encode()).digest()
+    return int.from_bytes(blake2b(document.digest, digest_size=6, key=key).digest()) / 2**48
+
+
+def tokenize(config: TokenizeConfig) -> Manifest:
+    """Tokenize as `config` says, and return the manifest of what was written.
+
+    Work goes on in `OUTPUT.partial`, which becomes `OUTPUT` at the end and is removed if the run fails or is
+    interrupted. With several processes, a script that calls this needs the usual `if __name__ == "__main__":`,
+    because the worker processes import it.
+
+    Raises:
+        UltraMemError: A source is missing or broken, the output exists or cannot be written, the tokenizer cannot
+            be had, or no document is left for training.
+        KeyboardInterrupt: SIGINT or SIGTERM ended the run.
+    """
+    corpus = Corpus(config)
+    output = config.output.absolute()
+    try:
+        with (
+            _sigterm_interrupts(),
+            partial_directory(output, config.overwrite) as directory,
+            progress_display() as display,
+        ):
+            tokenizer = _choose_tokenizer(config, corpus, display)
+            tokenizer.tokenizer.save(str(directory / TOKENIZER_NAME))
+            _write_splits(config, corpus, tokenizer, directory, display)
+    except OSError as error:
+        raise UltraMemError(
+            f"cannot write {output}: {error.strerror or error}; the partial output has been removed: make room or "
+            "choose another --output, then run again"
+        ) from error
+    return load_manifest(output)
+
+
+def _choose_tokenizer(config: TokenizeConfig, corpus: Corpus, display: Progress) -> ChosenTokenizer:
+    if config.train_bpe is None:
+        assert config.tokenizer is not None
+        return load_tokenizer(config.tokenizer, config.eos_token, config.eos_id, config.pad_token)
+    sample = _sample(corpus, config.seed, DocumentMeter(display, "reading for the BPE", corpus.size_on_disk))
+    training = display.add_task("training the BPE", total=None, documents=len(sample))
+    tokenizer = train_bpe(sample, config.train_bpe)
+    display.remove_task(training)
+    return tokenizer
+
+
+def _sample(corpus: Corpus, seed: int, meter: DocumentMeter) -> list[str]:
+    """Texts of the training documents, or of those with the smallest draws that make `BPE_SAMPLE_BYTES`."""
+    chosen: list[tuple[float, str, int]] = []  # a heap, the largest draw first
+    size = 0
+    for document in corpus:
+        meter.advance(corpus.completed)
+        if corpus.is_heldout(document):
+            continue
+        heapq.heappush(chosen, (-draw(document, seed), document.text, document.num_bytes))
+        size += document.num_bytes
+        while size > BPE_SAMPLE_BYTES and len(chosen) > 1:
+            size -= heapq.heappop(chosen)[2]
+    meter.finish()
+    return [text for _, text, _ in chosen]
+
+
+def _write_splits(
+    config: TokenizeConfig, corpus: Corpus, tokenizer: ChosenTokenizer, directory: Path, display: Progress
+) -> None:
+    """Write the token files and, last of all, the manifest."""
+    train, heldout = (SplitWriter(directory / name, config.shard_tokens) for name in ("train", "heldout"))
+    meter = DocumentMeter(display, "tokenizing", corpus.size_on_disk)
+    with closing(encode_documents(corpus, tokenizer, config.processes)) as encoded:
+        for document, tokens in encoded:
+            (heldout if corpus.is_heldout(document) else train).write(document, tokens)
+            meter.advance(corpus.completed)
+    meter.finish()
+    splits = {split.name: split for split in (train.finish(), heldout.finish())}
+    if not splits["train"].files:
+        raise UltraMemError(
+            f"no document is left for training ({splits['heldout'].documents} held out, {corpus.skipped} skipped); "
+            "give more text, a larger --max-size or a smaller --heldout"
+        )
+    save_manifest(
+        Manifest(
+            directory=directory,
+            splits=splits,
+            dtype=tokenizer.dtype,
+            vocab_size=tokenizer.vocab_size,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            tokenizer=tokenizer.name,
+            seed=config.seed,
+            sources={
+                "paths": [str(path) for path in config.sources],
+                "files": len(corpus.files),
+                "bytes": corpus.size_on_disk,
+            },
+            arguments=_arguments(config),
+            skipped=corpus.skipped,
+            skipped_examples=corpus.skipped_examples,
+        )
+    )
+
+
+def _arguments(config: TokenizeConfig) -> dict[str, Any]:
+    """What shapes the result and is not in the manifest otherwise."""
+    elsewhere = {"sources", "output", "tokenizer", "seed", "processes", "overwrite"}
+    return {name: value for name, value in asdict(config).items() if name not in elsewhere}
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does; signals can be handled in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

