@@ -1,0 +1,320 @@
+"""The report's HTML pages: one of a single run, one that compares several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ultramem.errors import UltraMemError
+from ultramem.report import plots
+from ultramem.report.run import LayerSeries, Run, Series
+
+TRAIN_LOSS = "train/CE loss"
+THROUGHPUT = "throughput/tokens per second"
+GRADIENT_NORM = "optim/total grad norm"
+LEARNING_RATES = {"model": "optim/learning rate (model)", "values": "optim/learning rate (values)"}
+HELD_OUT = {
+    "loss": "eval/heldout/CE loss",
+    "perplexity": "eval/heldout/perplexity",
+    "bits_per_byte": "eval/heldout/bits per byte",
+}
+
+GROUPS = {"memory": "Memory layers", "moe": "Mixture of experts"}
+# For each metric of the layers, the colour bar's label and an explanation; others are shown unexplained.
+LAYER_METRICS = {
+    "rows read": ("share of rows", "share of the rows in reach that were read since the last report"),
+    "KL from uniform": ("nats", "divergence of the rows' use from uniform; 0 where all are used alike"),
+    "output std": ("standard deviation", "of what the layer adds to the residual stream"),
+    "top score": ("score", "mean score of the best row that a token chose"),
+    "last score": ("score", "mean score of the last row that a token chose"),
+    "singular value 1": ("singular value", "largest singular value of the summed Tucker cores"),
+    "singular value 2": ("singular value", "second singular value of the summed Tucker cores"),
+    "load balancing loss": ("loss", "mean over tokens, without its weight"),
+    "router Z loss": ("loss", "mean over tokens, without its weight"),
+    "load imbalance": ("imbalance", "load of the busiest expert over the mean load"),
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure on top of the page: what it is, its exact value, how to write it, and a remark."""
+
+    label: str
+    value: float
+    text: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawing with its caption."""
+
+    title: str
+    drawing: Markup
+    explanation: str = ""
+
+
+def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
+    """Write one self-contained HTML page about a run, or one that compares several.
+
+    Args:
+        runs: Run directories as `ultramem train` writes them.
+        output: The file to write. Default, for a single run only: `report.html` in its directory.
+
+    Returns:
+        The file written.
+
+    Raises:
+        UltraMemError: If a directory is not a run, has no metrics yet or holds a file that cannot be
+            understood; if several runs come without `output`; if the page cannot be written.
+    """
+    paths = list(dict.fromkeys(path.resolve() for path in runs))
+    if not paths:
+        raise UltraMemError("no run to report on: name at least one run directory")
+    if output is None:
+        if len(paths) > 1:
+            raise UltraMemError("comparing runs needs a file to write: name it with --output FILE")
+        output = paths[0] / "report.html"
+    if not output.parent.is_dir():
+        raise UltraMemError(f"cannot write {output}: {output.parent} is not a directory; choose another --output")
+    read = [Run.read(path) for path in paths]
+    page = _run_page(read[0]) if len(read) == 1 else _comparison_page(read)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(output)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UltraMemError(f"cannot write {output}: {error.strerror}; choose another --output") from error
+    return output
+
+
+def abbreviate(value: float, prefixes: Sequence[str] = ("", "k", "M", "B", "T")) -> str:
+    """A number in three significant digits and a prefix: 1180000000 is "1.18 B"."""
+    position = 0
+    while abs(value) >= 999.5 and position < len(prefixes) - 1:
+        value, position = value / 1000, position + 1
+    digits = f"{value:#.3g}".rstrip(".") if position else f"{value:.3g}"
+    return f"{digits} {prefixes[position]}".rstrip()
+
+
+def in_unit(value: float, unit: str) -> str:
+    """A quantity with its unit: 4520000 B is "4.52 MB"."""
+    return abbreviate(value, [prefix + unit for prefix in ("", "k", "M", "G", "T", "P")])
+
+
+def held_out(run: Run, figure: str) -> float | None:
+    """The final evaluation's `figure`, else the last one measured in training, else None."""
+    if run.evaluation is not None:
+        return float(getattr(run.evaluation, figure))
+    values = run.series(HELD_OUT[figure]).values
+    return float(values[-1]) if len(values) else None
+
+
+def final_loss(run: Run) -> float | None:
+    """The smoothed training loss at the end, in nats per token."""
+    values = plots.smooth(run.series(TRAIN_LOSS).values)
+    return float(values[-1]) if len(values) else None
+
+
+def throughput(run: Run) -> float | None:
+    """Median of the reported tokens per second."""
+    values = run.series(THROUGHPUT).values
+    return float(np.median(values)) if len(values) else None
+
+
+def _run_page(run: Run) -> str:
+    layer_plots: dict[str, list[Plot]] = {}
+    for metric in run.layer_series:
+        layer_plots.setdefault(GROUPS.get(metric.group, metric.group), []).append(_heat_map(metric))
+    return _render(
+        "run.html",
+        title=run.path.name,
+        run=run,
+        tiles=_quality_tiles(run) + _cost_tiles(run),
+        curves=_curves(run),
+        layer_plots=layer_plots,
+    )
+
+
+def _quality_tiles(run: Run) -> list[Tile]:
+    """What the run has reached; figures that it has not measured are left out."""
+    tiles = []
+    unigram = run.evaluation and run.evaluation.unigram_bits_per_byte
+    if (bits := held_out(run, "bits_per_byte")) is not None:
+        note = f"unigram model: {unigram:.3f}" if unigram else ""
+        tiles.append(Tile("Held-out bits per byte", bits, f"{bits:.3f}", note))
+    if (loss := held_out(run, "loss")) is not None:
+        perplexity = held_out(run, "perplexity")
+        note = f"perplexity {perplexity:.4g}" if perplexity is not None else ""
+        tiles.append(Tile("Held-out loss", loss, f"{loss:.3f}", note))
+    if (loss := final_loss(run)) is not None:
+        tiles.append(Tile("Training loss", loss, f"{loss:.3f}", "at the end, smoothed"))
+    if (rate := throughput(run)) is not None:
+        tiles.append(Tile("Tokens per second", rate, abbreviate(rate), "median"))
+    tokens = run.summary.train_tokens
+    note = f"{abbreviate(tokens)} training tokens" if tokens else ""
+    return [*tiles, Tile("Last step", run.last_step, f"{run.last_step:,}", note)]
+
+
+def _cost_tiles(run: Run) -> list[Tile]:
+    """What the model costs in parameters, arithmetic and reads."""
+    summary = run.summary
+
+    def parameters(label: str, count: int, without_embeddings: int) -> Tile:
+        return Tile(label, count, abbreviate(count), f"{abbreviate(without_embeddings)} without embeddings")
+
+    tiles = [
+        parameters("Active parameters", summary.active, summary.active_without_embeddings),
+        parameters("Total parameters", summary.total, summary.total_without_embeddings),
+        Tile(
+            "FLOPs per token",
+            summary.flops_per_token,
+            in_unit(summary.flops_per_token, "FLOP"),
+            "forward, active",
+        ),
+        Tile(
+            "Read per token",
+            summary.bytes_per_token,
+            in_unit(summary.bytes_per_token, "B"),
+            "bf16, batch of one",
+        ),
+    ]
+    if memory := summary.memory:
+        note = f"{memory['layers']} layers, {abbreviate(memory['window_rows'])} in reach of each"
+        tiles.append(Tile("Memory rows", memory["table_rows"], abbreviate(memory["table_rows"]), note))
+    return tiles
+
+
+def _curves(run: Run) -> list[Plot]:
+    """The plots over steps, of those metrics that the run has."""
+    curves = []
+    if len((loss := run.series(TRAIN_LOSS)).steps):
+        draw = partial(plots.draw_loss, train=loss, held_out=run.series(HELD_OUT["loss"]))
+        curves.append(Plot("Loss", plots.svg(draw, "Loss by step")))
+    rates = {group: run.series(name) for group, name in LEARNING_RATES.items()}
+    if rates := {group: rate for group, rate in rates.items() if len(rate.steps)}:
+        draw = partial(plots.draw_learning_rates, rates=rates)
+        curves.append(Plot("Learning rates", plots.svg(draw, "Learning rate of each parameter group by step")))
+    if len((norm := run.series(GRADIENT_NORM)).steps):
+        draw = partial(plots.draw_gradient_norm, norm=norm)
+        curves.append(Plot("Gradient norm", plots.svg(draw, "Gradient norm by step"), "before clipping"))
+    if len((rate := run.series(THROUGHPUT)).steps):
+        draw = partial(plots.draw_throughput, throughput=rate)
+        curves.append(Plot("Throughput", plots.svg(draw, "Tokens per second by step")))
+    return curves
+
+
+def _heat_map(metric: LayerSeries) -> Plot:
+    unit, explanation = LAYER_METRICS.get(metric.name, (metric.name, ""))
+    title = metric.name[0].upper() + metric.name[1:]
+    draw = partial(plots.draw_heat_map, metric=metric, unit=unit)
+    return Plot(title, plots.svg(draw, f"{title} by {metric.axis} and step"), explanation)
+
+
+def _comparison_page(runs: list[Run]) -> str:
+    names = _distinct_names(runs)
+    return _render(
+        "comparison.html",
+        title="Comparison of " + ", ".join(names),
+        runs=[_comparison_row(run, name, index) for index, (run, name) in enumerate(zip(runs, names, strict=True))],
+        curves=_comparison_curves(runs),
+        differences=_config_differences(runs),
+    )
+
+
+def _distinct_names(runs: list[Run]) -> list[str]:
+    """The directories' names, or their whole paths where two share a name."""
+    names = [run.path.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+
+
+def _comparison_row(run: Run, name: str, index: int) -> dict[str, Any]:
+    color, line_style = plots.curve_style(index)
+    return {
+        "name": name,
+        "path": run.path,
+        "color": plots.page_color(color),
+        "line_style": line_style,
+        "summary": run.summary,
+        "last_step": run.last_step,
+        "bits_per_byte": held_out(run, "bits_per_byte"),
+        "held_out_loss": held_out(run, "loss"),
+        "train_loss": final_loss(run),
+        "throughput": throughput(run),
+    }
+
+
+def _comparison_curves(runs: list[Run]) -> list[Plot]:
+    """Overlaid curves, by tokens where every run counts them, else by steps."""
+    by_tokens = all(len(run.series("train/tokens").steps) for run in runs)
+    x = "tokens" if by_tokens else "step"
+    curves = []
+    for metric, title, y, adjust in (
+        (TRAIN_LOSS, "Training loss", "loss (nats per token)", None),
+        (HELD_OUT["bits_per_byte"], "Held-out bits per byte", "bits per byte", None),
+        (GRADIENT_NORM, "Gradient norm", "gradient norm", plots.make_logarithmic),
+        (THROUGHPUT, "Throughput", "tokens per second", plots.start_at_zero),
+    ):
+        series = [run.series(metric) for run in runs]
+        if not any(len(one.steps) for one in series):
+            continue
+        smoothed = metric != HELD_OUT["bits_per_byte"]
+        if smoothed:
+            series = [Series(one.steps, plots.smooth(one.values)) for one in series]
+        if by_tokens:
+            series = [_by_tokens(run, one) for run, one in zip(runs, series, strict=True)]
+        marker = None if smoothed else "o"
+        draw = partial(plots.draw_comparison, curves=series, x=x, y=y, marker=marker, adjust=adjust)
+        curves.append(Plot(title, plots.svg(draw, f"{title} by {x}"), "smoothed" if smoothed else ""))
+    return curves
+
+
+def _by_tokens(run: Run, series: Series) -> Series:
+    """The series with tokens in place of steps; between two reports tokens grow evenly."""
+    tokens = run.series("train/tokens")
+    return Series(np.interp(series.steps, tokens.steps, tokens.values), series.values)
+
+
+def _config_differences(runs: list[Run]) -> dict[str, list[Any]]:
+    """Configuration values that are not the same in all runs, by dotted name; a missing one is None."""
+    configs = []
+    for run in runs:
+        try:
+            configs.append(_flatten(yaml.safe_load(run.config)))
+        except yaml.YAMLError as error:
+            raise UltraMemError(f"{run.path / 'config.yaml'} is not valid YAML: write it again") from error
+    names = dict.fromkeys(name for config in configs for name in config)
+    values = {name: [config.get(name) for config in configs] for name in names}
+    return {name: row for name, row in values.items() if any(value != row[0] for value in row)}
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by dotted name."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    leaves: dict[str, Any] = {}
+    for name, inner in value.items():
+        leaves |= _flatten(inner, f"{prefix}.{name}" if prefix else str(name))
+    return leaves
+
+
+def _render(template: str, **content: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("ultramem.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(abbreviate=abbreviate, in_unit=in_unit)
+    return environment.get_template(template).render(content)

@@ -1,0 +1,269 @@
+"""Reading a run directory, as `ultramem train` writes it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ultramem.errors import UltraMemError
+
+Array = NDArray[np.float64]
+Parsed = TypeVar("Parsed")
+
+_LAYER_METRIC = re.compile(r"(?P<group>[^/]+)/(?P<axis>layer|block) (?P<index>\d+)/(?P<name>.+)")
+
+
+@dataclass(frozen=True)
+class Series:
+    """A metric over the run.
+
+    Args:
+        steps: Steps at which the metric was reported, rising, shape (n,).
+        values: Its values, shape (n,).
+    """
+
+    steps: Array
+    values: Array
+
+
+@dataclass(frozen=True)
+class LayerSeries:
+    """A metric that every layer of some kind reports.
+
+    Args:
+        group: What comes before the layer in the metric's name, such as "memory" or "moe".
+        axis: What the numbers count: "layer" (of the memory) or "block" (of the model).
+        name: What comes last in the metric's name, such as "rows read".
+        layers: Numbers of the reporting layers, rising.
+        steps: Steps at which any of them reported, rising, shape (n,).
+        values: One row a layer, shape (len(layers), n); NaN where a layer did not report.
+    """
+
+    group: str
+    axis: str
+    name: str
+    layers: list[int]
+    steps: Array
+    values: Array
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary.json` says about the model and the run; parameters, rows and tokens are counts."""
+
+    system: str
+    total: int
+    active: int
+    total_without_embeddings: int
+    active_without_embeddings: int
+    flops_per_token: int
+    bytes_per_token: int
+    memory: dict[str, int] | None
+    train_tokens: int | None
+    provenance: dict[str, str]
+
+    @classmethod
+    def parse(cls, content: dict[str, Any]) -> Summary:
+        """Pick the fields out of the file's content."""
+        parameters, memory = content["parameters"], content.get("memory")
+        tokens = content.get("train_tokens")
+        return cls(
+            system=str(content["system"]),
+            total=int(parameters["total"]),
+            active=int(parameters["active"]),
+            total_without_embeddings=int(parameters["total_without_embeddings"]),
+            active_without_embeddings=int(parameters["active_without_embeddings"]),
+            flops_per_token=int(content["flops_per_token"]),
+            bytes_per_token=int(content["bytes_per_token"]),
+            memory=memory and {name: int(memory[name]) for name in ("table_rows", "window_rows", "layers")},
+            train_tokens=None if tokens is None else int(tokens),
+            provenance={
+                label: str(content[name]) for name, label in _PROVENANCE.items() if content.get(name) is not None
+            },
+        )
+
+
+_PROVENANCE = {
+    "started": "Started",
+    "device": "Device",
+    "world_size": "Processes",
+    "torch": "PyTorch",
+    "git": "Git revision",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluation.json` says: loss in nats per token, the bits per byte of a unigram model if known."""
+
+    checkpoint: str
+    split: str
+    tokens: int
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    unigram_bits_per_byte: float | None
+
+    @classmethod
+    def parse(cls, content: dict[str, Any]) -> Evaluation:
+        """Pick the fields out of the file's content."""
+        unigram = content.get("unigram_bits_per_byte")
+        return cls(
+            checkpoint=str(content["checkpoint"]),
+            split=str(content["split"]),
+            tokens=int(content["tokens"]),
+            loss=float(content["loss"]),
+            perplexity=float(content["perplexity"]),
+            bits_per_byte=float(content["bits_per_byte"]),
+            unigram_bits_per_byte=None if unigram is None else float(unigram),
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, the model's continuation, and the sampling settings that were in force."""
+
+    prompt: str
+    continuation: str
+    settings: dict[str, float]
+
+    @classmethod
+    def parse(cls, content: dict[str, Any]) -> Sample:
+        """Pick the fields out of one entry of `samples.json`."""
+        names = {"temperature": "temperature", "top_k": "top-k", "top_p": "top-p", "seed": "seed"}
+        return cls(
+            prompt=content["prompt"],
+            continuation=content["text"].removeprefix(content["prompt"]),
+            settings={label: content[name] for name, label in names.items() if content.get(name) is not None},
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Args:
+        path: The run directory, absolute.
+        config: Text of `config.yaml`.
+        summary: Content of `summary.json`.
+        metrics: Metrics by step, steps rising; a repeated step (the run was resumed) keeps its last report.
+        unreadable_lines: Lines of `metrics.jsonl` that a crash left torn, without a torn last one.
+        evaluation: Content of `evaluation.json`, None without that file.
+        samples: Content of `samples.json`, empty without that file.
+    """
+
+    path: Path
+    config: str
+    summary: Summary
+    metrics: dict[int, dict[str, float]]
+    unreadable_lines: int
+    evaluation: Evaluation | None
+    samples: list[Sample]
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """Read the directory at `path`.
+
+        Raises:
+            UltraMemError: If it is no run directory, if the run has not reported any metric yet, or if one
+                of its files cannot be understood.
+        """
+        path = path.resolve()
+        for name in ("config.yaml", "summary.json"):
+            if not (path / name).is_file():
+                raise UltraMemError(
+                    f"{path} is not a run directory, it has no {name}: name the directory that "
+                    "`ultramem train` writes its run to"
+                )
+        metrics, unreadable_lines = _read_metrics(path / "metrics.jsonl")
+        evaluation, samples = path / "evaluation.json", path / "samples.json"
+        return cls(
+            path=path,
+            config=(path / "config.yaml").read_text(encoding="utf-8", errors="replace"),
+            summary=_parse(path / "summary.json", Summary.parse),
+            metrics=metrics,
+            unreadable_lines=unreadable_lines,
+            evaluation=_parse(evaluation, Evaluation.parse) if evaluation.is_file() else None,
+            samples=_parse(samples, lambda entries: [Sample.parse(entry) for entry in entries])
+            if samples.is_file()
+            else [],
+        )
+
+    @property
+    def last_step(self) -> int:
+        """The last step that reported."""
+        return next(reversed(self.metrics))
+
+    def series(self, name: str) -> Series:
+        """The metric called `name`, empty where the run does not report it."""
+        points = [(step, values[name]) for step, values in self.metrics.items() if name in values]
+        steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
+        return Series(steps, values)
+
+    @cached_property
+    def layer_series(self) -> list[LayerSeries]:
+        """All metrics that are reported layer by layer, in the order in which they first appear."""
+        points: dict[tuple[str, str, str], list[tuple[int, int, float]]] = {}
+        for step, values in self.metrics.items():
+            for full_name, value in values.items():
+                if match := _LAYER_METRIC.fullmatch(full_name):
+                    metric = points.setdefault((match["group"], match["axis"], match["name"]), [])
+                    metric.append((int(match["index"]), step, value))
+        return [_layer_series(*key, metric) for key, metric in points.items()]
+
+
+def _layer_series(group: str, axis: str, name: str, points: list[tuple[int, int, float]]) -> LayerSeries:
+    """Spread (layer, step, value) triples over a layer × step grid."""
+    layer_of_point, step_of_point, value_of_point = zip(*points, strict=True)
+    layers, row = np.unique(layer_of_point, return_inverse=True)
+    steps, column = np.unique(step_of_point, return_inverse=True)
+    values = np.full((len(layers), len(steps)), np.nan)
+    values[row, column] = value_of_point
+    return LayerSeries(group, axis, name, layers.tolist(), steps.astype(np.float64), values)
+
+
+def _read_metrics(path: Path) -> tuple[dict[int, dict[str, float]], int]:
+    """Metrics by rising step, and how many lines before the last were unreadable."""
+    metrics: dict[int, dict[str, float]] = {}
+    unreadable = 0
+    torn_end = False
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                unreadable += torn_end
+                try:
+                    step, values = _parse_report(line)
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    torn_end = True
+                else:
+                    metrics[step], torn_end = values, False
+    if not any(metrics.values()):
+        raise UltraMemError(
+            f"{path.parent} has no metrics yet: the run has just started, try again after its first report"
+        )
+    return dict(sorted(metrics.items())), unreadable
+
+
+def _parse_report(line: str) -> tuple[int, dict[str, float]]:
+    """Step and metrics of one line of `metrics.jsonl`."""
+    report = json.loads(line)
+    metrics = report["metrics"].items()
+    return int(report["step"]), {name: float(value) for name, value in metrics if isinstance(value, int | float)}
+
+
+def _parse(path: Path, parse: Callable[[Any], Parsed]) -> Parsed:
+    """What `parse` makes of a JSON file's content."""
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UltraMemError(f"{path} cannot be understood ({error}): write it again or remove it") from error
+    except KeyError as error:
+        raise UltraMemError(f"{path} lacks {error}: write it again or remove it") from error
