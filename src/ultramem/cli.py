@@ -26,7 +26,7 @@ def callback() -> None:
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories; several make a comparison.", metavar="RUN...")],
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; several make a comparison.", metavar="RUN")],
     output: Annotated[
         Path | None, typer.Option(help="File to write; for a single run the default is RUN/report.html.")
     ] = None,
