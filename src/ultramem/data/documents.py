@@ -31,6 +31,7 @@ CORPUS_PATTERNS = (
 )
 
 LONGEST_TEXT = 2**20  # characters; a longer .txt file becomes several documents
+BLOCK = 2**20  # characters read at a time
 
 
 class BrokenRecordError(UltraMemError):
@@ -286,7 +287,7 @@ def _whole(lines: io.TextIOWrapper) -> Iterator[str]:
 def _cut(lines: io.TextIOWrapper, separator: str | None) -> Iterator[str]:
     """Texts between separators, and pieces of those that are longer than `LONGEST_TEXT`."""
     pending = ""
-    while block := lines.read(LONGEST_TEXT):
+    while block := lines.read(BLOCK):
         pending += block
         if separator:
             *finished, pending = pending.split(separator)

@@ -21,6 +21,7 @@ REFRESH_SECONDS = 0.1
 def progress_display() -> Progress:
     """A display on standard error, silent unless that is a terminal."""
     console = Console(stderr=True)
+    console.quiet = not console.is_terminal
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -30,7 +31,7 @@ def progress_display() -> Progress:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=console.quiet,
     )
 
 

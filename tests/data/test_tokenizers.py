@@ -1,0 +1,106 @@
+"""Which tokenizer a name means, its special tokens, and a BPE trained on the spot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from ultramem.data.tokenizers import load_tokenizer, train_bpe
+from ultramem.errors import ConfigError, UltraMemError
+
+
+def word_level(directory: Path, *tokens: str, name: str = "tokenizer.json") -> Path:
+    """A file with a tokenizer of whole words whose ids are their places in `tokens`."""
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=tokens[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(directory / name))
+    return directory / name
+
+
+@pytest.mark.parametrize(
+    ("name", "eos"),
+    [("allenai/gpt-neox-olmo-dolma-v1_5", 50279), ("allenai/eleuther-ai-gpt-neox-20b-pii-special", 0)],
+)
+def test_shipped_tokenizers(name: str, eos: int) -> None:
+    pytest.importorskip("olmo_eval")
+    tokenizer = load_tokenizer(name)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (eos, 1)
+    assert (tokenizer.vocab_size, tokenizer.dtype) == (50280, "uint16")
+
+
+def test_file_and_directory(tmp_path: Path) -> None:
+    file = word_level(tmp_path, "unknown", "a", "b", "</s>", "<pad>")
+    for name in (file, tmp_path):
+        tokenizer = load_tokenizer(str(name))
+        assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.vocab_size) == (3, 4, 5)
+        assert tokenizer.tokenizer.encode("a b a b").ids == [1, 2, 1, 2], "truncation is taken off"
+
+
+def test_special_tokens_are_overridable(tmp_path: Path) -> None:
+    name = str(word_level(tmp_path, "unknown", "end", "fill", "</s>"))
+    assert load_tokenizer(name).pad_token_id == 3, "without a padding token the end-of-text token pads"
+    chosen = load_tokenizer(name, eos_token="end", pad_token="fill")
+    assert (chosen.eos_token_id, chosen.pad_token_id) == (1, 2)
+    assert load_tokenizer(name, eos_id=0).eos_token_id == 0
+    with pytest.raises(ConfigError, match="eos_token is 'stop'"):
+        load_tokenizer(name, eos_token="stop")
+    with pytest.raises(ConfigError, match="pad_token is 'stop'"):
+        load_tokenizer(name, pad_token="stop")
+    with pytest.raises(ConfigError, match=r"eos_id is 4; .* 0 to 3"):
+        load_tokenizer(name, eos_id=4)
+
+
+def test_settings_of_transformers_are_read(tmp_path: Path) -> None:
+    word_level(tmp_path, "unknown", "end", "fill", "</s>")
+    settings = {"eos_token": {"content": "end"}, "pad_token": "fill", "bos_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    chosen = load_tokenizer(str(tmp_path))
+    assert (chosen.eos_token_id, chosen.pad_token_id) == (1, 2)
+
+
+def test_no_known_end_of_text_token(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--eos-token"):
+        load_tokenizer(str(word_level(tmp_path, "unknown", "a")))
+
+
+def test_wide_vocabulary_needs_uint32(tmp_path: Path) -> None:
+    words = [f"w{number}" for number in range(2**16 - 1)]
+    assert load_tokenizer(str(word_level(tmp_path, "</s>", *words))).dtype == "uint16"
+    assert load_tokenizer(str(word_level(tmp_path, "</s>", "more", *words))).dtype == "uint32"
+
+
+def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(UltraMemError, match=r"bad.json cannot be read as a tokenizer.json"):
+        load_tokenizer(str(tmp_path / "bad.json"))
+    with pytest.raises(UltraMemError, match=r"has no tokenizer.json"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(UltraMemError, match="does not exist"):
+        load_tokenizer("some/where.json")
+
+    def unreachable(name: str) -> Tokenizer:
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(Tokenizer, "from_pretrained", unreachable)
+    with pytest.raises(UltraMemError, match=r"gpt2 is neither .* \(no route\); check name and network"):
+        load_tokenizer("gpt2")
+
+
+def test_bpe_merges_by_frequency_and_restores_any_text() -> None:
+    # "ab" is the most frequent pair; then "abab" or "abc" follow from it.
+    chosen = train_bpe(["ab ab ab abc abc", "ab"], 259)
+    vocabulary = chosen.tokenizer.get_vocab()
+    assert (vocabulary["<|endoftext|>"], vocabulary["<|padding|>"]) == (0, 1)
+    assert (chosen.eos_token_id, chosen.pad_token_id, chosen.vocab_size) == (0, 1, 259)
+    assert vocabulary["ab"] == 258
+    for text in ("ab", "Grüße\n\t世界 🌍\x00", "  def f(x):\r\n"):
+        assert chosen.tokenizer.decode(chosen.tokenizer.encode(text).ids) == text
+
+
+def test_bpe_does_not_depend_on_the_order_of_texts() -> None:
+    texts = [Path(__file__).read_text(encoding="utf-8"), "some other text", "and one more, a third"]
+    assert train_bpe(texts, 400).tokenizer.to_str() == train_bpe(texts[::-1], 400).tokenizer.to_str()
