@@ -60,8 +60,10 @@ class ValueTable(nn.Module):
             num_blocks=num_blocks,
         )
 
-    def _open(self, name: str) -> SharedTable:
-        parameter = getattr(self, name)
+    def _open(self, name: str) -> Tensor | SharedTable:
+        parameter: nn.Parameter = getattr(self, name)
+        if not (parameter.requires_grad and torch.is_grad_enabled()):
+            return parameter
         shared = self._shared.get(name)
         if shared is None or not shared.is_open_for(parameter):
             shared = self._shared[name] = SharedTable(parameter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ultramem.ops.weighted_lookup.shared_table import SharedTable
 
-ACTIVATIONS = {None: lambda x: x, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {None: lambda x: x, "gelu": F.gelu, "silu": F.silu}
 
 
 def weighted_lookup(
@@ -43,7 +44,7 @@ def weighted_lookup(
     Returns:
         (tokens, value_dim), or with `blocks` (tokens, num_blocks * value_dim), the blocks' sums side by side.
     """
-    tokens, k, cores = scores.shape
+    cores = scores.shape[-1]
     if pre_input is not None:
         products = torch.einsum("tp,tkp->tk", pre_input, _rows(pre_values, rows).to(pre_input.dtype))
         scores = scores * ACTIVATIONS[pre_activation](products).unsqueeze(-1)
@@ -51,7 +52,7 @@ def weighted_lookup(
     if blocks is None:
         return torch.einsum("tkc,tkcv->tcv", scores.to(chosen.dtype), chosen).flatten(1)
     weighted = (scores.unsqueeze(-1).to(chosen.dtype) * chosen).flatten(2)
-    sums = weighted.new_zeros(tokens, num_blocks, weighted.shape[-1])
+    sums = weighted.new_zeros(len(weighted), num_blocks, weighted.shape[-1])
     return sums.scatter_add(1, blocks.unsqueeze(-1).expand_as(weighted), weighted).flatten(1)
 
 

@@ -9,71 +9,81 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
 class SharedTable:
-    """A table of shape (rows, dim) whose gradient is accumulated over all lookups made through this object."""
+    """A table of shape (rows, dim) whose gradient is accumulated over all lookups made through this object.
+
+    Args:
+        table: the table; a leaf such as a parameter, or the result of operations.
+    """
 
     def __init__(self, table: Tensor) -> None:
         self.source = table
-        self._gradient: Tensor | None = None
         self._storage = table.data_ptr()
-        self._data: Tensor | None = _Share.apply(table, self)
+        self._gradient = _TableGradient(table)
+        # Empty: it only tells autograd that the lookups depend on the table.
+        self._link: Tensor = _Share.apply(table, self._gradient)
 
     def is_open_for(self, table: Tensor) -> bool:
-        """Whether further lookups of `table` can join: same memory, and no backward pass has used this yet."""
-        return (
-            self._data is not None
-            and self.source is table
-            and self._storage == table.data_ptr()
-            and self._data.requires_grad == (table.requires_grad and torch.is_grad_enabled())
-        )
+        """Whether further lookups of `table` can join: same memory, and no backward pass has begun."""
+        return not self._gradient.begun and self.source is table and self._storage == table.data_ptr()
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows (*rows.shape, dim) of the table."""
-        return _Gather.apply(self._data, rows, self)
+        return _Gather.apply(self._link, self.source.detach(), rows, self._gradient)
+
+
+class _TableGradient:
+    """The sum of the gradients of a table's rows over one backward pass, in float32 or wider."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+        self.begun = False
+        self._sum: Tensor | None = None
 
     def add(self, rows: Tensor, gradient: Tensor) -> None:
         """Add `gradient` (*rows.shape, dim) to the rows' gradients."""
-        if self._gradient is None:
-            dtype = torch.promote_types(self.source.dtype, torch.float32)
-            self._gradient = torch.zeros_like(self.source, dtype=dtype)
-        self._gradient.index_add_(0, rows.flatten(), gradient.flatten(0, -2).to(self._gradient.dtype))
+        self.begun = True
+        if self._sum is None:
+            dtype = torch.promote_types(self.table.dtype, torch.float32)
+            self._sum = torch.zeros_like(self.table, dtype=dtype)
+        self._sum.index_add_(0, rows.flatten(), gradient.flatten(0, -2).to(self._sum.dtype))
 
-    def take_gradient(self) -> Tensor | None:
-        """The gradient so far, in the table's dtype; lookups made from now on need a new object."""
-        gradient, self._gradient = self._gradient, None
-        self._data = None  # or it, its graph and this object would keep each other alive
-        return None if gradient is None else gradient.to(self.source.dtype)
+    def take(self) -> Tensor | None:
+        """The gradient, in the table's dtype; a further backward pass starts from zero."""
+        total, self._sum = self._sum, None
+        return None if total is None else total.to(self.table.dtype)
 
 
 class _Share(torch.autograd.Function):
-    """Identity; its backward runs once all lookups' backwards ran, and hands over what they accumulated."""
+    """Its backward runs once all lookups' backwards ran, and hands over what they accumulated."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, shared: SharedTable) -> Tensor:
-        ctx.shared = shared
+    def forward(ctx: Any, table: Tensor, gradient: _TableGradient) -> Tensor:
+        ctx.gradient = gradient
         ctx.set_materialize_grads(False)
-        return table.view_as(table)
+        return table.new_empty(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:
-        return ctx.shared.take_gradient(), None
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
+        return ctx.gradient.take(), None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, rows: Tensor, shared: SharedTable) -> Tensor:
+    def forward(ctx: Any, link: Tensor, table: Tensor, rows: Tensor, gradient: _TableGradient) -> Tensor:
         ctx.save_for_backward(rows)
-        ctx.shared = shared
-        return table[rows]
+        ctx.gradient = gradient
+        return F.embedding(rows, table)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:
         (rows,) = ctx.saved_tensors
-        ctx.shared.add(rows, gradient)
-        return None, None, None
+        ctx.gradient.add(rows, gradient)
+        return None, None, None, None
