@@ -58,7 +58,5 @@ class Operation:
         if self._fused is not None and self._supports(*args, **kwargs):
             return self._fused(*args, **kwargs)
         if backend == "fused":
-            raise UltraMemError(
-                f"{self.__name__} has no fused kernel for these arguments; use the backend 'auto'"
-            )
+            raise UltraMemError(f"{self.__name__} has no fused kernel for these arguments; use the backend 'auto'")
         return self.naive(*args, **kwargs)

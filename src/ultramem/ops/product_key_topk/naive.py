@@ -30,12 +30,11 @@ def product_key_topk(row_scores: Tensor, column_scores: Tensor, k: int) -> tuple
         Scores (..., k) in descending order, differentiable, and int64 indices (..., k), `i * column_keys + j`.
         Equal scores come in any order.
     """
-    column_keys = column_scores.shape[-1]
-    ranks = _candidate_pairs(k, row_scores.shape[-1], column_keys)
-    row_ranks, column_ranks = torch.tensor(ranks, device=row_scores.device).unbind(0)
-    best_rows, row_indices = row_scores.topk(int(row_ranks[-1]) + 1, dim=-1)
-    best_columns, column_indices = column_scores.topk(min(k, column_keys), dim=-1)
-    sums = best_rows[..., row_ranks] + best_columns[..., column_ranks]
-    scores, chosen = sums.topk(k, dim=-1)
-    indices = row_indices[..., row_ranks] * column_keys + column_indices[..., column_ranks]
-    return scores, indices.gather(-1, chosen)
+    row_keys, column_keys = row_scores.shape[-1], column_scores.shape[-1]
+    ranks = torch.tensor(_candidate_pairs(k, row_keys, column_keys), device=row_scores.device)
+    best_rows, rows = row_scores.topk(min(k, row_keys))
+    best_columns, columns = column_scores.topk(min(k, column_keys))
+    sums = best_rows.index_select(-1, ranks[0]) + best_columns.index_select(-1, ranks[1])
+    scores, chosen = sums.topk(k)
+    row_ranks, column_ranks = ranks[:, chosen]
+    return scores, rows.gather(-1, row_ranks) * column_keys + columns.gather(-1, column_ranks)

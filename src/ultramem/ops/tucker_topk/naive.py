@@ -29,13 +29,11 @@ def tucker_topk(
     """
     keys = row_scores.shape[-1]
     with torch.no_grad():
-        # One token's u and t weigh every key alike, so the ranks are contracted before the ranking.
-        rows = torch.einsum("thrn,hr->thn", row_scores, u.to(row_scores.dtype)).topk(axis_k).indices
-        columns = torch.einsum("thrn,hr->thn", column_scores, t.to(row_scores.dtype)).topk(axis_k).indices
-        summed = torch.einsum(
-            "thri,hrs->this", _at(row_scores, rows), cores.sum(0, dtype=row_scores.dtype)
-        ) @ _at(column_scores, columns)
-        cells = summed.flatten(-2).topk(k).indices
+        rows = (row_scores * u.unsqueeze(-1)).sum(-2).topk(axis_k).indices
+        columns = (column_scores * t.unsqueeze(-1)).sum(-2).topk(axis_k).indices
+        summed_cores = cores.sum(0, dtype=row_scores.dtype)
+        weighted_rows = torch.einsum("thri,hrs->this", _at(row_scores, rows), summed_cores)
+        cells = (weighted_rows @ _at(column_scores, columns)).flatten(-2).topk(k).indices
         chosen_rows = rows.gather(-1, cells // axis_k)
         chosen_columns = columns.gather(-1, cells % axis_k)
     scores = torch.einsum(
