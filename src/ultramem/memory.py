@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from ultramem.errors import ConfigError
 from ultramem.layers import HostScheme, MemoryLayer, MemoryPlus, ProductKeyMemory, TuckerMemory, ValueTable
 from ultramem.layers.initialization import initialize
 
-_LAYER_TYPES: dict[str, type[MemoryLayer]] = {
+_LAYER_TYPES: dict[str, Callable[..., MemoryLayer]] = {
     "pkm": ProductKeyMemory,
     "memory_plus": MemoryPlus,
     "ultramem": TuckerMemory,
@@ -25,7 +25,8 @@ class Memory(nn.Module):
     """All memory layers of one model.
 
     ```python
-    memory = Memory(MemoryConfig(num_keys=128, key_dim=192, value_dim=192, pre_value_dim=192), d_model=768, num_blocks=4)
+    config = MemoryConfig(num_keys=128, key_dim=192, value_dim=192, pre_value_dim=192)
+    memory = Memory(config, d_model=768, num_blocks=4)
     y = memory.layers[3](x)  # (..., 768) -> (..., 768)
     ```
 
@@ -95,12 +96,10 @@ class Memory(nn.Module):
             )
             for start in layout.starts
         )  # type: ignore[assignment]
-        if torch.device(device or "cpu").type != "meta":
+        if not any(parameter.is_meta for parameter in self.parameters()):
             self.init_weights(seed=seed)
 
-    def init_weights(
-        self, scheme: HostScheme | Sequence[HostScheme] | None = None, *, seed: int = 0
-    ) -> None:
+    def init_weights(self, scheme: HostScheme | Sequence[HostScheme] | None = None, *, seed: int = 0) -> None:
         """Initialise everything, as `config.init` says.
 
         Args:
@@ -114,9 +113,7 @@ class Memory(nn.Module):
         if isinstance(schemes, HostScheme):
             schemes = [schemes] * self.num_blocks
         if len(schemes) != self.num_blocks:
-            raise ConfigError(
-                f"scheme: {len(schemes)} given for {self.num_blocks} blocks; give one, or one for each"
-            )
+            raise ConfigError(f"scheme: {len(schemes)} given for {self.num_blocks} blocks; give one, or one for each")
         if not self.layers:
             return
         generator = torch.Generator(self.layers[0].query_proj.weight.device).manual_seed(seed)
@@ -138,9 +135,7 @@ class Memory(nn.Module):
         for layer in self.layers:
             layer.track_usage(enabled)
 
-    def usage_metrics(
-        self, *, reset: bool = True, group: dist.ProcessGroup | None = None
-    ) -> dict[str, Tensor]:
+    def usage_metrics(self, *, reset: bool = True, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
         """What the layers read since the last report: scalars, named such as `layer 03/rows read`.
 
         For each layer: `rows read` (share of the rows in reach), `KL from uniform` (of the reads, in nats), `output
@@ -150,13 +145,11 @@ class Memory(nn.Module):
             reset: start counting anew.
             group: sum the counts over these processes first; a collective call, by default of all if distributed.
         """
-        metrics = {}
+        metrics: dict[str, Tensor] = {}
         for number, layer in enumerate(self.layers):
             if layer.usage is None:
                 continue
-            if dist.is_initialized():
-                layer.usage.reduce(group)
-            values = layer.usage.metrics()
+            values = layer.usage.metrics(group)
             if isinstance(layer, TuckerMemory):
                 for i, value in enumerate(layer.singular_values(), start=1):
                     values[f"singular value {i}"] = value

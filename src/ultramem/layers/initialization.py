@@ -22,6 +22,7 @@ from ultramem.layers.product_key import MemoryPlus, ProductKeyMemory
 from ultramem.layers.tucker import TuckerMemory
 from ultramem.layers.value_table import ValueTable
 from ultramem.ops import product_key_topk, tucker_topk
+from ultramem.ops.weighted_lookup.naive import ACTIVATIONS
 
 _SIMULATED_TOKENS = 512
 
@@ -55,9 +56,7 @@ class HostScheme:
 
     @classmethod
     @torch.no_grad()
-    def measured(
-        cls, feed_forward: nn.Module, d_model: int, linear_std: float, output_std: float
-    ) -> HostScheme:
+    def measured(cls, feed_forward: nn.Module, d_model: int, linear_std: float, output_std: float) -> HostScheme:
         """The scheme of a block with any feed-forward, (tokens, d_model) to the same, measured on random input."""
         parameter = next(feed_forward.parameters())
         generator = torch.Generator().manual_seed(0)
@@ -94,7 +93,7 @@ def initialize(
         if config.init == "zero_output" and config.kind == "pkm":
             std = 0.0
         for parameter in table.parameters():
-            _fill(parameter, lambda full, std=std: full.normal_(0, std, generator=generator))
+            _normal(parameter, std, generator)
 
 
 def _matched_layer(layer: MemoryLayer, scheme: HostScheme, generator: torch.Generator) -> float:
@@ -106,6 +105,8 @@ def _matched_layer(layer: MemoryLayer, scheme: HostScheme, generator: torch.Gene
         _normal(layer.keys, config.key_dim**-0.5, generator)
         _initialize_cores(layer, generator)
         mean, second_moment = simulate_tucker_scores(layer)
+        # A layer that reads nearly every row has a mean score of about 0, which cannot be scaled to 1.
+        mean = max(mean, math.sqrt(second_moment) / 2)
         # Scores grow with the square of both gains.
         gain = mean**-0.25
         nn.init.constant_(layer.query_norm.weight, gain)
@@ -134,11 +135,9 @@ def _table_std(config: MemoryConfig, d_model: int, linear_std: float, product_st
         return product_std
     # The std of a pre-value product, for pre-values of std 1.
     pre_std = linear_std * math.sqrt(d_model * config.pre_value_dim)
-    activation: Callable[[Tensor], Tensor] = {None: torch.Tensor.clone, "gelu": F.gelu, "silu": F.silu}[
-        config.pre_activation
-    ]
+    activation = ACTIVATIONS[config.pre_activation]
     low, high = 1e-9, 1e9
-    for _ in range(200):  # bisection: the product's std grows with the table's
+    for _ in range(64):  # bisection: the product's std grows with the table's
         middle = math.sqrt(low * high)
         if middle * math.sqrt(_second_moment(activation, pre_std * middle)) < product_std:
             low = middle
@@ -185,16 +184,11 @@ def _initialize_product_keys(layer: ProductKeyMemory, generator: torch.Generator
 
 def _initialize_cores(layer: TuckerMemory, generator: torch.Generator) -> None:
     _fill(layer.cores, lambda full: full.uniform_(0, 1, generator=generator))
-    layer.shuffle.copy_(
-        torch.randperm(layer.shuffle.numel(), generator=generator, device=layer.shuffle.device)
-    )
-    layer.u.zero_()
-    layer.t.zero_()
+    layer.shuffle.copy_(torch.randperm(layer.shuffle.numel(), generator=generator, device=layer.shuffle.device))
+    # Cores are positive, and so are their leading singular vectors up to the joint sign, which follows the old one.
+    layer.u.fill_(1)
+    layer.t.fill_(1)
     layer.refresh()
-    # Cores are positive, and so are their leading singular vectors, up to the joint sign.
-    flip = layer.u.sum(-1, keepdim=True).sign()
-    layer.u.mul_(flip)
-    layer.t.mul_(flip)
 
 
 def simulate_tucker_scores(layer: TuckerMemory) -> tuple[float, float]:
@@ -202,12 +196,8 @@ def simulate_tucker_scores(layer: TuckerMemory) -> tuple[float, float]:
     config, axis_keys = layer.config, layer.axis_keys
     device = layer.u.device
     generator = torch.Generator(device).manual_seed(0)
-    queries = _unit_rows(
-        (2, layer.queries_per_axis, 1, _SIMULATED_TOKENS, config.key_dim), generator, config.norm_eps
-    )
-    keys = _unit_rows(
-        (2, config.tucker_rank, config.heads, axis_keys, config.key_dim), generator, config.norm_eps
-    )
+    queries = _unit_rows((2, layer.queries_per_axis, 1, _SIMULATED_TOKENS, config.key_dim), generator, config.norm_eps)
+    keys = _unit_rows((2, config.tucker_rank, config.heads, axis_keys, config.key_dim), generator, config.norm_eps)
     scores = queries @ keys.transpose(-1, -2)  # (2, rank, heads, tokens, keys)
     row_scores, column_scores = scores.permute(0, 3, 2, 1, 4).unbind(0)
     cores = layer.cores.full_tensor() if isinstance(layer.cores, DTensor) else layer.cores
@@ -226,9 +216,7 @@ def simulate_product_key_weights(layer: ProductKeyMemory, scheme: HostScheme) ->
     if not isinstance(layer, MemoryPlus):
         queries *= scheme.linear_std * math.sqrt(layer.d_model)
     bound = config.key_dim**-0.5
-    keys = torch.empty(2, layer.axis_keys, config.key_dim, device=device).uniform_(
-        -bound, bound, generator=generator
-    )
+    keys = torch.empty(2, layer.axis_keys, config.key_dim, device=device).uniform_(-bound, bound, generator=generator)
     row_scores, column_scores = (queries @ keys.transpose(1, 2)).unbind(0)
     scores, _ = product_key_topk(row_scores, column_scores, config.top_k)
     return float(scores.softmax(-1).square().sum(-1).mean())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,7 +66,7 @@ class MemoryLayer(nn.Module):
         else:
             # Not a submodule: the table's parameters would be listed once for every layer.
             object.__setattr__(self, "table", table)
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         query_width = num_queries * config.key_dim
         self.query_proj = nn.Linear(d_model, query_width, bias=False, **factory)
         if config.query_conv:
@@ -99,9 +101,9 @@ class MemoryLayer(nn.Module):
         """Queries (tokens, num_queries, key_dim) of x (..., d_model), not yet normalised."""
         queries = self.query_proj(x)
         if self.query_conv is not None:
-            sequences = queries.reshape(-1, *queries.shape[-2:]).transpose(1, 2)
-            padded = F.pad(sequences, (self.config.query_conv - 1, 0))
-            queries = self.query_conv(padded).transpose(1, 2)
+            sequences = queries.reshape(x.shape[:-2].numel(), *queries.shape[-2:]).transpose(1, 2)
+            padded = F.pad(sequences, (self.config.query_conv, 0))  # one more than needed, lest a sequence be empty
+            queries = self.query_conv(padded)[..., 1:].transpose(1, 2)
         return queries.reshape(-1, self.num_queries, self.config.key_dim)
 
     def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,6 +125,9 @@ class MemoryLayer(nn.Module):
     def track_usage(self, enabled: bool = True) -> None:
         """Start or stop counting what forward passes read; see `Usage`."""
         self.usage = Usage(self.window_rows, self.table.values.device) if enabled else None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "auxiliary_loss": None}  # it has a graph, which cannot be copied
 
     def extra_repr(self) -> str:
         """Sizes, for `print(module)`."""

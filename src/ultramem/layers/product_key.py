@@ -30,16 +30,8 @@ class ProductKeyMemory(MemoryLayer):
             raise ConfigError(
                 f"value_dim={config.value_dim}: pkm adds values to the residual stream, so set it to d_model={d_model}"
             )
-        self.keys = nn.Parameter(
-            torch.empty(
-                config.heads,
-                2,
-                self.axis_keys,
-                config.key_dim,
-                device=options.get("device"),
-                dtype=options.get("dtype"),
-            )
-        )
+        factory: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
+        self.keys = nn.Parameter(torch.empty(config.heads, 2, self.axis_keys, config.key_dim, **factory))
 
     def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """As in `MemoryLayer`; the weights are a softmax over each head's chosen sums, taken in float32."""
@@ -67,7 +59,7 @@ class MemoryPlus(ProductKeyMemory):
 
     def __init__(self, config: MemoryConfig, d_model: int, table: ValueTable, **options: Any) -> None:
         super().__init__(config, d_model, table, **options)
-        factory = {"device": options.get("device"), "dtype": options.get("dtype")}
+        factory: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         self.query_norm = nn.RMSNorm(config.key_dim, eps=config.norm_eps, **factory)
         self.gate_proj = nn.Linear(d_model, config.value_dim, bias=False, **factory)
         self.output_proj = nn.Linear(config.value_dim, d_model, bias=False, **factory)
@@ -84,7 +76,8 @@ class MemoryPlus(ProductKeyMemory):
 def balance_loss(axis_scores: Tensor, axis_top_k: int) -> Tensor:
     """How unevenly an axis' keys are chosen: the keys' number times the sum of choice share times mean softmax.
 
-    The load-balancing loss of mixture-of-experts routers, applied to keys; 1 for a uniform choice.
+    The load-balancing loss of mixture-of-experts routers (Switch Transformer, arXiv:2101.03961, equation 4), applied
+    to keys; 1 for a uniform choice. Heads have keys of their own: the mean over heads.
 
     Args:
         axis_scores: (tokens, heads, keys).
@@ -93,9 +86,10 @@ def balance_loss(axis_scores: Tensor, axis_top_k: int) -> Tensor:
     Returns:
         Scalar, in float32 or wider.
     """
-    keys = axis_scores.shape[-1]
+    tokens, heads, keys = axis_scores.shape
     wide = axis_scores.to(torch.promote_types(axis_scores.dtype, torch.float32))
-    chosen = axis_scores.detach().topk(min(axis_top_k, keys)).indices.flatten()
-    share = torch.bincount(chosen, minlength=keys).to(wide.dtype) / max(chosen.numel(), 1)
-    probability = wide.softmax(-1).flatten(0, -2).sum(0) / max(axis_scores.shape[:-1].numel(), 1)
-    return keys * (share * probability).sum()
+    chosen = axis_scores.detach().topk(min(axis_top_k, keys)).indices.transpose(0, 1).flatten(1)
+    counts = wide.new_zeros(heads, keys).scatter_add_(1, chosen, wide.new_ones(()).expand_as(chosen))
+    share = counts / max(chosen.shape[1], 1)
+    probability = wide.softmax(-1).sum(0) / max(tokens, 1)
+    return keys * (share * probability).sum(1).mean()

@@ -32,7 +32,7 @@ class TuckerMemory(MemoryLayer):
     def __init__(self, config: MemoryConfig, d_model: int, table: ValueTable, **options: Any) -> None:
         self.queries_per_axis = config.tucker_rank if config.query_per_rank else 1
         super().__init__(config, d_model, table, num_queries=2 * self.queries_per_axis, **options)
-        factory = {"device": options.get("device"), "dtype": options.get("dtype")}
+        factory: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         heads, rank = config.heads, config.tucker_rank
         self.query_norm = nn.RMSNorm(config.key_dim, eps=config.norm_eps, **factory)
         self.key_norm = nn.RMSNorm(config.key_dim, eps=config.norm_eps, **factory)
@@ -45,18 +45,14 @@ class TuckerMemory(MemoryLayer):
         self.output_proj = nn.Linear(config.output_width, d_model, bias=False, **factory)
         self.register_buffer("u", torch.zeros(heads, rank, **factory))
         self.register_buffer("t", torch.zeros(heads, rank, **factory))
-        self.register_buffer(
-            "shuffle", torch.empty(self.axis_keys**2, dtype=torch.int64, device=options.get("device"))
-        )
+        self.register_buffer("shuffle", torch.empty(self.axis_keys**2, dtype=torch.int64, device=options.get("device")))
 
     def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """As in `MemoryLayer`; the weights are the scores of each core."""
         config = self.config
         row_scores, column_scores = self.axis_scores(queries)
         axis_top_k = min(config.axis_top_k or config.top_k, self.axis_keys)
-        scores, indices = tucker_topk(
-            row_scores, column_scores, self.cores, self.u, self.t, config.top_k, axis_top_k
-        )
+        scores, indices = tucker_topk(row_scores, column_scores, self.cores, self.u, self.t, config.top_k, axis_top_k)
         if self.training:
             self.auxiliary_loss = self._auxiliary_loss(row_scores, column_scores, axis_top_k)
         return scores.flatten(1, 2), indices.flatten(1)
@@ -64,18 +60,11 @@ class TuckerMemory(MemoryLayer):
     def axis_scores(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Row and column scores (tokens, heads, rank, axis_keys) of queries (tokens, num_queries, key_dim)."""
         config = self.config
-        heads, rank, keys_per_axis = config.heads, config.tucker_rank, self.axis_keys
         normed = self.query_norm(queries).view(-1, 2, self.queries_per_axis, config.key_dim)
-        keys = self.key_norm(self.keys.transpose(3, 4))
-        # One matrix product for each query of each axis; ranks that share a query share the product.
-        left = normed.permute(1, 2, 0, 3).flatten(0, 1)
-        right = keys.unflatten(3, (self.queries_per_axis, -1)).permute(1, 3, 0, 4, 2, 5)
-        products = left @ right.reshape(left.shape[0], -1, config.key_dim).transpose(1, 2)
-        scores = products.view(
-            2, self.queries_per_axis, -1, heads, rank // self.queries_per_axis, keys_per_axis
-        )
-        row_scores, column_scores = scores.permute(0, 2, 3, 1, 4, 5).flatten(3, 4).unbind(0)
-        return row_scores, column_scores
+        row_queries, column_queries = normed.expand(-1, -1, config.tucker_rank, -1).unbind(1)
+        row_keys, column_keys = self.key_norm(self.keys.transpose(3, 4)).unbind(1)
+        equation = "trd,hnrd->thrn"
+        return torch.einsum(equation, row_queries, row_keys), torch.einsum(equation, column_queries, column_keys)
 
     def locate(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Through the shuffle to virtual block and table row."""
@@ -128,10 +117,8 @@ class TuckerMemory(MemoryLayer):
                 axis = torch.einsum("thrn,hr->thn", scores, direction.to(scores.dtype))
                 losses.append(config.balance_coef * balance_loss(axis, axis_top_k))
         if config.tucker_penalty_coef:
-            losses.append(
-                config.tucker_penalty_coef * tucker_penalty(self.cores, config.tucker_penalty_threshold)
-            )
-        return sum(losses) if losses else None
+            losses.append(config.tucker_penalty_coef * tucker_penalty(self.cores, config.tucker_penalty_threshold))
+        return torch.stack(losses).sum() if losses else None
 
 
 def tucker_penalty(cores: Tensor, threshold: float) -> Tensor:
