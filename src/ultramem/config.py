@@ -168,7 +168,8 @@ class MemoryConfig:
         last = max(add for _, add in pairs)
         if last >= num_blocks:
             raise ConfigError(
-                f"insertion={self.insertion!r}: block {last} does not exist; the last of {num_blocks} blocks is {num_blocks - 1}"
+                f"insertion={self.insertion!r}: block {last} does not exist; the last of {num_blocks} blocks is "
+                f"{num_blocks - 1}"
             )
         return tuple(sorted(pairs))
 
@@ -225,9 +226,7 @@ class MemoryConfig:
 
     def _check_choice(self, name: str, choices: tuple[Any, ...]) -> None:
         if getattr(self, name) not in choices:
-            raise ConfigError(
-                f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(str, choices))}"
-            )
+            raise ConfigError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(str, choices))}")
 
     def _check_values(self) -> None:
         self._check_choice("sharing", get_args(Sharing))
@@ -250,11 +249,12 @@ class MemoryConfig:
             raise ConfigError(f"output_dropout={self.output_dropout}: must be at least 0 and below 1")
         if not 0 < self.value_lr_decay <= 1:
             raise ConfigError(f"value_lr_decay={self.value_lr_decay}: must be above 0 and at most 1")
-        if self.share_ratio != 1 and self.kind != "ultramem_v2":
-            raise ConfigError(
-                f"share_ratio={self.share_ratio}: {self.kind} does not pool its layers' tables; leave it at 1.0 or "
-                "choose kind='ultramem_v2'"
-            )
+        for name, only in (("share_ratio", 1.0), ("sharing", "ring")):
+            if self.kind != "ultramem_v2" and getattr(self, name) != only:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}: {self.kind} does not pool its layers' tables; leave it at "
+                    f"{only!r} or choose kind='ultramem_v2'"
+                )
         self._parse_insertion()
 
     def _check_type(self, name: str) -> None:
@@ -279,9 +279,7 @@ class MemoryConfig:
                 f"value_dim={self.value_dim}: must be a multiple of cores={self.cores}, whose scores weigh a slice each"
             )
         if self.pre_activation is not None and not self.pre_value_dim:
-            raise ConfigError(
-                f"pre_activation={self.pre_activation!r}: needs pre-values; set pre_value_dim above 0"
-            )
+            raise ConfigError(f"pre_activation={self.pre_activation!r}: needs pre-values; set pre_value_dim above 0")
         if self.axis_top_k is not None and self.axis_top_k**2 < self.top_k:
             raise ConfigError(
                 f"axis_top_k={self.axis_top_k}: gives {self.axis_top_k**2} grid cells, fewer than top_k={self.top_k}; "
@@ -316,6 +314,8 @@ _SMALLEST = {
 }
 _TUCKER_ONLY: dict[str, Any] = {
     "axis_top_k": None,
+    "tucker_rank": 2,
+    "cores": 2,
     "pre_value_dim": 0,
     "query_per_rank": False,
     "key_expansion": 1,
