@@ -1,0 +1,167 @@
+"""Loss, perplexity and bits per byte of a checkpoint on token files."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ultramem.data.token_windows import IGNORED, TokenWindows
+from ultramem.errors import ConfigError, UltraMemError
+from ultramem.evaluation.checkpoints import find_checkpoint
+from ultramem.evaluation.data import find_data
+from ultramem.evaluation.device import autocast
+from ultramem.evaluation.json_files import write_json
+from ultramem.hosts.olmo_core.model import MemoryTransformer
+
+BATCH_TOKENS = 4096  # of a batch, if its size is not given; the memory that logits take grows with it
+EVALUATION_NAME = "evaluation.json"
+NOT_SAVED = ("tokens_per_second", "run")
+LARGEST_LOSS = 700.0  # whose perplexity is a finite number
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a checkpoint achieves on token files.
+
+    Attributes:
+        checkpoint: its name, such as `step600`.
+        split: `train` or `heldout`, or `files` for token files that are not the run's own.
+        tokens: how many were predicted.
+        loss: mean cross-entropy in nats per token.
+        perplexity: exp(loss).
+        bits_per_byte: of text, the end-of-text tokens' loss included; None for files without a manifest.
+        unigram_bits_per_byte: the same of the train split's unigram model, or None.
+        tokens_per_second: how fast they were predicted; not saved.
+        run: the run directory; not saved.
+    """
+
+    checkpoint: str
+    split: str
+    tokens: int
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    unigram_bits_per_byte: float | None
+    tokens_per_second: float
+    run: Path
+
+    def save(self, path: Path | None = None) -> Path:
+        """Write it to a JSON file, by default the run's `evaluation.json`, which `ultramem report` shows.
+
+        Raises:
+            UltraMemError: the file cannot be written.
+        """
+        path = path or self.run / EVALUATION_NAME
+        write_json(path, {name: value for name, value in asdict(self).items() if name not in NOT_SAVED})
+        return path
+
+    def print_table(self) -> None:
+        """Print it to the terminal."""
+        table = Table(title=f"{self.checkpoint} on {self.split}", show_header=False)
+        table.add_column()
+        table.add_column(justify="right")
+        table.add_row("predicted tokens", f"{self.tokens:,}")
+        table.add_row("loss (nats per token)", f"{self.loss:.4f}")
+        table.add_row("perplexity", f"{self.perplexity:,.3f}")
+        for name, bits in (("bits per byte", self.bits_per_byte), ("unigram model's", self.unigram_bits_per_byte)):
+            if bits is not None:
+                table.add_row(name, f"{bits:.4f}")
+        table.add_row("tokens per second", f"{self.tokens_per_second:,.0f}")
+        Console().print(table)
+
+
+def evaluate(
+    path: str | os.PathLike[str],
+    data: Sequence[Path] = (),
+    *,
+    split: str = "heldout",
+    dtype: str | None = None,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
+    device: str = "auto",
+    unigram: bool = True,
+) -> Evaluation:
+    """Evaluate a checkpoint, with a progress bar on a terminal.
+
+    The token files are cut into windows that do not overlap and may span several documents. All tokens of a window but
+    the first are predicted, each once, from the tokens before it in the window.
+
+    Args:
+        path: a run directory for its latest complete checkpoint, or a checkpoint's own directory.
+        data: a directory written by `ultramem tokenize`, or token files; by default what the run was trained with.
+        split: `train` or `heldout`; without meaning for token files.
+        dtype: of token files, `uint16` or `uint32`; by default that of the training's.
+        max_tokens: take so many at most, rounded up to whole windows, spread evenly over the split; None for all.
+        batch_size: windows at a time, by default about 4096 tokens; the result does not depend on it.
+        sequence_length: tokens of a window, by default that of the training.
+        device: `cpu`, `cuda` (in bfloat16), or `auto` for CUDA where there is a device.
+        unigram: whether to evaluate a unigram model too, for which the whole train split is read.
+
+    Raises:
+        ConfigError: a value cannot work.
+        UltraMemError: the checkpoint or the data is missing or damaged, or the loss is not finite.
+    """
+    checkpoint = find_checkpoint(path)
+    config = checkpoint.config
+    found = find_data(checkpoint, data, split, dtype)
+    length = config.data.sequence_length if sequence_length is None else sequence_length
+    windows = TokenWindows(found.files, found.dtype, config.model.vocab_size, length, max_tokens)
+    if batch_size is None:
+        batch_size = max(1, BATCH_TOKENS // length)
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}: must be at least 1")
+    model = checkpoint.load_model(device)
+    started = time.perf_counter()
+    loss = mean_loss(model, windows, batch_size)
+    seconds = time.perf_counter() - started
+    return Evaluation(
+        checkpoint=checkpoint.name,
+        split=found.name,
+        tokens=windows.predicted_tokens,
+        loss=loss,
+        perplexity=math.exp(loss),
+        bits_per_byte=found.bits_per_byte(loss),
+        unigram_bits_per_byte=found.bits_per_byte(found.unigram_loss() if unigram else None),
+        tokens_per_second=windows.predicted_tokens / seconds,
+        run=checkpoint.run,
+    )
+
+
+@torch.inference_mode()
+def mean_loss(model: MemoryTransformer, windows: TokenWindows, batch_size: int) -> float:
+    """Mean cross-entropy of the windows' predicted tokens, in nats.
+
+    Args:
+        model: in evaluation mode.
+        windows: of tokens.
+        batch_size: windows at a time.
+
+    Raises:
+        UltraMemError: a token is not in the vocabulary, or the loss is not finite or too large for a perplexity.
+    """
+    device, console = model.device, Console(stderr=True)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for inputs, labels in track(
+        windows.batches(batch_size),
+        description="evaluating",
+        total=-(-len(windows) // batch_size),
+        console=console,
+        disable=not console.is_terminal,
+    ):
+        with autocast(device):
+            output = model(inputs, labels=labels, ignore_index=IGNORED, loss_reduction="none", return_logits=False)
+        total += output.ce_loss.double().sum()
+    loss = float(total) / windows.predicted_tokens
+    if not loss <= LARGEST_LOSS:
+        raise UltraMemError(f"the loss is {loss}: the training diverged; use an earlier checkpoint")
+    return loss
