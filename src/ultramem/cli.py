@@ -106,6 +106,81 @@ def tokenize(
         raise UltraMemError(f"interrupted: {output} was not written; run the same command again") from None
 
 
+@app.command()
+def evaluate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Run directory, for its latest checkpoint, or RUN/stepN.", metavar="CHECKPOINT")
+    ],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Directory of token files, or token files (repeat the option); by default the run's own."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the directory: train or heldout.")] = "heldout",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of token files: uint16 or uint32; by default as in training.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens, in whole windows spread evenly over the split; by default all.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows at a time; by default about 4096 tokens.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a window; by default the training's.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    unigram: Annotated[
+        bool, typer.Option(help="Compare with a unigram model, for which the train split is read.")
+    ] = True,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write; by default RUN/evaluation.json.")] = None,
+) -> None:
+    """Measure a checkpoint's loss, perplexity and bits per byte.
+
+    The token files are cut into windows that do not overlap; every token of a window but the first is predicted, once,
+    from those before it. The loss is their mean cross-entropy in nats.
+    """
+    from ultramem.evaluation import evaluate as run
+
+    evaluation = run(
+        checkpoint,
+        data or (),
+        split=split,
+        dtype=dtype,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        device=device,
+        unigram=unigram,
+    )
+    evaluation.print_table()
+    typer.echo(f"written to {evaluation.save(output)}")
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Run directory, for its latest checkpoint, or RUN/stepN.", metavar="CHECKPOINT")
+    ],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Beginnings of texts; without any, of a document.", metavar="PROMPT")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A further prompt: all of this text file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add; less if the document ends.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 is greedy.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Choose among so many most probable tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Choose among the most probable tokens of this share.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first sample of each prompt; the others have the next ones.")] = 0,
+    num_samples: Annotated[int, typer.Option(help="Samples of each prompt.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    save: Annotated[bool, typer.Option("--save", help="Append to RUN/samples.json, which the report shows.")] = False,
+) -> None:
+    """Continue prompts with a checkpoint."""
+    from ultramem.evaluation import SamplingConfig, TextGenerator, print_samples, read_prompt, save_samples
+
+    config = SamplingConfig(temperature, top_k, top_p, seed, max_new_tokens)
+    texts = [*(prompts or ()), *([read_prompt(prompt_file)] if prompt_file else ())] or [""]
+    generator = TextGenerator.from_checkpoint(checkpoint, device)
+    samples = print_samples(generator, texts, config, num_samples)
+    if save:
+        typer.echo(f"added to {save_samples(generator.run, samples)}")
+
+
 def main() -> None:
     """Run the command; a user's mistake ends in one line on standard error and status 1."""
     try:
