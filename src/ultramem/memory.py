@@ -19,6 +19,8 @@ _LAYER_TYPES: dict[str, Callable[..., MemoryLayer]] = {
     "ultramem": TuckerMemory,
     "ultramem_v2": TuckerMemory,
 }
+# A host that is seeded alike must not draw the same numbers: its weights and the memory's would be correlated.
+_FIRST_SEED = int.from_bytes(b"memory")
 
 
 class Memory(nn.Module):
@@ -116,7 +118,7 @@ class Memory(nn.Module):
             raise ConfigError(f"scheme: {len(schemes)} given for {self.num_blocks} blocks; give one, or one for each")
         if not self.layers:
             return
-        generator = torch.Generator(self.layers[0].query_proj.weight.device).manual_seed(seed)
+        generator = torch.Generator(self.layers[0].query_proj.weight.device).manual_seed(_FIRST_SEED + seed)
         initialize(self.config, self.layers, [schemes[add] for _, add in self.insertions], generator)
 
     def refresh(self) -> None:

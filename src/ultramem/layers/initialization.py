@@ -228,7 +228,7 @@ def _unit_rows(shape: tuple[int, ...], generator: torch.Generator, eps: float) -
 
 def _second_moment(function: Callable[[Tensor], Tensor], std: float) -> float:
     """E[f(z)²] for z normal with mean 0, by quadrature over 10 standard deviations."""
-    z = torch.linspace(-10, 10, 4001, dtype=torch.float64)
+    z = torch.linspace(-10, 10, 4001, dtype=torch.float64, device="cpu")
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
     return float(torch.trapezoid(function(z * std).square() * density, z))
 
