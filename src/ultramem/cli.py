@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +13,7 @@ from ultramem.errors import UltraMemError
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
 except ImportError:  # `pip install ultramem` alone has no command line tools
     sys.exit("ultramem: the command line needs more packages; install them with: pip install 'ultramem[train]'")
 
@@ -22,6 +25,7 @@ app = typer.Typer(
 @app.callback()
 def callback() -> None:
     """Sparse memory layers for language models."""
+    logging.getLogger("olmo_core.nn.attention.te_attn_api").setLevel(logging.ERROR)  # it warns of a missing extra
 
 
 @app.command()
@@ -106,6 +110,32 @@ def tokenize(
         raise UltraMemError(f"interrupted: {output} was not written; run the same command again") from None
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    config: Annotated[
+        Path, typer.Argument(help="YAML file that describes the run.", metavar="CONFIG [--KEY=VALUE]...")
+    ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the directory.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show OLMo-core's log.")] = False,
+) -> None:
+    """Train a model, or go on with a run that was interrupted.
+
+    Values of the configuration are replaced by their dotted keys, such as --trainer.steps=1000 or
+    --model.memory.top_k=16. The same command goes on from the latest checkpoint; Ctrl-C and SIGTERM save one and leave.
+    For several processes put `torchrun --nproc-per-node=N -m ultramem.cli` in place of `ultramem`.
+    """
+    from ultramem.training import load_config
+    from ultramem.training import train as run
+
+    result = run(load_config(config, context.args), overwrite=overwrite, verbose=verbose)
+    if int(os.environ.get("RANK", 0)) == 0:
+        typer.echo(
+            f"{result.status} at step {result.step}: {result.directory}"
+            + ("; the same command goes on from here" if result.status == "interrupted" else "")
+        )
+
+
 @app.command()
 def evaluate(
     checkpoint: Annotated[
@@ -186,5 +216,9 @@ def main() -> None:
     try:
         app()
     except UltraMemError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {error}")
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Training: configuration, and runs that can be interrupted."""
+
+from ultramem.training.config import (
+    DataConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainerConfig,
+    WandbConfig,
+    load_config,
+)
+from ultramem.training.train import RunResult, train
+
+__all__ = [
+    "DataConfig",
+    "LoggingConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "RunResult",
+    "ScheduleConfig",
+    "TrainerConfig",
+    "WandbConfig",
+    "load_config",
+    "train",
+]

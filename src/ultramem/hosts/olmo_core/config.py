@@ -69,7 +69,10 @@ class ModelConfig:
         if self.memory is not None and self.moe is not None:
             raise ConfigError("moe: a model has memory or a mixture of experts, not both; set one of them to null")
         if self.memory is not None:
-            self.memory.layout(len(self.memory.insertions(self.num_blocks)))
+            try:
+                self.memory.layout(len(self.memory.insertions(self.num_blocks)))
+            except ConfigError as error:
+                raise ConfigError(f"memory.{error}") from error
             if self.memory.kind == "pkm" and self.memory.value_dim != self.d_model:
                 raise ConfigError(
                     f"memory.value_dim={self.memory.value_dim}: pkm adds values to the residual stream, so set it to "

@@ -1,0 +1,108 @@
+"""AdamW with a learning rate of its own for the values of memory tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from olmo_core.optim import (
+    WSD,
+    AdamWConfig,
+    ConstantWithWarmup,
+    CosWithWarmup,
+    LinearWithWarmup,
+    OptimGroupOverride,
+    Scheduler,
+)
+from olmo_core.train import Trainer
+
+from ultramem.config import MemoryConfig
+from ultramem.hosts.olmo_core.model import MemoryTransformer
+from ultramem.training.config import OptimizerConfig, ScheduleConfig
+
+GROUP_FLAG = "memory_values"  # marks a parameter group as values and pre-values of memory tables
+
+
+def optimizer_config(config: OptimizerConfig, model: MemoryTransformer) -> AdamWConfig:
+    """OLMo-core's configuration of AdamW, with a group for the tables' values if the model has any."""
+    values = [
+        f"memory.{name}"
+        for name, _ in ([] if model.memory is None else model.memory.named_parameters())
+        if name.rpartition(".")[2] in ("values", "pre_values")
+    ]
+    decay = config.weight_decay if config.value_weight_decay is None else config.value_weight_decay
+    options = {GROUP_FLAG: True, "weight_decay": decay}
+    return AdamWConfig(
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+        group_overrides=[OptimGroupOverride(values, options)] if values else None,
+    )
+
+
+def build_scheduler(config: ScheduleConfig, learning_rate: float, memory: MemoryConfig | None) -> Scheduler:
+    """The schedule of the learning rates of the model and of the memory's values.
+
+    Args:
+        config: the model's schedule.
+        learning_rate: the model's, at its highest.
+        memory: whose values have a learning rate of their own; None for a model without.
+    """
+    warmup: dict[str, Any] = (
+        {"warmup_fraction": config.warmup_share} if config.warmup_steps is None else {"warmup": config.warmup_steps}
+    )
+    if config.kind == "constant":
+        schedule: Scheduler = ConstantWithWarmup(**warmup)
+    elif config.kind == "wsd":
+        lowest = config.final_share * learning_rate
+        schedule = WSD(**warmup, decay_fraction=config.decay_share, decay_min_lr=lowest)
+    else:
+        kinds = {"cosine": CosWithWarmup, "linear": LinearWithWarmup}
+        schedule = kinds[config.kind](**warmup, alpha_f=config.final_share)
+    return ModelAndValuesScheduler(schedule=schedule, memory=memory)
+
+
+@dataclass
+class ModelAndValuesScheduler(Scheduler):
+    """A schedule for the model, and one derived from it for the values of memory tables.
+
+    With `value_lr_multiplier` m and `value_lr_decay` d the values' learning rate is
+    `1 + (m - 1) * max(0, 1 - step / (max_steps * d))` times the model's (UltraMem, arXiv:2411.12364);
+    with `value_lr` it is that constant.
+
+    Attributes:
+        schedule: the model's.
+        memory: says how the values are trained.
+    """
+
+    schedule: Scheduler | None = None
+    memory: MemoryConfig | None = None
+
+    def get_lr(self, initial_lr: Any, current: int, t_max: int) -> Any:
+        """The model's learning rate."""
+        assert self.schedule is not None
+        return self.schedule.get_lr(initial_lr, current, t_max)
+
+    def set_lr(self, group: dict[str, Any], trainer: Trainer) -> Any:
+        """Set the learning rate of a parameter group, and record it as a metric."""
+        learning_rate = super().set_lr(group, trainer)
+        name = "model"
+        if group.get(GROUP_FLAG):
+            assert self.memory is not None
+            assert trainer.max_steps is not None
+            name = "values"
+            if self.memory.value_lr is not None:
+                learning_rate = self.memory.value_lr
+            else:
+                learning_rate *= value_multiplier(self.memory, trainer.global_step, trainer.max_steps)
+            group[self.lr_field] = learning_rate
+        trainer.record_metric(f"optim/learning rate ({name})", learning_rate)
+        return learning_rate
+
+
+def value_multiplier(memory: MemoryConfig, step: int, max_steps: int) -> float:
+    """How many times the model's learning rate the values have at a step."""
+    remaining = max(0.0, 1 - step / (max_steps * memory.value_lr_decay))
+    return 1 + (memory.value_lr_multiplier - 1) * remaining

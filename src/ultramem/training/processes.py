@@ -1,0 +1,125 @@
+"""The processes of a run and the device that each trains on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from olmo_core.config import DType
+from olmo_core.distributed import parallel
+from olmo_core.distributed.utils import broadcast_object, get_rank, get_world_size, init_distributed
+from olmo_core.train.train_module import TransformerDataParallelConfig
+
+from ultramem.errors import ConfigError, UltraMemError
+from ultramem.training.config import RunConfig, TrainerConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """What this process is among those of the run, and how they train together.
+
+    Attributes:
+        rank: number of this process.
+        count: number of processes.
+        device: of this process.
+        autocast: dtype of matrix products, or None for the parameters'.
+        data_parallel: OLMo-core's configuration; None for a single process.
+    """
+
+    rank: int
+    count: int
+    device: torch.device
+    autocast: torch.dtype | None
+    data_parallel: TransformerDataParallelConfig | None
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """The result of calling `function` in the first process; its `UltraMemError` is raised in all."""
+        outcome: tuple[T | None, str | None] = (None, None)
+        if self.rank == 0:
+            try:
+                outcome = (function(), None)
+            except UltraMemError as error:
+                outcome = (None, str(error))
+        result, message = broadcast_object(outcome)
+        if message is not None:
+            raise UltraMemError(message)
+        return result
+
+
+@contextmanager
+def join_processes(config: RunConfig) -> Iterator[Processes]:
+    """Join the processes that torchrun started, or be the only one.
+
+    Raises:
+        ConfigError: the configuration does not suit the machine or the number of processes.
+    """
+    trainer = config.trainer
+    launched = "RANK" in os.environ or dist.is_initialized()
+    count = get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    kind = _device_type(trainer)
+    data_parallel = _data_parallel(trainer, count, launched)
+    _check_batch(config, count)
+    joins = launched and not dist.is_initialized()
+    if joins:
+        init_distributed("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    try:
+        yield Processes(get_rank(), count, device, _autocast(trainer, kind), data_parallel)
+    finally:
+        parallel._WORLD_MESH = None  # OLMo-core refuses to make a second one, which a notebook's next run needs
+        if joins:
+            dist.destroy_process_group()
+
+
+def _device_type(trainer: TrainerConfig) -> str:
+    available = torch.cuda.is_available()
+    kind = trainer.device
+    if kind == "auto":
+        kind = "cuda" if available else "cpu"
+    if kind == "cuda" and not available:
+        raise ConfigError("trainer.device=cuda: PyTorch finds no CUDA device here; use cpu")
+    if trainer.compile and kind == "cpu":
+        raise ConfigError("trainer.compile=True: needs a CUDA device; leave it out")
+    return kind
+
+
+def _autocast(trainer: TrainerConfig, device: str) -> torch.dtype | None:
+    if trainer.precision == "auto":
+        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else None
+    return torch.bfloat16 if trainer.precision == "bfloat16" else None
+
+
+def _data_parallel(trainer: TrainerConfig, count: int, launched: bool) -> TransformerDataParallelConfig | None:
+    name = trainer.parallel
+    if name == "auto":
+        name = "fsdp" if count > 1 else "none"
+    if name == "none":
+        if count > 1:
+            raise ConfigError(f"trainer.parallel=none: there are {count} processes; use fsdp or ddp")
+        return None
+    if not launched:
+        raise ConfigError(f"trainer.parallel={name}: needs processes; start with torchrun, or use auto")
+    return TransformerDataParallelConfig(name=parallel.DataParallelType(name), reduce_dtype=DType.float32)
+
+
+def _check_batch(config: RunConfig, count: int) -> None:
+    batch, length = config.trainer.batch_size, config.data.sequence_length
+    if batch % (count * length):
+        raise ConfigError(
+            f"trainer.batch_size={batch}: must be a multiple of data.sequence_length={length} times the {count} "
+            f"processes, such as {max(round(batch / (count * length)), 1) * count * length}"
+        )
+    micro_batch = config.trainer.micro_batch_size
+    if micro_batch is not None and batch // count % micro_batch:
+        raise ConfigError(
+            f"trainer.micro_batch_size={micro_batch}: must divide each process's share of a batch, "
+            f"{batch // count} tokens"
+        )
