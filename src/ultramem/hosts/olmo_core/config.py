@@ -36,7 +36,8 @@ class ModelConfig:
         rope_theta: base of the rotary position embedding.
         norm_eps: epsilon of all norms but the memory's.
         init_std: standard deviation of all initial weights, truncated at three of them; those that write to the
-            residual stream have `init_std / sqrt(2 num_blocks)`.
+            residual stream have `init_std / sqrt(2 num_blocks)`. By default `sqrt(2 / (5 d_model))`, which is the
+            papers' 0.02282 at width 768.
         seed: of the initial weights.
     """
 
@@ -50,7 +51,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     rope_theta: int = 10000
     norm_eps: float = 1e-5
-    init_std: float = 0.02282
+    init_std: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ class ModelConfig:
                 f"num_heads={self.num_heads}: must divide d_model={self.d_model} into heads of an even width"
             )
         for name in ("norm_eps", "init_std"):
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be above 0")
         if self.memory is not None and self.moe is not None:
             raise ConfigError("moe: a model has memory or a mixture of experts, not both; set one of them to null")
@@ -87,9 +88,14 @@ class ModelConfig:
         return "dense" if self.moe is None else "moe"
 
     @property
+    def linear_std(self) -> float:
+        """Standard deviation of the initial weights that do not write to the residual stream."""
+        return math.sqrt(2 / (5 * self.d_model)) if self.init_std is None else self.init_std
+
+    @property
     def output_std(self) -> float:
         """Standard deviation of the initial weights that write to the residual stream."""
-        return self.init_std / math.sqrt(2 * self.num_blocks)
+        return self.linear_std / math.sqrt(2 * self.num_blocks)
 
     def build(self, device: str = "cpu") -> MemoryTransformer:
         """The model with uninitialised parameters; OLMo-core's `init_weights` initialises them.
@@ -118,8 +124,8 @@ class ModelConfig:
             lm_head=LMHeadConfig(layer_norm=norm, bias=False),
             init_device=device,
             init_seed=self.seed,
-            init_std=self.init_std,
+            init_std=self.linear_std,
             tie_word_embeddings=self.tie_embeddings,
             memory=self.memory,
-            memory_scheme=HostScheme.swiglu(self.d_model, self.feed_forward_size, self.init_std, self.output_std),
+            memory_scheme=HostScheme.swiglu(self.d_model, self.feed_forward_size, self.linear_std, self.output_std),
         )
