@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from olmo_core.distributed.checkpoint import get_checkpoint_metadata
-from olmo_core.distributed.checkpoint.filesystem import RemoteFileSystemReader
+from olmo_core.distributed.checkpoint import load_state_dict
 from olmo_core.train.checkpoint import Checkpointer
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ultramem.errors import UltraMemError
 from ultramem.evaluation.device import choose_device
+from ultramem.hosts.olmo_core.checkpoint import check_stored_model
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.training.config import RunConfig, load_config
 
@@ -53,34 +52,23 @@ class Checkpoint:
             UltraMemError: the checkpoint is damaged, or of a model that the run's configuration does not describe.
         """
         place = choose_device(device)
+        directory = self.run / self.name / "model_and_optim"
+        check_stored_model(directory, self.config.model)
         model = self.config.model.build("meta")
         model.to_empty(device=place)
         tensors = model.state_dict()
         if model.tie_word_embeddings:
             model.lm_head.w_out.weight = model.embeddings.weight
             del tensors["lm_head.w_out.weight"]
-        self._read(tensors)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+                load_state_dict(directory, {"model": tensors})
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise UltraMemError(f"{directory} is damaged ({reason}); use an earlier checkpoint") from error
         model.get_rope_buffers(self.config.data.sequence_length, place)  # computed once, for all shorter lengths too
         return model.eval().requires_grad_(False)
-
-    def _read(self, tensors: dict[str, Tensor]) -> None:
-        """Fill the model's tensors."""
-        directory = self.run / self.name / "model_and_optim"
-        try:
-            stored = get_checkpoint_metadata(directory).state_dict_metadata
-        except Exception as error:
-            raise _damaged(directory, error) from error
-        sizes = {name.removeprefix("model."): entry.size for name, entry in stored.items() if name.startswith("model.")}
-        if difference := _first_difference(tensors, sizes):
-            raise UltraMemError(
-                f"{directory} is not of the model that {self.run / CONFIG_NAME} describes: {difference}; "
-                f"put back the {CONFIG_NAME} of its training"
-            )
-        try:
-            # One process reads all, whether or not others train beside it.
-            load({"model": tensors}, storage_reader=RemoteFileSystemReader(str(directory)), no_dist=True)
-        except Exception as error:
-            raise _damaged(directory, error) from error
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -122,18 +110,3 @@ def load_model(path: str | os.PathLike[str], device: str = "auto") -> tuple[Memo
     """
     checkpoint = find_checkpoint(path)
     return checkpoint.load_model(device), checkpoint.config
-
-
-def _first_difference(tensors: dict[str, Tensor], sizes: dict[str, torch.Size]) -> str | None:
-    for name, tensor in tensors.items():
-        if name not in sizes:
-            return f"it lacks {name}"
-        if tensor.shape != sizes[name]:
-            return f"{name} has the shape {tuple(sizes[name])}, not {tuple(tensor.shape)}"
-    surplus = sizes.keys() - tensors.keys() - {"lm_head.w_out.weight"}  # stored also where it is tied
-    return f"it has {min(surplus)} as well" if surplus else None
-
-
-def _damaged(directory: Path, error: Exception) -> UltraMemError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UltraMemError(f"{directory} is damaged ({reason}); use an earlier checkpoint")

@@ -76,11 +76,15 @@ def find_data(
                 f"{vocab_size}; give data of the tokenizer that it was trained with"
             )
         return EvaluationData(split, manifest.split(split).paths, manifest.dtype, manifest)
-    # The configuration has either a directory or a dtype.
+    # The training's configuration has either a directory or a dtype.
     dtype = dtype or trained_on.dtype or load_manifest(cast(Path, trained_on.directory)).dtype
     if paths:
         split = "files"
     else:
-        paths = trained_on.train_files if split == "train" else trained_on.heldout_files
+        paths = {"train": trained_on.train_files, "heldout": trained_on.heldout_files}.get(split, ())
+        if not paths:
+            raise UltraMemError(
+                f"{checkpoint.run} was trained on token files, none of them named for split {split!r}; give --data"
+            )
     check_token_files(paths, dtype, vocab_size)
     return EvaluationData(split, paths, dtype)

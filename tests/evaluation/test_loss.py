@@ -1,0 +1,161 @@
+"""Loss, perplexity and bits per byte against sums over single windows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ultramem.errors import ConfigError, UltraMemError
+from ultramem.evaluation import evaluate
+
+
+def reference_loss(run: Any, length: int) -> tuple[float, int]:
+    """Mean loss in float64 and number of predicted tokens, one window at a time."""
+    losses = []
+    with torch.no_grad():
+        for tokens in run.heldout:
+            for start in range(0, len(tokens), length):
+                window = torch.from_numpy(tokens[start : start + length].astype(np.int64))
+                log_probabilities = run.model(window[None])[0].double().log_softmax(-1)
+                losses += [-float(log_probabilities[i - 1, window[i]]) for i in range(1, len(window))]
+    return sum(losses) / len(losses), len(losses)
+
+
+@pytest.mark.parametrize("length", [16, 7])
+def test_values(run: Any, length: int) -> None:
+    loss, tokens = reference_loss(run, length)
+    result = evaluate(run.path, sequence_length=length, device="cpu")
+    assert (result.checkpoint, result.split, result.tokens) == ("step7", "heldout", tokens)
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
+    bits_per_token, tokens_per_byte = loss / math.log(2), (100 + 33 + 1) / 391
+    assert result.bits_per_byte == pytest.approx(bits_per_token * tokens_per_byte, rel=1e-5)
+
+
+def test_unigram_bits_per_byte(run: Any) -> None:
+    counts = Counter(np.concatenate(run.train).tolist())
+    heldout = np.concatenate(run.heldout).tolist()
+    bits = -sum(math.log2((counts[token] + 1) / (700 + 258)) for token in heldout)
+    result = evaluate(run.path, max_tokens=16)
+    assert result.unigram_bits_per_byte == pytest.approx(bits / 391, rel=1e-12)
+    assert evaluate(run.path, max_tokens=16, unigram=False).unigram_bits_per_byte is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_the_batch_size_does_not_matter(run: Any, batch_size: int) -> None:
+    expected, _ = reference_loss(run, 16)
+    assert evaluate(run.path, batch_size=batch_size).loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_same_again(run: Any) -> None:
+    assert evaluate(run.path).loss == evaluate(run.path).loss
+
+
+def test_max_tokens(run: Any) -> None:
+    result = evaluate(run.path, max_tokens=33)
+    assert result.tokens in (45, 3 + 30)  # three windows, of which the first file's last has 4 tokens
+    assert evaluate(run.path, max_tokens=10**6).tokens == evaluate(run.path).tokens
+
+
+def test_the_train_split(run: Any) -> None:
+    result = evaluate(run.path, split="train")
+    assert (result.split, result.tokens) == ("train", 500 + 200 - math.ceil(500 / 16) - math.ceil(200 / 16))
+    assert result.bits_per_byte == pytest.approx(result.loss / math.log(2) * 700 / 2000)
+
+
+def test_another_directory(run: Any, tmp_path: Path) -> None:
+    moved = run.data.rename(tmp_path / "moved")
+    assert evaluate(run.path, [moved]).loss == pytest.approx(reference_loss(run, 16)[0], rel=1e-5)
+    with pytest.raises(UltraMemError, match="tokens does not exist"):
+        evaluate(run.path)
+
+
+def test_token_files(run: Any) -> None:
+    files = sorted((run.data / "heldout").glob("*.npy"))
+    result = evaluate(run.path, files)
+    assert result.split == "files"
+    assert result.loss == pytest.approx(reference_loss(run, 16)[0], rel=1e-5)
+    assert result.bits_per_byte is None
+    assert result.unigram_bits_per_byte is None
+
+
+def test_token_files_of_another_dtype(run: Any, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.npy"
+    run.heldout[0].astype("<u4").tofile(path)
+    run.heldout = run.heldout[:1]
+    assert evaluate(run.path, [path], dtype="uint32").loss == pytest.approx(reference_loss(run, 16)[0], rel=1e-5)
+    with pytest.raises(ConfigError, match="dtype is 'int8'"):
+        evaluate(run.path, [path], dtype="int8")
+
+
+def test_a_run_trained_on_token_files(run: Any) -> None:
+    train, heldout = ([str(p) for p in sorted((run.data / split).glob("*.npy"))] for split in ("train", "heldout"))
+    described = (
+        f"train_files: {train}\n  heldout_files: {heldout}\n  vocab_size: 258\n  eos_token_id: 0\n  dtype: uint16"
+    )
+    run.change_config(f"directory: {run.data}", described)
+    result = evaluate(run.path)
+    assert (result.split, result.bits_per_byte) == ("heldout", None)
+    assert result.loss == pytest.approx(reference_loss(run, 16)[0], rel=1e-5)
+    assert evaluate(run.path, split="train").tokens == 500 + 200 - math.ceil(500 / 16) - math.ceil(200 / 16)
+    with pytest.raises(UltraMemError, match="none of them named for split 'test'; give --data"):
+        evaluate(run.path, split="test")
+
+
+def test_a_run_without_heldout_files(run: Any) -> None:
+    train = [str(p) for p in sorted((run.data / "train").glob("*.npy"))]
+    described = f"train_files: {train}\n  vocab_size: 258\n  eos_token_id: 0\n  dtype: uint16"
+    run.change_config(f"directory: {run.data}", described)
+    with pytest.raises(UltraMemError, match="none of them named for split 'heldout'; give --data"):
+        evaluate(run.path)
+
+
+def test_saving(run: Any, tmp_path: Path) -> None:
+    result = evaluate(run.path)
+    for path, target in ((None, run.path / "evaluation.json"), (tmp_path / "other.json", tmp_path / "other.json")):
+        assert result.save(path) == target
+        assert json.loads(target.read_text()) == {
+            "checkpoint": "step7",
+            "split": "heldout",
+            "tokens": result.tokens,
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte,
+            "unigram_bits_per_byte": result.unigram_bits_per_byte,
+        }
+    assert not list(tmp_path.rglob("*.partial"))
+    with pytest.raises(UltraMemError, match=r"missing/other.json cannot be written: No such file or directory"):
+        result.save(tmp_path / "missing" / "other.json")
+
+
+def test_a_larger_vocabulary_than_the_models(run: Any) -> None:
+    manifest = run.data / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"vocab_size": 258', '"vocab_size": 385'))
+    with pytest.raises(UltraMemError, match="has a vocabulary of 385 tokens, but the model's has 384"):
+        evaluate(run.path)
+
+
+def test_a_model_that_diverged(run: Any) -> None:
+    with torch.no_grad():
+        run.model.lm_head.norm.weight.fill_(float("nan"))
+    run.save_checkpoint(8)
+    with pytest.raises(UltraMemError, match="the loss is nan: the training diverged; use an earlier checkpoint"):
+        evaluate(run.path)
+
+
+def test_values_that_cannot_work(run: Any) -> None:
+    with pytest.raises(ConfigError, match="batch_size=0: must be at least 1"):
+        evaluate(run.path, batch_size=0)
+    with pytest.raises(ConfigError, match="sequence_length=1: must be at least 2"):
+        evaluate(run.path, sequence_length=1)
+    with pytest.raises(UltraMemError, match="no split 'test'"):
+        evaluate(run.path, split="test")
+    with pytest.raises(UltraMemError, match=r"nothing.npy does not exist"):
+        evaluate(run.path, [run.path / "nothing.npy"])
