@@ -207,6 +207,16 @@ def test_text_from_files_is_escaped(make_run: MakeRun) -> None:
         assert any(attack in text for text in found.text("main"))
 
 
+def test_bytes_that_are_not_known(make_run: MakeRun) -> None:
+    path = make_run()
+    evaluation = json.loads((path / "evaluation.json").read_text())
+    unknown = {**evaluation, "bits_per_byte": None, "unigram_bits_per_byte": None}
+    (path / "evaluation.json").write_text(json.dumps(unknown))
+    tiles = Page(write_report([path])).tiles
+    assert "Held-out bits per byte" not in tiles
+    assert tiles["Held-out loss"][0] == evaluation["loss"]
+
+
 def test_torn_lines_are_reported(make_run: MakeRun) -> None:
     path = make_run(lines=LOSS_ONLY)
     content = (path / "metrics.jsonl").read_text()

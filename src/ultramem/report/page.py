@@ -115,7 +115,8 @@ def in_unit(value: float, unit: str) -> str:
 def held_out(run: Run, figure: str) -> float | None:
     """The final evaluation's `figure`, else the last one measured in training, else None."""
     if run.evaluation is not None:
-        return float(getattr(run.evaluation, figure))
+        value = getattr(run.evaluation, figure)
+        return None if value is None else float(value)
     values = run.series(HELD_OUT[figure]).values
     return float(values[-1]) if len(values) else None
 

@@ -102,27 +102,27 @@ _PROVENANCE = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluation.json` says: loss in nats per token, the bits per byte of a unigram model if known."""
+    """What `evaluation.json` says: loss in nats per token; bits per byte, the model's and a unigram's, if known."""
 
     checkpoint: str
     split: str
     tokens: int
     loss: float
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     unigram_bits_per_byte: float | None
 
     @classmethod
     def parse(cls, content: dict[str, Any]) -> Evaluation:
         """Pick the fields out of the file's content."""
-        unigram = content.get("unigram_bits_per_byte")
+        bits, unigram = content.get("bits_per_byte"), content.get("unigram_bits_per_byte")
         return cls(
             checkpoint=str(content["checkpoint"]),
             split=str(content["split"]),
             tokens=int(content["tokens"]),
             loss=float(content["loss"]),
             perplexity=float(content["perplexity"]),
-            bits_per_byte=float(content["bits_per_byte"]),
+            bits_per_byte=None if bits is None else float(bits),
             unigram_bits_per_byte=None if unigram is None else float(unigram),
         )
 
