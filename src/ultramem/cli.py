@@ -158,7 +158,9 @@ def evaluate(
     unigram: Annotated[
         bool, typer.Option(help="Compare with a unigram model, for which the train split is read.")
     ] = True,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write; by default RUN/evaluation.json.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file to write; for the heldout split by default RUN/evaluation.json.")
+    ] = None,
 ) -> None:
     """Measure a checkpoint's loss, perplexity and bits per byte.
 
@@ -179,7 +181,8 @@ def evaluate(
         unigram=unigram,
     )
     evaluation.print_table()
-    typer.echo(f"written to {evaluation.save(output)}")
+    if output or evaluation.split == "heldout":
+        typer.echo(f"written to {evaluation.save(output)}")
 
 
 @app.command()
