@@ -196,6 +196,18 @@ def test_signs_stay_continuous_through_a_full_turn(side: str) -> None:
         torch.testing.assert_close(layer.t[0], still if side == "rows" else turned)
 
 
+def test_the_joint_sign_is_that_of_the_better_agreement() -> None:
+    """One step turns u by 120 degrees and leaves t: turning u by 60 and t by 180 would be farther."""
+    layer = build(tucker_rank=2, cores=1)
+    u, t = torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64)
+    turned = torch.tensor([-0.5, math.sqrt(0.75)], dtype=torch.float64)
+    layer.u[0], layer.t[0] = u, t
+    layer.cores.data[0, 0] = torch.outer(turned, t)
+    layer.refresh()
+    torch.testing.assert_close(layer.u[0], turned)
+    torch.testing.assert_close(layer.t[0], t)
+
+
 def test_refresh_treats_heads_apart() -> None:
     layer = build(heads=2)
     u = layer.u.clone()

@@ -223,8 +223,9 @@ def test_changing_the_dtype(table: ValueTable) -> None:
     table.to(torch.float64)
     lookups(table).backward()
     torch.testing.assert_close(table.values.grad, expected_gradient(table))
-    table.to(torch.float32)
     table.values.grad = None
+    lookups(table)  # left open
+    table.to(torch.float32)
     table.lookup(torch.ones(1, 1, 1), torch.zeros(1, 1, dtype=torch.int64)).sum().backward()
     assert table.values.grad.dtype == torch.float32
 
