@@ -94,9 +94,7 @@ class TuckerMemory(MemoryLayer):
         Their joint sign, which an SVD leaves open, is kept as close to the previous one as possible: a flip would
         invert the ranking of the keys.
         """
-        cores = self.cores.full_tensor() if isinstance(self.cores, DTensor) else self.cores
-        summed = cores.sum(0).to(torch.promote_types(cores.dtype, torch.float32))
-        left, _, right = torch.linalg.svd(summed)
+        left, _, right = torch.linalg.svd(_summed(self.cores))
         u, t = left[..., 0], right[..., 0, :]
         agreement = (u * self.u).sum(-1, keepdim=True) + (t * self.t).sum(-1, keepdim=True)
         sign = torch.where(agreement < 0, -1.0, 1.0).to(u.dtype)
@@ -106,8 +104,7 @@ class TuckerMemory(MemoryLayer):
     @torch.no_grad()
     def singular_values(self) -> Tensor:
         """(rank,) singular values of the summed cores, descending, mean over the heads."""
-        cores = self.cores.full_tensor() if isinstance(self.cores, DTensor) else self.cores
-        return torch.linalg.svdvals(cores.sum(0).float()).mean(0)
+        return torch.linalg.svdvals(_summed(self.cores)).mean(0)
 
     def _auxiliary_loss(self, row_scores: Tensor, column_scores: Tensor, axis_top_k: int) -> Tensor | None:
         config = self.config
@@ -134,5 +131,14 @@ def tucker_penalty(cores: Tensor, threshold: float) -> Tensor:
     Returns:
         Scalar, in float32 or wider; 0 for rank 1.
     """
-    trailing = torch.linalg.svdvals(cores.sum(0).to(torch.promote_types(cores.dtype, torch.float32)))[..., 1:]
+    trailing = torch.linalg.svdvals(_summed(cores))[..., 1:]
     return F.relu(trailing - threshold).square().sum() / max(trailing.numel(), 1)
+
+
+def _summed(cores: Tensor) -> Tensor:
+    """The summed cores (heads, rank, rank), whole, in float32 or wider.
+
+    Zero where they are not finite, so that a run that has diverged fails by its loss, not in the decomposition.
+    """
+    whole = cores.full_tensor() if isinstance(cores, DTensor) else cores
+    return whole.sum(0).to(torch.promote_types(cores.dtype, torch.float32)).nan_to_num(0.0, 0.0, 0.0)

@@ -33,6 +33,7 @@ from ultramem.hosts.olmo_core.moe import DroplessMoE
 TOKENS, LOSS, GRADIENT_NORM = "train/tokens", "train/CE loss", "optim/total grad norm"
 SPEED, LEARNING_RATE = "throughput/tokens per second", "optim/learning rate (model)"
 HELDOUT_LOSS = "eval/heldout/CE loss"
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE)
 # Metrics of OLMo-core that say the same or nothing.
 _LEFT_OUT = ("throughput/", "checkpoint/", "optim/LR (", "train/masked labels", "train/PPL")
 
@@ -301,7 +302,7 @@ class Checkpoints(CheckpointerCallback):
         try:
             with timed_apart(self):
                 return super()._save_checkpoint(save_async, ephemeral)
-        except (OSError, RuntimeError, CheckpointException) as error:
+        except (Exception, CheckpointException) as error:  # the latter is none of the former
             cause = _cause(error)
             if cause is None:
                 raise
@@ -314,15 +315,16 @@ class Checkpoints(CheckpointerCallback):
 
 
 def _cause(error: BaseException) -> str | None:
-    """Why writing failed, in a few words; None if not by the file system."""
-    if isinstance(error, CheckpointException):
-        causes = [_cause(failure) for failure, _ in error.failures.values()]
-        return next((cause for cause in causes if cause is not None), None)
-    if isinstance(error, OSError):
-        return os.strerror(error.errno) if error.errno else str(error)
-    if "file write failed" in str(error) or "PytorchStreamWriter" in str(error):
-        return os.strerror(errno.ENOSPC)  # PyTorch does not tell, and it is by far the most frequent
-    return None
+    """Why writing failed, in a few words; None if not by the file system.
+
+    From the text, since OLMo-core and PyTorch wrap the system's error in errors of their own.
+    """
+    text = str(error)
+    for number in _WRITE_ERRORS:
+        if os.strerror(number) in text:
+            return os.strerror(number)
+    # PyTorch's writer does not tell the reason, of which this is by far the most frequent.
+    return os.strerror(errno.ENOSPC) if "PytorchStreamWriter" in text else None
 
 
 @dataclass

@@ -52,7 +52,7 @@ from ultramem.training.processes import Processes, join_processes
 from ultramem.training.run_directory import METRICS_NAME, RunDirectory
 
 # What OLMo-core's state of a run consists of besides plain values and tensors: NumPy's random state.
-_STATE_TYPES = [np.empty(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.UInt32DType]
+_STATE_TYPES: list[Any] = [np.empty(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.UInt32DType]
 
 
 @dataclass(frozen=True)

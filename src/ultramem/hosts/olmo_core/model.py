@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from olmo_core.nn.transformer.init import _apply_init, init_linear
 from olmo_core.ops import attach_auxiliary_loss
 from torch import Tensor, nn
 from torch.distributed import DeviceMesh
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ultramem.config import MemoryConfig
@@ -230,6 +232,15 @@ class MemoryTransformer(Transformer):
         for layer in [] if self.memory is None else self.memory.layers:
             fully_shard(layer, mesh=dp_mesh, mp_policy=policy)
         super().apply_fsdp(dp_mesh=dp_mesh, param_dtype=param_dtype, reduce_dtype=reduce_dtype, **options)
+
+    def apply_activation_checkpointing(self, *args: Any, **options: Any) -> None:
+        """As in OLMo-core, which does not draw the same dropout again when it recomputes."""
+        super().apply_activation_checkpointing(*args, **options)
+        if self.memory is None or not self.memory.config.output_dropout:
+            return
+        for module in self.modules():
+            if isinstance(module, CheckpointWrapper):
+                module.checkpoint_fn = partial(module.checkpoint_fn, preserve_rng_state=True)
 
     def post_optim_step(self) -> None:
         """Let the memory follow its new parameters."""
