@@ -43,6 +43,25 @@ def test_untied_embeddings(run: Any) -> None:
     assert torch.equal(model.embeddings.weight, expected.embeddings.weight)
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        "memory: null",
+        "moe: {hidden_size: 16, num_experts: 4, top_k: 2}",
+        "memory: {kind: pkm, num_keys: 8, key_dim: 8, value_dim: 32, top_k: 4}",
+        "memory: {kind: memory_plus, num_keys: 8, key_dim: 8, value_dim: 8, top_k: 4}",
+        "memory: {kind: ultramem, num_keys: 8, key_dim: 8, value_dim: 8, top_k: 4, insertion: '0:1'}",
+    ],
+)
+def test_every_system(run: Any, section: str) -> None:
+    run.change_config("memory: {num_keys: 8, key_dim: 8, value_dim: 8, pre_value_dim: 8, top_k: 4}", section)
+    expected = find_checkpoint(run.path).config.model.build()
+    expected.init_weights()
+    run.save_checkpoint(8, expected)
+    tokens = torch.arange(32).view(2, 16)
+    assert torch.equal(load_model(run.path, "cpu")[0](tokens), expected.eval()(tokens))
+
+
 def test_a_run_means_its_latest_complete_checkpoint(run: Any) -> None:
     run.save_checkpoint(12)
     run.save_checkpoint(101)

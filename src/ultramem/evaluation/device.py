@@ -24,5 +24,6 @@ def choose_device(name: str) -> torch.device:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Matrix products in bfloat16 on CUDA; float32 elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """Matrix products in bfloat16 on GPUs that have it, in float32 elsewhere."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)

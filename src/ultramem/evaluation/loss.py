@@ -104,7 +104,7 @@ def evaluate(
         max_tokens: take so many at most, rounded up to whole windows, spread evenly over the split; None for all.
         batch_size: windows at a time, by default about 4096 tokens; the result does not depend on it.
         sequence_length: tokens of a window, by default that of the training.
-        device: `cpu`, `cuda` (in bfloat16), or `auto` for CUDA where there is a device.
+        device: `cpu`, `cuda` (in bfloat16 where it has that), or `auto` for CUDA where there is a device.
         unigram: whether to evaluate a unigram model too, for which the whole train split is read.
 
     Raises:
