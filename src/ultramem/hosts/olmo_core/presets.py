@@ -19,16 +19,19 @@ def preset(name: str) -> ModelConfig:
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, 1, 0)
-        raise ConfigError(f"preset={name!r}: there is no such preset; did you mean {near[0]!r}? All: {', '.join(PRESETS)}")
+        raise ConfigError(
+            f"preset={name!r}: there is no such preset; did you mean {near[0]!r}? All: {', '.join(PRESETS)}"
+        )
     return PRESETS[name]
 
 
 # UltraMemV2 (arXiv:2508.18756), table 1 and appendix B: about 227 million active parameters.
 _DENSE_227M = ModelConfig(d_model=768, num_blocks=20, num_heads=12, feed_forward_size=3072)
-# About 1 billion.
-_DENSE_1B = ModelConfig(
-    d_model=2048, num_blocks=16, num_heads=16, feed_forward_size=8192, tie_embeddings=False
-)
+# About 1 billion. The paper's feed-forward width of UltraMemV2 is not known; this one meets its active parameters.
+_DENSE_1B = ModelConfig(d_model=2048, num_blocks=16, num_heads=16, feed_forward_size=8192, tie_embeddings=False)
+# Small ones: equal active parameters, and equal totals of the sparse systems as far as whole numbers allow.
+_DENSE_MEDIUM = ModelConfig(d_model=512, num_blocks=8, num_heads=8, feed_forward_size=1536)
+_DENSE_TINY = ModelConfig(d_model=64, num_blocks=4, num_heads=2, feed_forward_size=192, vocab_size=4096)
 
 PRESETS: dict[str, ModelConfig] = {
     "dense_227m": _DENSE_227M,
@@ -62,17 +65,55 @@ PRESETS: dict[str, ModelConfig] = {
     "ultramem_v2_227m": replace(
         _DENSE_227M,
         feed_forward_size=2496,
-        memory=MemoryConfig(
-            num_keys=360, key_dim=192, value_dim=192, pre_value_dim=192, top_k=32, share_ratio=0.5
-        ),
+        memory=MemoryConfig(num_keys=360, key_dim=192, value_dim=192, pre_value_dim=192, top_k=32, share_ratio=0.5),
     ),
     "dense_1b": _DENSE_1B,
     "olmoe_1b": replace(_DENSE_1B, feed_forward_size=0, moe=MoEConfig(num_experts=64, top_k=8, hidden_size=1024)),
     "ultramem_v2_1b": replace(
         _DENSE_1B,
         feed_forward_size=6656,
+        memory=MemoryConfig(num_keys=528, key_dim=512, value_dim=768, pre_value_dim=384, top_k=128, share_ratio=0.5),
+    ),
+    "dense_medium": _DENSE_MEDIUM,
+    "olmoe_medium": replace(
+        _DENSE_MEDIUM, feed_forward_size=0, moe=MoEConfig(num_experts=64, top_k=8, hidden_size=192)
+    ),
+    "pkm_medium": replace(
+        _DENSE_MEDIUM,
+        feed_forward_size=1456,
         memory=MemoryConfig(
-            num_keys=528, key_dim=512, value_dim=768, pre_value_dim=384, top_k=128, share_ratio=0.5
+            kind="pkm", num_keys=372, key_dim=128, value_dim=512, heads=2, top_k=32, insertion="2:2/5:5"
         ),
+    ),
+    "memory_plus_medium": replace(
+        _DENSE_MEDIUM,
+        feed_forward_size=1184,
+        memory=MemoryConfig(
+            kind="memory_plus",
+            num_keys=528,
+            key_dim=128,
+            value_dim=512,
+            heads=2,
+            top_k=32,
+            insertion="1:1/3:3/5:5/7:7",
+        ),
+    ),
+    "ultramem_medium": replace(
+        _DENSE_MEDIUM,
+        feed_forward_size=1280,
+        memory=MemoryConfig(
+            kind="ultramem",
+            num_keys=430,
+            key_dim=64,
+            value_dim=256,
+            heads=2,
+            top_k=32,
+            insertion="1:2/3:4/5:6",
+        ),
+    ),
+    "ultramem_v2_medium": replace(
+        _DENSE_MEDIUM,
+        feed_forward_size=1096,
+        memory=MemoryConfig(num_keys=264, key_dim=128, value_dim=192, pre_value_dim=64, top_k=32, share_ratio=0.5),
     ),
 }
