@@ -3,12 +3,13 @@
 import gzip
 import json
 import os
+import socket
 import traceback
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.planner import SavePlanner
 
 from ultramem import MemoryConfig
 from ultramem.data.token_files import Manifest, Split, TokenFile, save_manifest
@@ -112,24 +113,48 @@ def losses_of(metrics_of):
 
 
 @pytest.fixture
-def in_child():
-    """Runs a function in a forked process, which may be killed; returns the exit status, negative for a signal."""
+def in_children():
+    """Runs a function in forked processes that find each other as those of torchrun do.
 
-    def run(function):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                function()
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        _, status = os.waitpid(child, 0)
-        return os.waitstatus_to_exitcode(status)
+    Returns their exit statuses, negative for a signal.
+    """
+
+    def run(function, count):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        children = []
+        for rank in range(count):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            children.append(_fork(function, {name: str(value) for name, value in environment.items()}))
+        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
     return run
+
+
+@pytest.fixture
+def in_child():
+    """Runs a function in a forked process, which may be killed; returns the exit status, negative for a signal."""
+    return lambda function: os.waitstatus_to_exitcode(os.waitpid(_fork(function, {}), 0)[1])
+
+
+def _fork(function, environment):
+    child = os.fork()
+    if child != 0:
+        return child
+    status = 1
+    try:
+        os.environ.update(environment)
+        for name, cache in vars(SavePlanner).items():
+            if name.startswith("_cached"):
+                cache.clear()  # plans of the parent's checkpoints, for another number of processes
+        function()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 @pytest.fixture(autouse=True)
@@ -139,16 +164,3 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def without_dropout():
-    """Turns dropout in a configuration off, for comparing different numbers of processes."""
-
-    def change(config):
-        if config.model.memory is None:
-            return config
-        memory = replace(config.model.memory, output_dropout=0.0)
-        return replace(config, model=replace(config.model, memory=memory))
-
-    return change

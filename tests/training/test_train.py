@@ -21,7 +21,7 @@ from ultramem.evaluation.checkpoints import load_model
 from ultramem.hosts.olmo_core import model_statistics
 from ultramem.ops.weighted_lookup.shared_table import SharedTable
 from ultramem.ops.weighted_lookup.shared_table import _TableGradient as TableGradient
-from ultramem.training import LoggingConfig, OptimizerConfig, WandbConfig, load_config, train
+from ultramem.training import LoggingConfig, OptimizerConfig, RunConfig, WandbConfig, load_config, train
 from ultramem.training.callbacks import MetricsFile, StepSeed
 
 
@@ -121,8 +121,9 @@ def test_heldout_loss_is_the_models(make_config, metrics_of, token_directory):
 
 
 def test_evaluation_changes_nothing_in_training(make_config, metrics_of):
-    often, never = make_config(directory="often", evaluate_interval=2), make_config(
-        directory="never", evaluate_interval=None
+    often, never = (
+        make_config(directory="often", evaluate_interval=2),
+        make_config(directory="never", evaluate_interval=None),
     )
     train(often)
     train(never)
@@ -142,9 +143,7 @@ def test_evaluation_changes_nothing_in_training(make_config, metrics_of):
         ("moe", 64, (17,)),
     ],
 )
-def test_killed_run_goes_on_exactly(
-    system, micro_batch_size, stops, make_config, losses_of, in_child, monkeypatch
-):
+def test_killed_run_goes_on_exactly(system, micro_batch_size, stops, make_config, losses_of, in_child, monkeypatch):
     whole = make_config(system, "whole", micro_batch_size=micro_batch_size)
     train(whole)
     broken = make_config(system, "broken", micro_batch_size=micro_batch_size)
@@ -283,9 +282,11 @@ def test_full_disk_loses_nothing(place, make_config, monkeypatch, losses_of):
         at_step(
             patch,
             11,
-            lambda: patch.setattr(RemoteFileSystemWriter, "write_data", full)
-            if place == "tensors"
-            else patch.setattr(Checkpointer, "_save_train_state", full),
+            lambda: (
+                patch.setattr(RemoteFileSystemWriter, "write_data", full)
+                if place == "tensors"
+                else patch.setattr(Checkpointer, "_save_train_state", full)
+            ),
         )
         with pytest.raises(
             UltraMemError, match=r"step 20 cannot be written .*No space left .*make room.*last good .*step10"
@@ -306,9 +307,20 @@ def test_file_size_limit_during_a_checkpoint(make_config, in_child, monkeypatch,
     with monkeypatch.context() as patch:
         at_step(patch, 4, limit)
         assert in_child(lambda: train(config)) == 1
-    assert re.search(r"UltraMemError: the checkpoint of step 6 cannot be written to .*: make room", capfd.readouterr().err)
+    assert re.search(
+        r"UltraMemError: the checkpoint of step 6 cannot be written to .*: make room", capfd.readouterr().err
+    )
     assert steps_kept(config.trainer.directory) == [3]
     assert train(config).status == "finished"
+
+
+def test_directory_that_cannot_be_written(make_config, monkeypatch):
+    def full(self, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(RunConfig, "save", full)
+    with pytest.raises(UltraMemError, match=r"config.yaml cannot be written or read: No space left"):
+        train(make_config())
 
 
 def test_full_disk_while_writing_metrics(make_config, monkeypatch):
@@ -355,9 +367,7 @@ def test_changed_data(make_config, token_directory, tmp_path):
     tokens = tmp_path / "train.npy"
     original = (token_directory / "train" / "part-00000.npy").read_bytes()
     tokens.write_bytes(original)
-    data = replace(
-        config.data, directory=None, train_files=(tokens,), vocab_size=100, eos_token_id=0, dtype="uint16"
-    )
+    data = replace(config.data, directory=None, train_files=(tokens,), vocab_size=100, eos_token_id=0, dtype="uint16")
     config = replace(config, data=data)
     train(config)
     tokens.write_bytes(original[:-64])
@@ -383,18 +393,19 @@ def test_one_gradient_of_a_shared_table(make_config, monkeypatch):
     assert [gradient.shape for gradient in gradients] == [(5 * 144, 8)] * 4
 
 
-def test_activation_checkpointing_changes_nothing(make_config, losses_of):
-    plain, checkpointed = make_config(directory="plain"), make_config(
-        directory="checkpointed", activation_checkpointing=True
-    )
+@pytest.mark.parametrize("system", ["ultramem_v2", "ultramem", "moe"])  # with dropout; across blocks; with sorting
+def test_activation_checkpointing_changes_nothing(system, make_config, losses_of):
+    plain = make_config(system, "plain", steps=6)
+    checkpointed = make_config(system, "checkpointed", steps=6, activation_checkpointing=True)
     train(plain)
     train(checkpointed)
     assert losses_of(plain.trainer.directory) == losses_of(checkpointed.trainer.directory)
 
 
 def test_bfloat16_stays_close(make_config, losses_of):
-    wide, narrow = make_config(directory="wide", precision="float32"), make_config(
-        directory="narrow", precision="bfloat16"
+    wide, narrow = (
+        make_config(directory="wide", precision="float32"),
+        make_config(directory="narrow", precision="bfloat16"),
     )
     train(wide)
     train(narrow)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,11 +24,13 @@ from olmo_core.train.callbacks.checkpointer import CheckpointRemovalStrategy
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.utils.tensorboard import SummaryWriter
 
 from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.hosts.olmo_core.moe import DroplessMoE
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 TOKENS, LOSS, GRADIENT_NORM = "train/tokens", "train/CE loss", "optim/total grad norm"
 SPEED, LEARNING_RATE = "throughput/tokens per second", "optim/learning rate (model)"
@@ -162,6 +164,8 @@ class TensorBoard(Callback):
 
     def pre_train(self) -> None:
         """Open the event file; what an interrupted run wrote of later steps is to be ignored."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
         if get_rank() == 0:
             self._writer = SummaryWriter(self.directory, purge_step=self.step + 1)
 

@@ -42,12 +42,15 @@ def optimizer_config(config: OptimizerConfig, model: MemoryTransformer) -> AdamW
     )
 
 
-def build_scheduler(config: ScheduleConfig, learning_rate: float, memory: MemoryConfig | None) -> Scheduler:
+def build_scheduler(
+    config: ScheduleConfig, learning_rate: float, total_steps: int, memory: MemoryConfig | None
+) -> Scheduler:
     """The schedule of the learning rates of the model and of the memory's values.
 
     Args:
         config: the model's schedule.
         learning_rate: the model's, at its highest.
+        total_steps: of the training.
         memory: whose values have a learning rate of their own; None for a model without.
     """
     warmup: dict[str, Any] = (
@@ -56,8 +59,8 @@ def build_scheduler(config: ScheduleConfig, learning_rate: float, memory: Memory
     if config.kind == "constant":
         schedule: Scheduler = ConstantWithWarmup(**warmup)
     elif config.kind == "wsd":
-        lowest = config.final_share * learning_rate
-        schedule = WSD(**warmup, decay_fraction=config.decay_share, decay_min_lr=lowest)
+        decay = max(round(config.decay_share * total_steps), 1)  # OLMo-core divides by it
+        schedule = WSD(**warmup, decay=decay, decay_fraction=None, decay_min_lr=config.final_share * learning_rate)
     else:
         kinds = {"cosine": CosWithWarmup, "linear": LinearWithWarmup}
         schedule = kinds[config.kind](**warmup, alpha_f=config.final_share)

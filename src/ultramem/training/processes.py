@@ -40,11 +40,13 @@ class Processes:
     data_parallel: TransformerDataParallelConfig | None
 
     def on_first(self, function: Callable[[], T]) -> T:
-        """The result of calling `function` in the first process; its `UltraMemError` is raised in all."""
+        """The result of calling `function` in the first process; its `UltraMemError`, or `OSError` as one, is raised in all."""
         outcome: tuple[T | None, str | None] = (None, None)
         if self.rank == 0:
             try:
                 outcome = (function(), None)
+            except OSError as error:
+                outcome = (None, f"{error.filename} cannot be written or read: {error.strerror}")
             except UltraMemError as error:
                 outcome = (None, str(error))
         result, message = broadcast_object(outcome)

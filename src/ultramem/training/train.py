@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ultramem.data.token_windows import TokenWindows
 from ultramem.errors import UltraMemError
+from ultramem.hosts.olmo_core import ModelStatistics
 from ultramem.hosts.olmo_core.checkpoint import check_stored_model
 from ultramem.training.callbacks import (
     Checkpoints,
@@ -98,17 +99,17 @@ def train(
         processes = stack.enter_context(join_processes(config))
         stack.enter_context(_quiet_engine(verbose))
 
-        def claim() -> int | None:
+        def claim() -> tuple[int | None, ModelStatistics]:
             stack.enter_context(directory.locked())
-            return directory.claim(overwrite)
+            return directory.claim(overwrite), directory.describe(data, processes.device, processes.count)
 
-        step = processes.on_first(claim)
+        step, statistics = processes.on_first(claim)
         if step == config.trainer.total_steps:
             return RunResult(directory.path, step, "already finished")
         if step is not None:
             check_stored_model(directory.checkpoint(step) / "model_and_optim", config.model)
         if processes.rank == 0:
-            _announce(console, directory, data, processes, step)
+            _announce(console, config, statistics, data, processes, step)
         trainer = build_trainer(config, data, processes, console)
         if step is not None:
             _load(trainer, directory.checkpoint(step))
@@ -142,7 +143,7 @@ def build_trainer(config: RunConfig, data: TokenData, processes: Processes, cons
         autocast_precision=processes.autocast,
         # Also without a limit the norm is wanted, as a metric.
         max_grad_norm=float("inf") if optimizer.max_grad_norm is None else optimizer.max_grad_norm,
-        scheduler=build_scheduler(config.schedule, optimizer.learning_rate, config.model.memory),
+        scheduler=build_scheduler(config.schedule, optimizer.learning_rate, trainer.total_steps, config.model.memory),
         device=processes.device,
     )
     callbacks: dict[str, Callback] = {
@@ -210,17 +211,20 @@ def _wandb(config: RunConfig) -> WandBCallback:
 
 
 def _announce(
-    console: Console, directory: RunDirectory, data: TokenData, processes: Processes, step: int | None
+    console: Console,
+    config: RunConfig,
+    statistics: ModelStatistics,
+    data: TokenData,
+    processes: Processes,
+    step: int | None,
 ) -> None:
-    config = directory.config
-    statistics = directory.describe(data, processes.device, processes.count)
     count = "" if processes.count == 1 else f", {processes.count} processes"
     console.print(
         f"{config.model.system}: {statistics.active / 1e6:,.1f} M active of {statistics.total / 1e6:,.1f} M "
         f"parameters; {config.trainer.total_steps:,} steps of {config.trainer.batch_size:,} tokens on "
         f"{processes.device.type}{count}"
     )
-    console.print(f"run directory: {escape(str(directory.path))}")
+    console.print(f"run directory: {escape(str(config.trainer.directory))}")
     if not data.heldout:
         console.print("no held-out data: no evaluation during training")
     if step is not None:
