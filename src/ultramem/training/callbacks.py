@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from olmo_core.distributed.utils import get_rank, get_world_size
-from olmo_core.train.callbacks import Callback, CheckpointerCallback, EvaluatorCallback, SpeedMonitorCallback
+from olmo_core.train.callbacks import (
+    Callback,
+    CheckpointerCallback,
+    EvaluatorCallback,
+    SpeedMonitorCallback,
+    WandBCallback,
+)
 from olmo_core.train.callbacks.checkpointer import CheckpointRemovalStrategy
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -179,6 +185,17 @@ class TensorBoard(Callback):
         """Close the event file."""
         if self._writer is not None:
             self._writer.close()
+
+
+@dataclass
+class WeightsAndBiases(WandBCallback):
+    """OLMo-core's, working with recent versions of wandb, too."""
+
+    def finalize(self, exit_code: int = 0) -> None:
+        """End the run there."""
+        if not self._finalized:
+            self.wandb.finish(exit_code=exit_code)
+            self._finalized = True
 
 
 @dataclass

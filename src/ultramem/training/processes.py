@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import TypeVar
 
 import torch
@@ -40,7 +41,7 @@ class Processes:
     data_parallel: TransformerDataParallelConfig | None
 
     def on_first(self, function: Callable[[], T]) -> T:
-        """The result of calling `function` in the first process; its `UltraMemError`, or `OSError` as one, is raised in all."""
+        """The result of calling `function` in the first process; its errors, of the user or the file system, in all."""
         outcome: tuple[T | None, str | None] = (None, None)
         if self.rank == 0:
             try:
@@ -70,7 +71,8 @@ def join_processes(config: RunConfig) -> Iterator[Processes]:
     _check_batch(config, count)
     joins = launched and not dist.is_initialized()
     if joins:
-        init_distributed("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        with redirect_stdout(StringIO()):  # it prints what it does
+            init_distributed("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     try:
         yield Processes(get_rank(), count, device, _autocast(trainer, kind), data_parallel)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from olmo_core.train import Duration, LoadStrategy, Trainer, TrainerConfig
-from olmo_core.train.callbacks import Callback, WandBCallback
+from olmo_core.train.callbacks import Callback
 from olmo_core.train.train_module import TransformerActivationCheckpointingConfig, TransformerTrainModule
 from rich.console import Console
 from rich.markup import escape
@@ -37,6 +37,7 @@ from ultramem.training.callbacks import (
     StopOnSignal,
     StopWhenDiverged,
     TensorBoard,
+    WeightsAndBiases,
 )
 from ultramem.training.config import RunConfig
 from ultramem.training.data import (
@@ -54,6 +55,14 @@ from ultramem.training.run_directory import METRICS_NAME, RunDirectory
 
 # What OLMo-core's state of a run consists of besides plain values and tensors: NumPy's random state.
 _STATE_TYPES: list[Any] = [np.empty(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.UInt32DType]
+
+# Of PyTorch, about what OLMo-core does on purpose, and of FSDP about views that nobody changes in place.
+_KNOWN_WARNINGS = (
+    "called a synchronizing CUDA operation",
+    "torch.distributed is disabled, unavailable or uninitialized",
+    "DTensor random operators may not have complete support on cpu",
+    "FSDP2-wrapped module .* returned a view tensor",
+)
 
 
 @dataclass(frozen=True)
@@ -198,10 +207,10 @@ def _check_wandb(config: RunConfig) -> None:
         raise UltraMemError("logging.wandb: set WANDB_API_KEY, or WANDB_MODE=offline, in the environment")
 
 
-def _wandb(config: RunConfig) -> WandBCallback:
+def _wandb(config: RunConfig) -> WeightsAndBiases:
     assert config.logging.wandb is not None
     os.environ.setdefault("WANDB_API_KEY", "none: offline")  # OLMo-core wants one in any case
-    return WandBCallback(
+    return WeightsAndBiases(
         project=config.logging.wandb.project,
         entity=config.logging.wandb.entity,
         name=config.trainer.directory.name,
@@ -242,7 +251,8 @@ def _load(trainer: Trainer, checkpoint: Path) -> None:
             raise UltraMemError(
                 f"the training data has changed since {checkpoint} was written; bring it back, or start another run"
             ) from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        reason = lines[-1 if isinstance(error, CheckpointException) else 0]  # the former begins with a traceback
         raise UltraMemError(
             f"{checkpoint} is damaged ({reason}); remove that directory to go on from the checkpoint before it"
         ) from error
@@ -295,8 +305,8 @@ def _quiet_engine(verbose: bool) -> Iterator[None]:
         logger.addHandler(handler)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "called a synchronizing CUDA operation")
-            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+            for known in _KNOWN_WARNINGS:
+                warnings.filterwarnings("ignore", known)
             yield
     finally:
         logger.setLevel(level)

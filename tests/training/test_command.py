@@ -1,0 +1,79 @@
+"""`ultramem train` as a user sees it: output, one line for a mistake, and exit statuses."""
+
+import os
+import signal
+import sys
+
+import pytest
+
+from ultramem.cli import main
+from ultramem.training.callbacks import StepSeed
+
+
+@pytest.fixture
+def command(make_config, tmp_path, monkeypatch, capsys):
+    """Runs the command on a configuration file; returns the exit status and both outputs."""
+    make_config(steps=12).save(tmp_path / "config.yaml")
+
+    def run(*arguments, config=tmp_path / "config.yaml"):
+        monkeypatch.setattr(sys, "argv", ["ultramem", "train", str(config), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def test_trains_once(command, tmp_path):
+    status, output, _ = command("--trainer.metrics_interval=6", "--optimizer.learning_rate=1e-4")
+    assert status == 0
+    assert output.splitlines()[0].startswith("ultramem_v2: 0.0 M active of 0.0 M parameters; 12 steps of 128 tokens on")
+    assert output.splitlines()[-1] == f"finished at step 12: {tmp_path / 'run'}"
+    status, output, _ = command("--optimizer.learning_rate=1e-4")
+    assert (status, output) == (0, f"already finished at step 12: {tmp_path / 'run'}\n")
+    status, output, _ = command("--overwrite", "--trainer.steps=2")
+    assert (status, output.splitlines()[-1]) == (0, f"finished at step 2: {tmp_path / 'run'}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_says_how_to_go_on(number, command, monkeypatch):
+    original = StepSeed.pre_step
+
+    def pre_step(self, batch):
+        original(self, batch)
+        if self.step == 3:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepSeed, "pre_step", pre_step)
+        status, output, _ = command()
+    assert status == 0
+    assert "interrupted at step 3" in output
+    assert output.splitlines()[-1].endswith("; the same command goes on from here")
+    status, output, _ = command()
+    assert status == 0
+    assert "going on from step 3" in output
+    assert "finished at step 12" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trainer.stps=3"], "error: trainer.stps: there is no such key; did you mean trainer.steps?"),
+        (["--overwite"], "error: --overwite: not an option"),
+        (["--optimizer.betas=[1, 2, 3]"], "error: optimizer.betas=[1, 2, 3]: must be a list of 2 values"),
+        (["--data.directory=/nowhere"], "error: /nowhere does not exist; write it with `ultramem tokenize"),
+        (["--optimizer.learning_rate=1e30", "--optimizer.max_grad_norm=null"], "error: the "),
+    ],
+)
+def test_a_mistake_is_one_line(command, arguments, message):
+    status, _, errors = command(*arguments)
+    assert status == 1
+    assert errors.startswith(message)
+    assert len(errors.splitlines()) == 1
+
+
+def test_missing_configuration(command, tmp_path):
+    status, _, errors = command(config=tmp_path / "none.yaml")
+    assert status == 1
+    assert errors == f"error: {tmp_path / 'none.yaml'}: cannot be read (No such file or directory); check the path\n"
