@@ -31,7 +31,8 @@ _DENSE_227M = ModelConfig(d_model=768, num_blocks=20, num_heads=12, feed_forward
 _DENSE_1B = ModelConfig(d_model=2048, num_blocks=16, num_heads=16, feed_forward_size=8192, tie_embeddings=False)
 # Small ones: equal active parameters, and equal totals of the sparse systems as far as whole numbers allow.
 _DENSE_MEDIUM = ModelConfig(d_model=512, num_blocks=8, num_heads=8, feed_forward_size=1536)
-_DENSE_TINY = ModelConfig(d_model=64, num_blocks=4, num_heads=2, feed_forward_size=192, vocab_size=4096)
+# For a few minutes on a CPU: at this length of training values that start small learn fastest, without pre-values.
+_DENSE_SMALL = ModelConfig(d_model=64, num_blocks=4, num_heads=2, feed_forward_size=192, vocab_size=4096)
 
 PRESETS: dict[str, ModelConfig] = {
     "dense_227m": _DENSE_227M,
@@ -115,5 +116,46 @@ PRESETS: dict[str, ModelConfig] = {
         _DENSE_MEDIUM,
         feed_forward_size=1096,
         memory=MemoryConfig(num_keys=264, key_dim=128, value_dim=192, pre_value_dim=64, top_k=32, share_ratio=0.5),
+    ),
+    "dense_small": _DENSE_SMALL,
+    "olmoe_small": replace(_DENSE_SMALL, feed_forward_size=0, moe=MoEConfig(num_experts=144, top_k=9, hidden_size=16)),
+    "pkm_small": replace(
+        _DENSE_SMALL,
+        feed_forward_size=160,
+        memory=MemoryConfig(kind="pkm", num_keys=112, key_dim=16, value_dim=64, heads=2, top_k=16, insertion="1:1/3:3"),
+    ),
+    "memory_plus_small": replace(
+        _DENSE_SMALL,
+        feed_forward_size=128,
+        memory=MemoryConfig(
+            kind="memory_plus", num_keys=160, key_dim=16, value_dim=64, heads=2, top_k=16, insertion="1:1/3:3"
+        ),
+    ),
+    "ultramem_small": replace(
+        _DENSE_SMALL,
+        feed_forward_size=112,
+        memory=MemoryConfig(
+            kind="ultramem",
+            num_keys=158,
+            key_dim=8,
+            value_dim=32,
+            heads=2,
+            top_k=16,
+            insertion="0:1/2:3",
+            init="published",
+        ),
+    ),
+    "ultramem_v2_small": replace(
+        _DENSE_SMALL,
+        feed_forward_size=112,
+        memory=MemoryConfig(
+            num_keys=80,
+            key_dim=16,
+            value_dim=64,
+            top_k=16,
+            share_ratio=0.5,
+            query_per_rank=False,
+            init="published",
+        ),
     ),
 }

@@ -1,0 +1,1 @@
+"""Measurements and comparisons; run with `python -m benchmarks.NAME`."""
