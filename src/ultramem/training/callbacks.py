@@ -193,7 +193,7 @@ class WeightsAndBiases(WandBCallback):
 
     def finalize(self, exit_code: int = 0) -> None:
         """End the run there."""
-        if not self._finalized:
+        if not self.finalized:
             self.wandb.finish(exit_code=exit_code)
             self._finalized = True
 

@@ -15,8 +15,8 @@ from olmo_core.nn.transformer import Transformer, TransformerBlock, TransformerB
 from olmo_core.nn.transformer.init import _apply_init, init_linear
 from olmo_core.ops import attach_auxiliary_loss
 from torch import Tensor, nn
-from torch.distributed import DeviceMesh
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ultramem.config import MemoryConfig
@@ -104,7 +104,7 @@ class MemoryBlock(TransformerBlock):
         raise OLMoConfigurationError("pipeline parallelism is not supported with memory layers; use FSDP or DDP")
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def read_memory(layer: MemoryLayer, x: Tensor, loss_div_factor: Tensor | float | None) -> Tensor:
     """The layer's output, with its auxiliary loss attached.
 
