@@ -1,16 +1,35 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LIBRARY = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+TOKENS := runs/python-library
+SYSTEMS ?= dense ultramem_v2
 
-.PHONY: help test check format clean
+.PHONY: help quickstart compare-small docs test check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+quickstart: $(TOKENS)/manifest.json  ## train a small UltraMemV2 on Python's standard library, evaluate it, sample, report
+	$(BIN)/ultramem train configs/quickstart.yaml
+	$(BIN)/ultramem evaluate runs/quickstart
+	$(BIN)/ultramem generate runs/quickstart 'def main(' 'import os' --max-new-tokens 64 --seed 1 --save
+	$(BIN)/ultramem report runs/quickstart
+
+compare-small: $(TOKENS)/manifest.json  ## train small models of SYSTEMS on the same tokens and print a table
+	$(BIN)/python -m benchmarks.compare_small --systems $(SYSTEMS)
+
+$(TOKENS)/manifest.json: | $(VENV)/installed
+	$(BIN)/ultramem tokenize '$(LIBRARY)' --include '*.py' --exclude 'site-packages/*' --train-bpe 4096 \
+		--heldout 0.03 --on-error skip --processes 2 --output $(TOKENS)
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
+
+docs: $(VENV)/installed  ## write docs/configuration.md anew
+	$(BIN)/python docs/generate_configuration.py
 
 test: $(VENV)/installed  ## run the test suite
 	$(BIN)/python -m pytest -n auto
