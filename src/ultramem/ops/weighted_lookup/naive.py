@@ -48,12 +48,15 @@ def weighted_lookup(
     if pre_input is not None:
         products = torch.einsum("tp,tkp->tk", pre_input, _rows(pre_values, rows).to(pre_input.dtype))
         scores = scores * ACTIVATIONS[pre_activation](products).unsqueeze(-1)
-    chosen = _rows(values, rows).unflatten(-1, (cores, -1))
-    if blocks is None:
-        return torch.einsum("tkc,tkcv->tcv", scores.to(chosen.dtype), chosen).flatten(1)
-    weighted = (scores.unsqueeze(-1).to(chosen.dtype) * chosen).flatten(2)
-    sums = weighted.new_zeros(len(weighted), num_blocks, weighted.shape[-1])
-    return sums.scatter_add(1, blocks.unsqueeze(-1).expand_as(weighted), weighted).flatten(1)
+    chosen = _rows(values, rows)
+    weights = scores.unsqueeze(2)
+    if blocks is not None:
+        places = blocks[..., None, None].expand(-1, -1, -1, cores)
+        weights = scores.new_zeros(*blocks.shape, num_blocks, cores).scatter(2, places, weights)
+    # Each core weighs the whole value, of which its slice is kept: all slices in one product, nothing rearranged.
+    sums = weights.flatten(2).transpose(1, 2).to(chosen.dtype) @ chosen
+    slices = sums.unflatten(1, (-1, cores)).unflatten(-1, (cores, -1))
+    return slices.diagonal(dim1=2, dim2=3).transpose(-1, -2).flatten(1)
 
 
 def _rows(table: Tensor | SharedTable | None, rows: Tensor) -> Any:
