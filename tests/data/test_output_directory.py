@@ -58,6 +58,14 @@ def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
     assert entries(tmp_path / "tokens") == ["manifest.json"]
 
 
+def test_a_run_killed_while_it_replaced_another_is_no_hindrance(tmp_path: Path) -> None:
+    make(tmp_path / "tokens", "old")
+    make(tmp_path / "tokens.replaced", "older")
+    make(tmp_path / "tokens", "new", overwrite=True)
+    assert (tmp_path / "tokens" / "manifest.json").read_text() == "new"
+    assert entries(tmp_path) == ["tokens"]
+
+
 def test_a_finished_output_is_kept_unless_overwritten(tmp_path: Path) -> None:
     make(tmp_path / "tokens", "old")
     with pytest.raises(UltraMemError, match="--overwrite"):

@@ -30,9 +30,10 @@ def test_finds_the_latest_and_removes_what_is_unfinished(run):
         checkpoint(run, step)
     (run.checkpoint(20) / ".metadata.json").unlink()
     (run.path / "step25-tmp" / "train").mkdir(parents=True)
-    (run.path / "step notes.txt").touch()
+    for name in ("step notes.txt", "step10.txt"):
+        (run.path / name).touch()
     assert run.claim(overwrite=False) == 10
-    assert sorted(path.name for path in run.path.glob("step*")) == ["step notes.txt", "step10", "step5"]
+    assert sorted(path.name for path in run.path.glob("step*")) == ["step notes.txt", "step10", "step10.txt", "step5"]
 
 
 def test_torn_line_is_cut(run):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +9,7 @@ from pathlib import Path
 
 from ultramem.data.token_files import MANIFEST_NAME
 from ultramem.errors import UltraMemError
+from ultramem.filesystem import locked, remove
 
 
 @contextmanager
@@ -29,8 +28,9 @@ def partial_directory(output: Path, overwrite: bool) -> Iterator[Path]:
     _check_replaceable(output, overwrite)
     partial = output.with_name(f"{output.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    with _locked(partial):
-        _clear(partial)
+    with locked(partial, f"another run is writing {partial}; wait for it or choose another --output"):
+        for leftover in partial.iterdir():
+            remove(leftover)
         try:
             yield partial
         except BaseException:
@@ -53,31 +53,9 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
         )
 
 
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold a lock on the directory, which the system releases however this process ends."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UltraMemError(f"another run is writing {directory}; wait for it or choose another --output") from error
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _clear(directory: Path) -> None:
-    for path in directory.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 def _replace(output: Path, partial: Path) -> None:
     replaced = output.with_name(f"{output.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)  # a run that was killed here may have left it
     if output.exists():
         output.rename(replaced)
     partial.rename(output)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ultramem.errors import ConfigError, UltraMemError
+from ultramem.filesystem import write_text
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -124,7 +125,7 @@ class Manifest:
 
 
 def save_manifest(manifest: Manifest) -> None:
-    """Write `manifest.json` into the manifest's directory, through a temporary file."""
+    """Write `manifest.json` into the manifest's directory, whole or not at all."""
     content = {
         "format_version": FORMAT_VERSION,
         "dtype": manifest.dtype,
@@ -139,9 +140,7 @@ def save_manifest(manifest: Manifest) -> None:
         "sources": dict(manifest.sources),
         "arguments": dict(manifest.arguments),
     }
-    temporary = manifest.directory / f"{MANIFEST_NAME}.partial"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(manifest.directory / MANIFEST_NAME)
+    write_text(manifest.directory / MANIFEST_NAME, json.dumps(content, indent=2) + "\n")
 
 
 def load_manifest(directory: str | os.PathLike[str]) -> Manifest:

@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from ultramem.errors import UltraMemError
+from ultramem.filesystem import write_text
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write the content to a temporary file beside `path` and rename it.
+    """Write the content as indented JSON.
 
     Raises:
         UltraMemError: the file cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.partial")
     try:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UltraMemError(f"{path} cannot be written: {error.strerror}") from error

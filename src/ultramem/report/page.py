@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ultramem.errors import UltraMemError
+from ultramem.filesystem import write_text
 from ultramem.report import plots
 from ultramem.report.run import LayerSeries, Run, Series
 
@@ -88,12 +88,9 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
         raise UltraMemError(f"cannot write {output}: {output.parent} is not a directory; choose another --output")
     read = [Run.read(path) for path in paths]
     page = _run_page(read[0]) if len(read) == 1 else _comparison_page(read)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(output)
+        write_text(output, page)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UltraMemError(f"cannot write {output}: {error.strerror}; choose another --output") from error
     return output
 

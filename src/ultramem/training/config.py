@@ -14,6 +14,7 @@ import yaml
 
 from ultramem.config import MemoryConfig
 from ultramem.errors import ConfigError
+from ultramem.filesystem import write_text
 from ultramem.hosts.olmo_core import ModelConfig, preset
 from ultramem.training.data import open_token_data
 from ultramem.training.decoding import decode, dotted_keys, encode, parse_yaml, set_key
@@ -250,10 +251,8 @@ class RunConfig:
             raise ConfigError(f"schedule.warmup_steps={warmup}: must be at most trainer.steps={steps}")
 
     def save(self, path: Path) -> None:
-        """Write as YAML that `load_config` reads back, through a temporary file."""
-        temporary = path.with_name(f"{path.name}.partial")
-        temporary.write_text(yaml.safe_dump(encode(self), sort_keys=False, allow_unicode=True), encoding="utf-8")
-        temporary.replace(path)
+        """Write as YAML that `load_config` reads back, whole or not at all."""
+        write_text(path, yaml.safe_dump(encode(self), sort_keys=False, allow_unicode=True))
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ import torch
 from olmo_core.train import Checkpointer
 
 from ultramem.errors import ConfigError, UltraMemError
+from ultramem.filesystem import locked, remove, write_text
 from ultramem.hosts.olmo_core import ModelConfig, ModelStatistics, model_statistics
 from ultramem.training.config import RunConfig, load_config
 from ultramem.training.data import TokenData
@@ -82,21 +81,12 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise UltraMemError(
                 f"trainer.directory={self.path}: cannot be made ({error.strerror}); name another directory"
             ) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UltraMemError(
-                f"another process is training in {self.path}; wait for it, or name another directory"
-            ) from error
-        else:
+        with locked(self.path, f"another process is training in {self.path}; wait for it, or name another directory"):
             yield
-        finally:
-            os.close(descriptor)
 
     def claim(self, overwrite: bool) -> int | None:
         """Make the directory this run's, and clean up what a killed run left.
@@ -114,7 +104,7 @@ class RunDirectory:
             self._clear()
         self._check_owner()
         for path in self.path.glob("step[0-9]*"):
-            if not Checkpointer.dir_is_checkpoint(path):
+            if path.is_dir() and not Checkpointer.dir_is_checkpoint(path):
                 shutil.rmtree(path)
         _cut_torn_line(self.path / METRICS_NAME)
         self.config.save(self.path / CONFIG_NAME)
@@ -183,10 +173,7 @@ class RunDirectory:
             return  # what is not a run is never removed
         for pattern in CONTENTS:
             for path in self.path.glob(pattern):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+                remove(path)
 
 
 def _changeable(key: str) -> bool:
@@ -212,11 +199,8 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _write_once(path: Path, text: str) -> None:
-    if path.exists():
-        return
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    if not path.exists():
+        write_text(path, text)
 
 
 def _memory_sizes(model: ModelConfig) -> dict[str, int] | None:
