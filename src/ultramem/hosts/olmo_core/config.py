@@ -14,7 +14,7 @@ from olmo_core.nn.rope import RoPEConfig
 from ultramem.config import MemoryConfig
 from ultramem.errors import ConfigError
 from ultramem.hosts.olmo_core.model import MemoryBlockConfig, MemoryTransformer
-from ultramem.hosts.olmo_core.moe import MoEConfig
+from ultramem.hosts.olmo_core.moe import ROW_ALIGNMENT, MoEConfig
 from ultramem.layers import HostScheme
 
 
@@ -55,35 +55,58 @@ class ModelConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name in ("d_model", "num_blocks", "num_heads", "vocab_size", "rope_theta"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.feed_forward_size < 1 and self.moe is None:
             raise ConfigError(f"feed_forward_size={self.feed_forward_size}: must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed}: must be at least 0 and below 2**63")
+        for name in ("norm_eps", "init_std"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be above 0")
         if self.d_model % (2 * self.num_heads):
             raise ConfigError(
                 f"num_heads={self.num_heads}: must divide d_model={self.d_model} into heads of an even width"
             )
-        for name in ("norm_eps", "init_std"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be above 0")
         if self.memory is not None and self.moe is not None:
             raise ConfigError("moe: a model has memory or a mixture of experts, not both; set one of them to null")
+        if self.moe is not None and self.d_model % ROW_ALIGNMENT:
+            raise ConfigError(
+                f"d_model={self.d_model}: must be a multiple of {ROW_ALIGNMENT} with a mixture of experts"
+            )
         if self.memory is not None:
-            try:
-                self.memory.layout(len(self.memory.insertions(self.num_blocks)))
-            except ConfigError as error:
-                raise ConfigError(f"memory.{error}") from error
-            if self.memory.kind == "pkm" and self.memory.value_dim != self.d_model:
-                raise ConfigError(
-                    f"memory.value_dim={self.memory.value_dim}: pkm adds values to the residual stream, so set it to "
-                    f"d_model={self.d_model}"
-                )
+            self._check_memory(self.memory)
+
+    def _check_types(self) -> None:
+        for name in ("d_model", "num_blocks", "num_heads", "feed_forward_size", "vocab_size", "rope_theta", "seed"):
+            if type(getattr(self, name)) is not int:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: must be of type int")
+        for name in ("norm_eps", "init_std"):
+            value = getattr(self, name)
+            if name == "init_std" and value is None:
+                continue
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise ConfigError(f"{name}={value!r}: must be a finite number")
+        if not isinstance(self.tie_embeddings, bool):
+            raise ConfigError(f"tie_embeddings={self.tie_embeddings!r}: must be of type bool")
+
+    def _check_memory(self, memory: MemoryConfig) -> None:
+        try:
+            memory.layout(len(memory.insertions(self.num_blocks)))
+        except ConfigError as error:
+            raise ConfigError(f"memory.{error}") from error
+        if memory.kind == "pkm" and memory.value_dim != self.d_model:
+            raise ConfigError(
+                f"memory.value_dim={memory.value_dim}: pkm adds values to the residual stream, so set it to "
+                f"d_model={self.d_model}"
+            )
 
     @property
     def system(self) -> str:
         """`dense`, `moe`, or the kind of memory."""
-        if self.memory is not None:
+        if self.memory is not None and self.memory.insertion != "none":
             return self.memory.kind
         return "dense" if self.moe is None else "moe"
 

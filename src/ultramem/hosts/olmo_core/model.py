@@ -8,10 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention import SequenceMixer
 from olmo_core.nn.feed_forward import FeedForward
-from olmo_core.nn.transformer import Transformer, TransformerBlock, TransformerBlockConfig
+from olmo_core.nn.transformer import (
+    Transformer,
+    TransformerActivationCheckpointingMode,
+    TransformerBlock,
+    TransformerBlockConfig,
+)
 from olmo_core.nn.transformer.init import _apply_init, init_linear
 from olmo_core.ops import attach_auxiliary_loss
 from torch import Tensor, nn
@@ -20,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ultramem.config import MemoryConfig
+from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core.moe import DroplessMoE, MoEBlock, MoEConfig
 from ultramem.layers import HostScheme, MemoryLayer
 from ultramem.memory import Memory
@@ -87,22 +92,6 @@ class MemoryBlock(TransformerBlock):
         memory = sum(6 * layer_active_parameters(layer) for _, layer in self.reads)
         return super().num_flops_per_token(seq_len) + memory
 
-    def apply_tp(self, *args: Any, **kwargs: Any) -> None:
-        """Not supported.
-
-        Raises:
-            OLMoConfigurationError: always.
-        """
-        raise OLMoConfigurationError("tensor parallelism is not supported with memory layers; use FSDP or DDP")
-
-    def apply_pp(self, pp_mesh: DeviceMesh) -> None:
-        """Not supported.
-
-        Raises:
-            OLMoConfigurationError: always.
-        """
-        raise OLMoConfigurationError("pipeline parallelism is not supported with memory layers; use FSDP or DDP")
-
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def read_memory(layer: MemoryLayer, x: Tensor, loss_div_factor: Tensor | float | None) -> Tensor:
@@ -132,9 +121,7 @@ class FullMegatronInit:
         self, m: nn.Embedding, *, d_model: int, embed_scale: float | None, std: float, generator: torch.Generator
     ) -> None:
         """Embedding rows."""
-        _apply_init(
-            nn.init.trunc_normal_, m.weight, mean=0.0, std=std, a=-3 * std, b=3 * std, generator=generator
-        )
+        _apply_init(nn.init.trunc_normal_, m.weight, mean=0.0, std=std, a=-3 * std, b=3 * std, generator=generator)
 
     def init_final_w_out(self, m: nn.Linear, *, d_model: int, std: float, generator: torch.Generator) -> None:
         """Output layer, if it is not tied to the embedding."""
@@ -233,9 +220,32 @@ class MemoryTransformer(Transformer):
             fully_shard(layer, mesh=dp_mesh, mp_policy=policy)
         super().apply_fsdp(dp_mesh=dp_mesh, param_dtype=param_dtype, reduce_dtype=reduce_dtype, **options)
 
-    def apply_activation_checkpointing(self, *args: Any, **options: Any) -> None:
-        """As in OLMo-core, which does not draw the same dropout again when it recomputes."""
-        super().apply_activation_checkpointing(*args, **options)
+    def apply_tp(self, *args: Any, **options: Any) -> None:
+        """Not supported: raises `UltraMemError`."""
+        raise UltraMemError("tensor parallelism is not supported; train with FSDP or DDP")
+
+    def apply_pp(self, *args: Any, **options: Any) -> None:
+        """Not supported: raises `UltraMemError`."""
+        raise UltraMemError("pipeline parallelism is not supported; train with FSDP or DDP")
+
+    def apply_cp(self, *args: Any, **options: Any) -> None:
+        """Not supported: raises `UltraMemError`."""
+        raise UltraMemError("context parallelism is not supported; train with FSDP or DDP")
+
+    def apply_activation_checkpointing(self, mode: TransformerActivationCheckpointingMode, **options: Any) -> None:
+        """As in OLMo-core, which does not draw the same dropout again when it recomputes.
+
+        Raises:
+            UltraMemError: the mode is `selected_ops`, and memory layers share a table.
+        """
+        shared = self.memory is not None and self.memory.table is not None
+        if shared and mode == TransformerActivationCheckpointingMode.selected_ops:
+            # It wants a repetition of all operations, but a recomputed lookup does not open the table as the first did.
+            raise UltraMemError(
+                "activation checkpointing of selected operations is not supported with a shared table; choose full, "
+                "selected_blocks or selected_modules"
+            )
+        super().apply_activation_checkpointing(mode, **options)
         if self.memory is None or not self.memory.config.output_dropout:
             return
         for module in self.modules():
