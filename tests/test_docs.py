@@ -1,0 +1,186 @@
+"""What the documents say is so: the reference is up to date, examples run, and names are of things that exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import runpy
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+import yaml
+
+from ultramem.cli import app
+from ultramem.errors import UltraMemError
+from ultramem.hosts.olmo_core import PRESETS
+from ultramem.training import RunConfig, load_config
+from ultramem.training.decoding import dotted_keys
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+KEYS = {*dotted_keys(RunConfig), "model.preset"}
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors are slower with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def generator() -> dict:
+    return runpy.run_path(str(ROOT / "docs" / "generate_configuration.py"))
+
+
+def blocks(document: Path, language: str = r"\w*") -> list[str]:
+    """Code blocks, without their fences."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def code(document: Path) -> list[str]:
+    """Code spans, and the lines of code blocks with continued ones joined."""
+    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks(document)).replace("\\\n", " ").splitlines()
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)] + lines
+
+
+def test_configuration_reference_is_up_to_date(generator: dict) -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text() == generator["page"](), "run `make docs`"
+
+
+def test_every_field_is_documented_and_nothing_else(generator: dict) -> None:
+    kinds = [RunConfig, *(kind for _, kind in generator["sections"](RunConfig))]
+    assert {kind.__name__ for kind in kinds} >= {"ModelConfig", "MemoryConfig", "MoEConfig", "TrainerConfig"}
+    for kind in kinds:
+        assert set(generator["descriptions"](kind)) == {field.name for field in dataclasses.fields(kind)}, kind
+
+
+def test_a_field_without_description_is_named(generator: dict) -> None:
+    @dataclasses.dataclass
+    class Config:
+        """A configuration.
+
+        Attributes:
+            described: yes.
+        """
+
+        described: int = 0
+        forgotten: int = 0
+
+    with pytest.raises(UltraMemError, match=r"Config\.forgotten"):
+        generator["descriptions"](Config)
+
+
+def test_readme_shows_the_example_as_it_is() -> None:
+    assert (ROOT / "examples" / "own_model.py").read_text() in blocks(ROOT / "README.md", "python")
+
+
+def test_the_example_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    runpy.run_path(str(ROOT / "examples" / "own_model.py"))
+    losses = [float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[-1] < losses[0] / 4
+
+
+def test_python_in_the_documents_runs() -> None:
+    for document in (ROOT / "docs").glob("*.md"):
+        names: dict = {}
+        for block in blocks(document, "python"):
+            exec(compile(block, document.name, "exec"), names)
+
+
+@each_document
+def test_yaml_has_keys_that_exist(document: Path, tmp_path: Path) -> None:
+    for block in blocks(document, "yaml"):
+        file = tmp_path / "run.yaml"
+        file.write_text(block)
+        if "trainer" in yaml.safe_load(block):
+            load_config(file, ["--model.vocab_size=4096"])
+        else:
+            load_config(file, ["--model.preset=dense_small", "--trainer={directory: run, batch_size: 1024, steps: 1}"])
+
+
+@each_document
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (document.parent / path) if path else document
+        assert file.is_file(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), flags=re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+            assert anchor in anchors, target
+
+
+@each_document
+def test_files_exist(document: Path) -> None:
+    folders = "src|tests|docs|configs|examples|benchmarks"
+    for span in code(document):
+        for path in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w/.-]*\w)", span):
+            if path.startswith("tests/") and "ultramem tokenize" in span:
+                continue  # of the reader's project
+            assert (ROOT / path).exists(), path
+
+
+@each_document
+def test_make_targets_exist(document: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for span in code(document):
+        for target in re.findall(r"^make ([\w-]+)", span):
+            assert target in targets, span
+
+
+@each_document
+def test_commands_and_options_exist(document: Path) -> None:
+    for span in code(document):
+        match = re.search(r"(?:^|(?<!from) )ultramem(?:\.cli)? ([a-z]+)\b(.*)", span)
+        if match is None:
+            continue
+        name, rest = match.groups()
+        assert name in COMMANDS, span
+        known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+        for word in shlex.split(rest, comments=True):
+            option = word.partition("=")[0]
+            if option.startswith("--"):
+                assert option in known or (name == "train" and option.removeprefix("--") in KEYS), span
+
+
+@each_document
+def test_options_on_their_own_exist(document: Path) -> None:
+    known = {option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts}
+    for span in code(document):
+        if match := re.match(r"--([\w.-]+)", span):
+            assert match[0] in known | {"--help"} or match[1] in KEYS, span
+
+
+@each_document
+def test_keys_exist(document: Path) -> None:
+    for span in code(document):
+        if match := re.match(r"((?:model|data|trainer|optimizer|schedule|logging)\.[a-z_.]+)(?:=.*)?$", span):
+            assert match[1] in KEYS, span
+
+
+@each_document
+def test_presets_exist(document: Path) -> None:
+    names = re.findall(
+        r"\b(?:dense|olmoe|pkm|memory_plus|ultramem|ultramem_v2)_(?:\d+[mb]|[a-z]*(?:small|medium|tiny|large))\b",
+        document.read_text(),
+    )
+    assert set(names) <= PRESETS.keys()
+
+
+def test_every_preset_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in PRESETS if f"`{name}`" not in text] == []
