@@ -17,6 +17,7 @@ from rich.table import Table
 from ultramem.errors import UltraMemError
 from ultramem.evaluation import Evaluation, evaluate
 from ultramem.report import write_report
+from ultramem.run_layout import REPORT_NAME, SUMMARY_NAME
 from ultramem.training import load_config, train
 
 SYSTEMS = ("dense", "olmoe", "pkm", "memory_plus", "ultramem", "ultramem_v2")
@@ -41,7 +42,7 @@ def main() -> None:
         evaluation.save()
         runs[system] = evaluation
     show(runs)
-    report = write_report([arguments.directory / system for system in runs], arguments.directory / "report.html")
+    report = write_report([arguments.directory / system for system in runs], arguments.directory / REPORT_NAME)
     print(f"report written to {report}")
 
 
@@ -53,7 +54,7 @@ def show(runs: dict[str, Evaluation]) -> None:
     unigram = next(iter(runs.values())).unigram_bits_per_byte
     table.add_row("unigram", "", "", "", "", f"{unigram:.4f}")
     for system, evaluation in runs.items():
-        summary = json.loads((evaluation.run / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads((evaluation.run / SUMMARY_NAME).read_text(encoding="utf-8"))
         counts = summary["parameters"]
         table.add_row(
             system,

@@ -137,7 +137,7 @@ def test_damaged_index(run: Any) -> None:
 
 def test_devices(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="device=cuda: PyTorch finds no CUDA device; use cpu"):
+    with pytest.raises(ConfigError, match="device=cuda: PyTorch finds no CUDA device here; use cpu"):
         load_model(run.path, "cuda")
     with pytest.raises(ConfigError, match="device=tpu: must be auto, cpu or cuda"):
         load_model(run.path, "tpu")

@@ -11,13 +11,12 @@ from olmo_core.distributed.checkpoint import load_state_dict
 from olmo_core.train.checkpoint import Checkpointer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ultramem.device import choose_device
 from ultramem.errors import UltraMemError
-from ultramem.evaluation.device import choose_device
 from ultramem.hosts.olmo_core.checkpoint import check_stored_model
 from ultramem.hosts.olmo_core.model import MemoryTransformer
+from ultramem.run_layout import CONFIG_NAME
 from ultramem.training.config import RunConfig, load_config
-
-CONFIG_NAME = "config.yaml"
 
 
 @dataclass(frozen=True)

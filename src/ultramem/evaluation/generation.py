@@ -13,16 +13,15 @@ import typer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from ultramem.data.token_files import TOKENIZER_NAME, load_manifest
+from ultramem.data.token_files import load_manifest
 from ultramem.data.tokenizers import ChosenTokenizer, load_tokenizer
+from ultramem.device import autocast
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.evaluation.checkpoints import Checkpoint, find_checkpoint
-from ultramem.evaluation.device import autocast
 from ultramem.evaluation.json_files import write_json
 from ultramem.evaluation.sampling import check_sampling, sample
 from ultramem.hosts.olmo_core.model import MemoryTransformer
-
-SAMPLES_NAME = "samples.json"
+from ultramem.run_layout import SAMPLES_NAME, TOKENIZER_NAME
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ from rich.progress import track
 from rich.table import Table
 
 from ultramem.data.token_windows import IGNORED, TokenWindows
+from ultramem.device import autocast
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.evaluation.checkpoints import find_checkpoint
 from ultramem.evaluation.data import find_data
-from ultramem.evaluation.device import autocast
 from ultramem.evaluation.json_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
+from ultramem.run_layout import EVALUATION_NAME
 
 BATCH_TOKENS = 4096  # of a batch, if its size is not given; the memory that logits take grows with it
-EVALUATION_NAME = "evaluation.json"
 NOT_SAVED = ("tokens_per_second", "run")
 LARGEST_LOSS = 700.0  # whose perplexity is a finite number
 

@@ -17,16 +17,16 @@ from ultramem.errors import UltraMemError
 from ultramem.filesystem import write_text
 from ultramem.report import plots
 from ultramem.report.run import LayerSeries, Run, Series
-
-TRAIN_LOSS = "train/CE loss"
-THROUGHPUT = "throughput/tokens per second"
-GRADIENT_NORM = "optim/total grad norm"
-LEARNING_RATES = {"model": "optim/learning rate (model)", "values": "optim/learning rate (values)"}
-HELD_OUT = {
-    "loss": "eval/heldout/CE loss",
-    "perplexity": "eval/heldout/perplexity",
-    "bits_per_byte": "eval/heldout/bits per byte",
-}
+from ultramem.run_layout import (
+    CONFIG_NAME,
+    GRADIENT_NORM,
+    HELD_OUT,
+    LEARNING_RATES,
+    REPORT_NAME,
+    THROUGHPUT,
+    TOKENS,
+    TRAIN_LOSS,
+)
 
 GROUPS = {"memory": "Memory layers", "moe": "Mixture of experts"}
 # For each metric of the layers, the colour bar's label and an explanation; others are shown unexplained.
@@ -83,7 +83,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     if output is None:
         if len(paths) > 1:
             raise UltraMemError("comparing runs needs a file to write: name it with --output FILE")
-        output = paths[0] / "report.html"
+        output = paths[0] / REPORT_NAME
     if not output.parent.is_dir():
         raise UltraMemError(f"cannot write {output}: {output.parent} is not a directory; choose another --output")
     read = [Run.read(path) for path in paths]
@@ -254,7 +254,7 @@ def _comparison_row(run: Run, name: str, index: int) -> dict[str, Any]:
 
 def _comparison_curves(runs: list[Run]) -> list[Plot]:
     """Overlaid curves, by tokens where every run counts them, else by steps."""
-    by_tokens = all(len(run.series("train/tokens").steps) for run in runs)
+    by_tokens = all(len(run.series(TOKENS).steps) for run in runs)
     x = "tokens" if by_tokens else "step"
     curves = []
     for metric, title, y, adjust in (
@@ -279,7 +279,7 @@ def _comparison_curves(runs: list[Run]) -> list[Plot]:
 
 def _by_tokens(run: Run, series: Series) -> Series:
     """The series with tokens in place of steps; between two reports tokens grow evenly."""
-    tokens = run.series("train/tokens")
+    tokens = run.series(TOKENS)
     return Series(np.interp(series.steps, tokens.steps, tokens.values), series.values)
 
 
@@ -290,7 +290,7 @@ def _config_differences(runs: list[Run]) -> dict[str, list[Any]]:
         try:
             configs.append(_flatten(yaml.safe_load(run.config)))
         except yaml.YAMLError as error:
-            raise UltraMemError(f"{run.path / 'config.yaml'} is not valid YAML: write it again") from error
+            raise UltraMemError(f"{run.path / CONFIG_NAME} is not valid YAML: write it again") from error
     names = dict.fromkeys(name for config in configs for name in config)
     values = {name: [config.get(name) for config in configs] for name in names}
     return {name: row for name, row in values.items() if any(value != row[0] for value in row)}

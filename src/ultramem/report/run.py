@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ultramem.errors import UltraMemError
+from ultramem.run_layout import CONFIG_NAME, EVALUATION_NAME, METRICS_NAME, SAMPLES_NAME, SUMMARY_NAME
 
 Array = NDArray[np.float64]
 Parsed = TypeVar("Parsed")
@@ -177,18 +178,18 @@ class Run:
                 of its files cannot be understood.
         """
         path = path.resolve()
-        for name in ("config.yaml", "summary.json"):
+        for name in (CONFIG_NAME, SUMMARY_NAME):
             if not (path / name).is_file():
                 raise UltraMemError(
                     f"{path} is not a run directory, it has no {name}: name the directory that "
                     "`ultramem train` writes its run to"
                 )
-        metrics, unreadable_lines = _read_metrics(path / "metrics.jsonl")
-        evaluation, samples = path / "evaluation.json", path / "samples.json"
+        metrics, unreadable_lines = _read_metrics(path / METRICS_NAME)
+        evaluation, samples = path / EVALUATION_NAME, path / SAMPLES_NAME
         return cls(
             path=path,
-            config=(path / "config.yaml").read_text(encoding="utf-8", errors="replace"),
-            summary=_parse(path / "summary.json", Summary.parse),
+            config=(path / CONFIG_NAME).read_text(encoding="utf-8", errors="replace"),
+            summary=_parse(path / SUMMARY_NAME, Summary.parse),
             metrics=metrics,
             unreadable_lines=unreadable_lines,
             evaluation=_parse(evaluation, Evaluation.parse) if evaluation.is_file() else None,

@@ -34,13 +34,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.hosts.olmo_core.moe import DroplessMoE
+from ultramem.run_layout import GRADIENT_NORM, HELD_OUT, LEARNING_RATES, THROUGHPUT, TOKENS, TRAIN_LOSS
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-TOKENS, LOSS, GRADIENT_NORM = "train/tokens", "train/CE loss", "optim/total grad norm"
-SPEED, LEARNING_RATE = "throughput/tokens per second", "optim/learning rate (model)"
-HELDOUT_LOSS = "eval/heldout/CE loss"
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE)
 # Metrics of OLMo-core that say the same or nothing.
 _LEFT_OUT = ("throughput/", "checkpoint/", "optim/LR (", "train/masked labels", "train/PPL")
@@ -141,7 +139,7 @@ class MetricsFile(Callback):
         for name in [name for name in metrics if name.startswith(_LEFT_OUT)]:
             del metrics[name]
         if speed is not None:
-            metrics[SPEED] = speed * get_world_size()
+            metrics[THROUGHPUT] = speed * get_world_size()
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Write a line. Reports that belong to the same step come in parts: the last line holds all of them."""
@@ -236,17 +234,16 @@ class ProgressReport(Callback):
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Show the loss, tokens per second and learning rate; held-out results get a line of their own."""
-        if LOSS in metrics:
-            self._speed = metrics.get(SPEED, self._speed)
-            parts = [f"loss {metrics[LOSS]:.4f}"]
+        if TRAIN_LOSS in metrics:
+            self._speed = metrics.get(THROUGHPUT, self._speed)
+            parts = [f"loss {metrics[TRAIN_LOSS]:.4f}"]
             if self._speed is not None:
                 parts.append(f"{self._speed:,.0f} tokens/s")
-            parts.append(f"learning rate {metrics[LEARNING_RATE]:.2e}")
+            parts.append(f"learning rate {metrics[LEARNING_RATES['model']]:.2e}")
             self._show(step, "  ".join(parts))
-        if HELDOUT_LOSS in metrics:
-            names = {"CE loss": "loss", "perplexity": "perplexity", "bits per byte": "bits per byte"}
-            found = {shown: metrics.get(f"eval/heldout/{name}") for name, shown in names.items()}
-            results = "  ".join(f"{shown} {value:.4f}" for shown, value in found.items() if value is not None)
+        if HELD_OUT["loss"] in metrics:
+            found = {figure.replace("_", " "): metrics[name] for figure, name in HELD_OUT.items() if name in metrics}
+            results = "  ".join(f"{figure} {value:.4f}" for figure, value in found.items())
             self.console.print(f"step {step:,}  held-out: {results}")
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from olmo_core.train import Trainer
 
 from ultramem.config import MemoryConfig
 from ultramem.hosts.olmo_core.model import MemoryTransformer
+from ultramem.run_layout import LEARNING_RATES
 from ultramem.training.config import OptimizerConfig, ScheduleConfig
 
 GROUP_FLAG = "memory_values"  # marks a parameter group as values and pre-values of memory tables
@@ -101,7 +102,7 @@ class ModelAndValuesScheduler(Scheduler):
             else:
                 learning_rate *= value_multiplier(self.memory, trainer.global_step, trainer.max_steps)
             group[self.lr_field] = learning_rate
-        trainer.record_metric(f"optim/learning rate ({name})", learning_rate)
+        trainer.record_metric(LEARNING_RATES[name], learning_rate)
         return learning_rate
 
 

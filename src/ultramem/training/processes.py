@@ -16,6 +16,7 @@ from olmo_core.distributed import parallel
 from olmo_core.distributed.utils import broadcast_object, get_rank, get_world_size, init_distributed
 from olmo_core.train.train_module import TransformerDataParallelConfig
 
+from ultramem.device import choose_device, has_fast_bfloat16
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.training.config import RunConfig, TrainerConfig
 
@@ -66,7 +67,7 @@ def join_processes(config: RunConfig) -> Iterator[Processes]:
     trainer = config.trainer
     launched = "RANK" in os.environ or dist.is_initialized()
     count = get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
-    kind = _device_type(trainer)
+    kind = _device(trainer).type
     data_parallel = _data_parallel(trainer, count, launched)
     _check_batch(config, count)
     joins = launched and not dist.is_initialized()
@@ -75,29 +76,26 @@ def join_processes(config: RunConfig) -> Iterator[Processes]:
             init_distributed("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     try:
-        yield Processes(get_rank(), count, device, _autocast(trainer, kind), data_parallel)
+        yield Processes(get_rank(), count, device, _autocast(trainer, device), data_parallel)
     finally:
         parallel._WORLD_MESH = None  # OLMo-core refuses to make a second one, which a notebook's next run needs
         if joins:
             dist.destroy_process_group()
 
 
-def _device_type(trainer: TrainerConfig) -> str:
-    available = torch.cuda.is_available()
-    kind = trainer.device
-    if kind == "auto":
-        kind = "cuda" if available else "cpu"
-    if kind == "cuda" and not available:
-        raise ConfigError("trainer.device=cuda: PyTorch finds no CUDA device here; use cpu")
-    if trainer.compile and kind == "cpu":
+def _device(trainer: TrainerConfig) -> torch.device:
+    try:
+        device = choose_device(trainer.device)
+    except ConfigError as error:
+        raise ConfigError(f"trainer.{error}") from error
+    if trainer.compile and device.type == "cpu":
         raise ConfigError("trainer.compile=True: needs a CUDA device; leave it out")
-    return kind
+    return device
 
 
-def _autocast(trainer: TrainerConfig, device: str) -> torch.dtype | None:
+def _autocast(trainer: TrainerConfig, device: torch.device) -> torch.dtype | None:
     if trainer.precision == "auto":
-        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else None
+        return torch.bfloat16 if has_fast_bfloat16(device) else None
     return torch.bfloat16 if trainer.precision == "bfloat16" else None
 
 

@@ -17,16 +17,19 @@ from olmo_core.train import Checkpointer
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.filesystem import locked, remove, write_text
 from ultramem.hosts.olmo_core import ModelConfig, ModelStatistics, model_statistics
+from ultramem.run_layout import (
+    CONFIG_NAME,
+    EVALUATION_NAME,
+    METRICS_NAME,
+    REPORT_NAME,
+    SAMPLES_NAME,
+    SUMMARY_NAME,
+    TOKENIZER_NAME,
+)
 from ultramem.training.config import RunConfig, load_config
 from ultramem.training.data import TokenData
 from ultramem.training.decoding import encode
 
-CONFIG_NAME, SUMMARY_NAME, METRICS_NAME, TOKENIZER_NAME = (
-    "config.yaml",
-    "summary.json",
-    "metrics.jsonl",
-    "tokenizer.json",
-)
 # Everything that a run, or a tool on it, may have written. The configuration goes last, it tells whose the rest is.
 CONTENTS = (
     "step[0-9]*",
@@ -36,9 +39,9 @@ CONTENTS = (
     "data_order",
     "tensorboard",
     "wandb",
-    "evaluation.json",
-    "samples.json",
-    "report.html",
+    EVALUATION_NAME,
+    SAMPLES_NAME,
+    REPORT_NAME,
     CONFIG_NAME,
 )
 # What a resumed run may change: where things are, how they are computed, what is reported; not what is learned.

@@ -26,6 +26,7 @@ from ultramem.data.token_windows import TokenWindows
 from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core import ModelStatistics
 from ultramem.hosts.olmo_core.checkpoint import check_stored_model
+from ultramem.run_layout import METRICS_NAME
 from ultramem.training.callbacks import (
     Checkpoints,
     DivergedError,
@@ -51,7 +52,7 @@ from ultramem.training.data import (
 from ultramem.training.decoding import encode
 from ultramem.training.optimizer import build_scheduler, optimizer_config
 from ultramem.training.processes import Processes, join_processes
-from ultramem.training.run_directory import METRICS_NAME, RunDirectory
+from ultramem.training.run_directory import RunDirectory
 
 # What OLMo-core's state of a run consists of besides plain values and tensors: NumPy's random state.
 _STATE_TYPES: list[Any] = [np.empty(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.UInt32DType]

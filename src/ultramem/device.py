@@ -1,4 +1,4 @@
-"""Where and in which precision models are evaluated."""
+"""Where and in which precision models compute."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ def choose_device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise ConfigError(f"device={name}: must be auto, cpu or cuda")
     if name == "cuda" and not available:
-        raise ConfigError("device=cuda: PyTorch finds no CUDA device; use cpu")
+        raise ConfigError("device=cuda: PyTorch finds no CUDA device here; use cpu")
     return torch.device(name)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether it is a GPU with matrix products in bfloat16."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def autocast(device: torch.device) -> torch.autocast:
     """Matrix products in bfloat16 on GPUs that have it, in float32 elsewhere."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device))

@@ -1,0 +1,20 @@
+"""What a run directory holds: the names of its files, and of the metrics in `metrics.jsonl`."""
+
+CONFIG_NAME = "config.yaml"
+SUMMARY_NAME = "summary.json"
+METRICS_NAME = "metrics.jsonl"
+TOKENIZER_NAME = "tokenizer.json"
+EVALUATION_NAME = "evaluation.json"
+SAMPLES_NAME = "samples.json"
+REPORT_NAME = "report.html"
+
+TOKENS = "train/tokens"
+TRAIN_LOSS = "train/CE loss"
+GRADIENT_NORM = "optim/total grad norm"
+THROUGHPUT = "throughput/tokens per second"
+LEARNING_RATES = {"model": "optim/learning rate (model)", "values": "optim/learning rate (values)"}
+HELD_OUT = {
+    "loss": "eval/heldout/CE loss",
+    "perplexity": "eval/heldout/perplexity",
+    "bits_per_byte": "eval/heldout/bits per byte",
+}
