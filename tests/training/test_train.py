@@ -16,6 +16,7 @@ from olmo_core.distributed.checkpoint.filesystem import RemoteFileSystemWriter
 from olmo_core.train import Checkpointer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ultramem.data.token_windows import TokenWindows
 from ultramem.errors import UltraMemError
 from ultramem.evaluation.checkpoints import load_model
 from ultramem.hosts.olmo_core import model_statistics
@@ -335,6 +336,15 @@ def test_full_disk_while_writing_metrics(make_config, monkeypatch):
     monkeypatch.setattr(MetricsFile, "log_metrics", full)
     with pytest.raises(UltraMemError, match=r"metrics.jsonl cannot be written \(No space left.*last good .*step10"):
         train(config)
+
+
+def test_broken_token_file_in_an_evaluation(make_config, monkeypatch):
+    def read(self):
+        raise UltraMemError("token file x has id 999; give others")
+
+    monkeypatch.setattr(TokenWindows, "__iter__", read)
+    with pytest.raises(UltraMemError, match=r"^token file x has id 999; give others; the last good checkpoint is .*"):
+        train(make_config())
 
 
 def test_checkpoint_of_another_model(make_config):

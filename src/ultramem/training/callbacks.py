@@ -328,7 +328,8 @@ class Checkpoints(CheckpointerCallback):
             for unfinished in (directory, directory.with_name(f"{directory.name}-tmp")):
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise UltraMemError(
-                f"the checkpoint of step {self.step} cannot be written to {directory}: {cause}"
+                f"the checkpoint of step {self.step} cannot be written to {directory}: {cause}: make room and run the "
+                "same command again"
             ) from error
 
 

@@ -290,7 +290,7 @@ def _describe(error: Exception) -> str | None:
     if isinstance(error, DivergedError):
         return f"{error}: try a new run with a lower optimizer.learning_rate"
     if isinstance(error, UltraMemError):
-        return f"{error}: make room and run the same command again"
+        return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename} cannot be written ({error.strerror}): make room and run the same command again"
     return None
