@@ -250,6 +250,13 @@ def test_comparison_is_by_tokens_only_if_all_runs_count_them(make_run: MakeRun) 
     assert unmeasured == ["\N{EN DASH}", "\N{EN DASH}"]
 
 
+def test_comparison_of_runs_without_held_out_results(make_run: MakeRun) -> None:
+    runs = [make_run(name, lines=LOSS_ONLY, finished=False) for name in ("one", "two")]
+    found = Page(write_report(runs, runs[0].parent / "both.html"))
+    row = next(row for row in found.rows if row[0] == "one")
+    assert row[2:5] == ["\N{EN DASH}", "\N{EN DASH}", "8.500"]
+
+
 def test_tokens_between_reports_are_interpolated(make_run: MakeRun) -> None:
     lines = [
         {"step": step, "time": 0, "metrics": {"loss": 10.0 - step} | ({"train/tokens": 100 * step} if step % 2 else {})}
