@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ultramem.errors import ConfigError
+from ultramem.field_types import check_types
 
 Kind = Literal["pkm", "memory_plus", "ultramem", "ultramem_v2"]
 Sharing = Literal["ring", "no_ring", "block"]
@@ -233,8 +234,7 @@ class MemoryConfig:
         self._check_choice("value_projectors", get_args(ValueProjectors))
         self._check_choice("pre_activation", (None, *get_args(Activation)))
         self._check_choice("init", get_args(Initialization))
-        for field in fields(self):
-            self._check_type(field.name)
+        check_types(self)
         for name, low in _SMALLEST.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -256,22 +256,6 @@ class MemoryConfig:
                     f"{only!r} or choose kind='ultramem_v2'"
                 )
         self._parse_insertion()
-
-    def _check_type(self, name: str) -> None:
-        value = getattr(self, name)
-        annotation = str(type(self).__dataclass_fields__[name].type)
-        if value is None and "None" in annotation:
-            return
-        if annotation.startswith("bool"):
-            right = isinstance(value, bool)
-        elif annotation.startswith("int"):
-            right = isinstance(value, int) and not isinstance(value, bool)
-        elif annotation.startswith("float"):
-            right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        else:
-            right = isinstance(value, str)
-        if not right:
-            raise ConfigError(f"{name}={value!r}: must be of type {annotation}")
 
     def _check_tucker(self) -> None:
         if self.value_dim % self.cores:

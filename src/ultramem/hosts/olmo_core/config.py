@@ -13,6 +13,7 @@ from olmo_core.nn.rope import RoPEConfig
 
 from ultramem.config import MemoryConfig
 from ultramem.errors import ConfigError
+from ultramem.field_types import check_types
 from ultramem.hosts.olmo_core.model import MemoryBlockConfig, MemoryTransformer
 from ultramem.hosts.olmo_core.moe import ROW_ALIGNMENT, MoEConfig
 from ultramem.layers import HostScheme
@@ -55,7 +56,7 @@ class ModelConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._check_types()
+        check_types(self)
         for name in ("d_model", "num_blocks", "num_heads", "vocab_size", "rope_theta"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -78,19 +79,6 @@ class ModelConfig:
             )
         if self.memory is not None:
             self._check_memory(self.memory)
-
-    def _check_types(self) -> None:
-        for name in ("d_model", "num_blocks", "num_heads", "feed_forward_size", "vocab_size", "rope_theta", "seed"):
-            if type(getattr(self, name)) is not int:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: must be of type int")
-        for name in ("norm_eps", "init_std"):
-            value = getattr(self, name)
-            if name == "init_std" and value is None:
-                continue
-            if type(value) not in (int, float) or not math.isfinite(value):
-                raise ConfigError(f"{name}={value!r}: must be a finite number")
-        if not isinstance(self.tie_embeddings, bool):
-            raise ConfigError(f"tie_embeddings={self.tie_embeddings!r}: must be of type bool")
 
     def _check_memory(self, memory: MemoryConfig) -> None:
         try:

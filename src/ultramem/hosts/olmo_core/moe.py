@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from olmo_core.train.common import ReduceType
 from torch import Tensor, nn
 
 from ultramem.errors import ConfigError, UltraMemError
+from ultramem.field_types import check_types
 
 # Grouped GEMM kernels read rows whose length is a multiple of 16 bytes, which is this many bfloat16 elements.
 ROW_ALIGNMENT = 8
@@ -44,8 +44,7 @@ class MoEConfig:
     normalize_top_k: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            _check_type(field.name, getattr(self, field.name), str(field.type))
+        check_types(self)
         _check_aligned("hidden_size", self.hidden_size)
         if self.num_experts < 1:
             raise ConfigError(f"num_experts={self.num_experts}: must be at least 1")
@@ -69,17 +68,6 @@ class MoEConfig:
     def build(self, d_model: int, *, init_device: str = "cpu") -> DroplessMoE:
         """The layer for a model of width `d_model`, with its parameters on `init_device`."""
         return DroplessMoE(d_model, self, init_device=init_device)
-
-
-def _check_type(name: str, value: Any, annotation: str) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    right = {
-        "bool": isinstance(value, bool),
-        "int": number and isinstance(value, int),
-        "float": number and math.isfinite(value),
-    }
-    if not right[annotation]:
-        raise ConfigError(f"{name}={value!r}: must be of type {annotation}")
 
 
 def _check_aligned(name: str, value: int) -> None:
