@@ -53,8 +53,8 @@ def model_statistics(config: ModelConfig, sequence_length: int) -> ModelStatisti
         in_memory = sum(parameter.numel() for parameter in model.memory.parameters())
         active += sum(map(layer_active_parameters, model.memory.layers)) - in_memory
     if config.moe is not None:
-        expert = 3 * config.d_model * config.moe.hidden_size
-        active -= config.num_blocks * (config.moe.num_experts - config.moe.top_k) * expert
+        unused = config.moe.num_params(config.d_model) - config.moe.num_active_params(config.d_model)
+        active -= config.num_blocks * unused
     return ModelStatistics(
         total=total,
         active=active,
