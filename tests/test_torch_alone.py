@@ -8,7 +8,7 @@ import sys
 PROGRAM = """
 import sys
 for name in ("numpy", "olmo_core", "olmo_eval", "transformers", "tokenizers", "datasets", "safetensors", "typer",
-             "rich", "matplotlib", "tensorboard", "zstandard", "yaml", "triton"):
+             "rich", "markupsafe", "matplotlib", "pyarrow", "tensorboard", "zstandard", "yaml", "triton"):
     sys.modules[name] = None  # an import of it fails
 
 import torch
