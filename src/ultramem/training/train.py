@@ -243,9 +243,8 @@ def _announce(
 
 def _load(trainer: Trainer, checkpoint: Path) -> None:
     """Load a checkpoint; trainer state is unpickled with plain types only."""
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        with torch.serialization.safe_globals(_STATE_TYPES):
+        with _weights_only(), torch.serialization.safe_globals(_STATE_TYPES):
             trainer.load_checkpoint(checkpoint, load_trainer_state=True, load_optim_state=True)
     except (Exception, CheckpointException) as error:
         if "fingerprint" in str(error):
@@ -257,8 +256,20 @@ def _load(trainer: Trainer, checkpoint: Path) -> None:
         raise UltraMemError(
             f"{checkpoint} is damaged ({reason}); remove that directory to go on from the checkpoint before it"
         ) from error
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Have every `torch.load`, OLMo-core's too, refuse pickles that hold more than data."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
     finally:
-        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _fit(trainer: Trainer, directory: RunDirectory) -> None:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from ultramem.errors import ConfigError, UltraMemError
+from ultramem.errors import ConfigError
 from ultramem.hosts.olmo_core.moe import (
     DroplessMoE,
     MoEBlock,
@@ -304,8 +304,7 @@ def test_parameter_and_operation_counts():
     block = build_block(init_device="meta")
     attention, norms, router, expert = 4 * 16 * 16, 2 * 16, 6 * 16, 3 * 16 * 24
     assert all(parameter.is_meta for parameter in block.parameters())
-    assert block.num_params == attention + norms + router + 6 * expert
-    assert block.num_active_params == attention + norms + router + 3 * expert
+    assert sum(parameter.numel() for parameter in block.parameters()) == attention + norms + router + 6 * expert
     attention_operations = block.attention.num_flops_per_token(10)
     assert block.num_flops_per_token(10) - attention_operations == 6 * (router + 3 * expert)
 
@@ -379,10 +378,6 @@ def test_bad_value_is_named_with_its_remedy(field, value, remedy):
     assert str(error.value).startswith(f"{field}={value!r}: ")
 
 
-def test_bad_width_and_unsupported_parallelism_are_named():
+def test_bad_width_is_named():
     with pytest.raises(ConfigError, match="d_model=20: must be a positive multiple of 8"):
         CONFIG.build(20)
-    with pytest.raises(UltraMemError, match="tensor parallelism"):
-        build_block().apply_tp(None, input_layout=None)
-    with pytest.raises(UltraMemError, match="context parallelism"):
-        build_block().apply_cp(None)

@@ -16,7 +16,7 @@ from olmo_core.ops import attach_auxiliary_loss
 from olmo_core.train.common import ReduceType
 from torch import Tensor, nn
 
-from ultramem.errors import ConfigError, UltraMemError
+from ultramem.errors import ConfigError
 from ultramem.field_types import check_types
 
 # Grouped GEMM kernels read rows whose length is a multiple of 16 bytes, which is this many bfloat16 elements.
@@ -363,22 +363,3 @@ class MoEBlock(TransformerBlock):
         tokens = max(x.shape[:-1].numel(), 1) if loss_div_factor is None else loss_div_factor
         mixed = self.feed_forward(self.feed_forward_norm(h), loss_div_factor=tokens * self.n_layers)
         return self.feed_forward_residual_stream(h, mixed)
-
-    @property
-    def num_params(self) -> int:
-        """Parameters of the block."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    @property
-    def num_active_params(self) -> int:
-        """Parameters of the block that one token uses."""
-        moe = self.feed_forward.config
-        return self.num_params - moe.num_params(self.d_model) + moe.num_active_params(self.d_model)
-
-    def apply_tp(self, *args: Any, **kwargs: Any) -> None:
-        """Not supported: raises `UltraMemError`."""
-        raise UltraMemError("the mixture of experts has no tensor parallelism; train it with FSDP or DDP")
-
-    def apply_cp(self, *args: Any, **kwargs: Any) -> None:
-        """Not supported: raises `UltraMemError`."""
-        raise UltraMemError("the mixture of experts has no context parallelism; train it with FSDP or DDP")
