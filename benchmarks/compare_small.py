@@ -49,7 +49,7 @@ def main() -> None:
 def show(runs: dict[str, Evaluation]) -> None:
     """Print a table of the runs, with the unigram model of the training text."""
     table = Table()
-    for column in ("system", "active", "total", "tokens", "held-out loss", "bits per byte"):
+    for column in ("system", "active", "total", "tokens", "held-out loss", "bits/byte"):
         table.add_column(column, justify="left" if column == "system" else "right")
     unigram = next(iter(runs.values())).unigram_bits_per_byte
     table.add_row("unigram", "", "", "", "", f"{unigram:.4f}")
@@ -64,9 +64,8 @@ def show(runs: dict[str, Evaluation]) -> None:
             f"{evaluation.loss:.4f}",
             f"{evaluation.bits_per_byte:.4f}",
         )
-    console = Console()
-    console.print(table)
-    console.print("parameters without embeddings; every system saw the same tokens in the same order")
+    table.caption = "Parameters without embeddings."
+    Console().print(table)
 
 
 if __name__ == "__main__":

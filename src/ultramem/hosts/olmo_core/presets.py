@@ -31,7 +31,8 @@ _DENSE_227M = ModelConfig(d_model=768, num_blocks=20, num_heads=12, feed_forward
 _DENSE_1B = ModelConfig(d_model=2048, num_blocks=16, num_heads=16, feed_forward_size=8192, tie_embeddings=False)
 # Small ones: equal active parameters, and equal totals of the sparse systems as far as whole numbers allow.
 _DENSE_MEDIUM = ModelConfig(d_model=512, num_blocks=8, num_heads=8, feed_forward_size=1536)
-# For a few minutes on a CPU: at this length of training values that start small learn fastest, without pre-values.
+# For a few minutes on a CPU. At this length of training values do best that start small and learn no faster than the
+# rest, and pre-values do not pay yet.
 _DENSE_SMALL = ModelConfig(d_model=64, num_blocks=4, num_heads=2, feed_forward_size=192, vocab_size=4096)
 
 PRESETS: dict[str, ModelConfig] = {
@@ -157,6 +158,7 @@ PRESETS: dict[str, ModelConfig] = {
             share_ratio=0.5,
             query_per_rank=False,
             init="published",
+            value_lr_multiplier=1.0,
         ),
     ),
 }
