@@ -145,6 +145,11 @@ class MemoryConfig:
         return self.kind in TUCKER_KINDS
 
     @property
+    def shares_table(self) -> bool:
+        """Whether all layers read one table (Memory+, UltraMemV2) rather than one each (PKM, UltraMem)."""
+        return self.kind in ("memory_plus", "ultramem_v2")
+
+    @property
     def virtual_blocks(self) -> int:
         """Virtual copies of a layer's window."""
         assert self.key_expansion is not None
@@ -205,10 +210,9 @@ class MemoryConfig:
             table_rows = layer_rows * num_layers
             window_keys = math.isqrt(math.floor(table_rows * self.share_ratio + 1e-6))
             starts = tuple(self._start(layer, table_rows, window_keys**2) for layer in range(num_layers))
-            num_tables = min(num_layers, 1)
         else:
             table_rows, window_keys, starts = layer_rows, self.num_keys, (0,) * num_layers
-            num_tables = min(num_layers, 1) if self.kind == "memory_plus" else num_layers
+        num_tables = min(num_layers, 1) if self.shares_table else num_layers
         axis_keys = self.key_expansion * window_keys
         if num_layers and axis_keys**2 < self.top_k:
             raise ConfigError(

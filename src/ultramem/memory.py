@@ -82,8 +82,7 @@ class Memory(nn.Module):
             rows, value_dim, pre_value_dim = layout.table_rows, config.value_dim, config.pre_value_dim
             return ValueTable(rows, value_dim, pre_value_dim, device=device, dtype=dtype)
 
-        shared = config.kind in ("memory_plus", "ultramem_v2")
-        self.table = new_table() if shared and self.insertions else None
+        self.table = new_table() if config.shares_table and self.insertions else None
         self.layers = nn.ModuleList(
             _LAYER_TYPES[config.kind](
                 config,
@@ -92,7 +91,7 @@ class Memory(nn.Module):
                 axis_keys=layout.axis_keys,
                 window_start=start,
                 window_rows=layout.window_rows,
-                owns_table=not shared,
+                owns_table=not config.shares_table,
                 device=device,
                 dtype=dtype,
             )
