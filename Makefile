@@ -5,7 +5,7 @@ LIBRARY = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdl
 TOKENS := runs/python-library
 SYSTEMS ?= dense ultramem_v2
 
-.PHONY: help quickstart compare-small docs test check format clean
+.PHONY: help quickstart compare-small docs test test-gpu check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -33,6 +33,9 @@ docs: $(VENV)/installed  ## write docs/configuration.md anew
 
 test: $(VENV)/installed  ## run the test suite
 	$(BIN)/python -m pytest -n auto
+
+test-gpu: $(VENV)/installed  ## run the kernels' tests on a GPU
+	$(BIN)/python -m pytest tests/ops tests/layers -m "kernels or gpu"
 
 check: $(VENV)/installed  ## formatting, lint and types
 	$(BIN)/ruff format --check .

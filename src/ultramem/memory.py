@@ -12,6 +12,7 @@ from ultramem.config import MemoryConfig
 from ultramem.errors import ConfigError
 from ultramem.layers import HostScheme, MemoryLayer, MemoryPlus, ProductKeyMemory, TuckerMemory, ValueTable
 from ultramem.layers.initialization import initialize
+from ultramem.layers.tucker import refresh_directions
 
 _LAYER_TYPES: dict[str, Callable[..., MemoryLayer]] = {
     "pkm": ProductKeyMemory,
@@ -121,10 +122,23 @@ class Memory(nn.Module):
         initialize(self.config, self.layers, [schemes[add] for _, add in self.insertions], generator)
 
     def refresh(self) -> None:
-        """Follow the Tucker cores with the vectors that rank the keys; call once after each optimiser step."""
-        for layer in self.layers:
-            if isinstance(layer, TuckerMemory):
-                layer.refresh()
+        """Follow the parameters with what is derived from them; call once after each optimiser step.
+
+        That is the vectors that rank the keys, which follow the Tucker cores, and a table's copy in autocast's dtype.
+        """
+        tucker_layers = [layer for layer in self.layers if isinstance(layer, TuckerMemory)]
+        if tucker_layers:
+            refresh_directions(tucker_layers)
+        for table in {layer.table for layer in self.layers}:
+            table.refresh()
+
+    def prepare(self) -> None:
+        """Call before a forward pass whose layers run in compiled programs that were compiled piece by piece.
+
+        A program of the whole pass, or none, needs no preparation.
+        """
+        for table in {layer.table for layer in self.layers}:
+            table.shared.renew()
 
     def auxiliary_loss(self) -> Tensor | None:
         """Sum of the layers' auxiliary losses of the last forward pass in training; None if there are none."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ultramem import Memory, MemoryConfig
+from ultramem.ops import use_backend
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = ["memory_plus", "ultramem_v1", "ultramem_v2", "ultramem_v2_gelu", "ultramem_v2_virtual4_heads2"]
@@ -35,7 +36,7 @@ def load(case: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         return meta, {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "meta"}
 
 
-def build(meta: dict[str, Any], arrays: dict[str, torch.Tensor]) -> Memory:
+def build(meta: dict[str, Any], dtype: torch.dtype = torch.float64) -> Memory:
     kind = {"ultramem_v1": "ultramem"}.get(meta["kind"], meta["kind"])
     config = MemoryConfig(
         kind=kind,
@@ -53,13 +54,16 @@ def build(meta: dict[str, Any], arrays: dict[str, torch.Tensor]) -> Memory:
         pre_activation=meta.get("pre_activation"),
         norm_eps=meta["norm_eps"],
     )
-    return Memory(config, meta["d_model"], meta.get("num_layers", 1), dtype=torch.float64)
+    return Memory(config, meta["d_model"], meta.get("num_layers", 1), dtype=dtype)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_outputs_and_gradients(case: str) -> None:
+def check(case: str, tolerance: float, dtype: torch.dtype = torch.float64, device: Any = None) -> None:
+    """Outputs and gradients of a case, within a part of their norm."""
     meta, arrays = load(case)
-    memory = build(meta, arrays)
+    narrow = {name: array.to(dtype) if array.is_floating_point() else array for name, array in arrays.items()}
+    arrays = {name: array.to(device) for name, array in narrow.items()}
+    with use_backend("auto"):  # initial values are found with many tokens
+        memory = build(meta, dtype).to(device)
     layer = memory.layers[meta.get("layer_index", 0)]
     parameters = dict(layer.named_parameters()) | {
         f"table.{name}": parameter for name, parameter in layer.table.named_parameters()
@@ -81,7 +85,6 @@ def test_outputs_and_gradients(case: str) -> None:
     y = layer(x)
     (y * arrays["grad_y"]).sum().backward()
 
-    tolerance = 1e-6 if case == "memory_plus" else 1e-9
     results = {"y": y, "grad_x": x.grad}
     results |= {f"grad_{name}": used[name].grad for name in used if f"grad_{name}" in arrays}
     assert len(results) >= 7
@@ -91,10 +94,22 @@ def test_outputs_and_gradients(case: str) -> None:
         assert error < tolerance, f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients(case: str) -> None:
+    check(case, tolerance=1e-6 if case == "memory_plus" else 1e-9)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_with_kernels(case: str, device: torch.device) -> None:
+    with use_backend("fused"):
+        check(case, 1e-5, torch.float32, device)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if "top_scores" in load(case)[1]])
 def test_retrieval(case: str) -> None:
     meta, arrays = load(case)
-    layer = build(meta, arrays).layers[0]
+    layer = build(meta).layers[0]
     with torch.no_grad():
         layer.query_proj.weight.copy_(arrays["query_weight"])
         layer.query_norm.weight.copy_(arrays["query_norm_weight"])

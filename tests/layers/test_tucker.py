@@ -244,11 +244,11 @@ def test_auxiliary_loss(heads: int) -> None:
     layer, x = build(balance_coef=0.3, tucker_penalty_coef=0.2, tucker_penalty_threshold=0.01, heads=heads), tokens()
     layer.train()
     layer(x)
-    row_scores, column_scores = layer.axis_scores(layer.queries(x))
+    queries, keys = (part.detach().numpy() for part in (layer.normed_queries(layer.queries(x)), layer.normed_keys()))
     expected = 0.0
-    for scores, direction in ((row_scores, layer.u), (column_scores, layer.t)):
+    for number, direction in enumerate((layer.u, layer.t)):
         for head in range(heads):
-            axis = np.einsum("trn,r->tn", scores[:, head].detach().numpy(), direction[head].numpy())
+            axis = np.einsum("trd,nrd,r->tn", queries[:, number], keys[head, number], direction[head].numpy())
             exponentials = np.exp(axis)
             probabilities = (exponentials / exponentials.sum(-1, keepdims=True)).mean(0)
             chosen = np.argsort(-axis, axis=-1)[:, : min(5, layer.axis_keys)]

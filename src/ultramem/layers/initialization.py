@@ -198,12 +198,12 @@ def simulate_tucker_scores(layer: TuckerMemory) -> tuple[float, float]:
     generator = torch.Generator(device).manual_seed(0)
     queries = _unit_rows((2, layer.queries_per_axis, 1, _SIMULATED_TOKENS, config.key_dim), generator, config.norm_eps)
     keys = _unit_rows((2, config.tucker_rank, config.heads, axis_keys, config.key_dim), generator, config.norm_eps)
-    scores = queries @ keys.transpose(-1, -2)  # (2, rank, heads, tokens, keys)
-    row_scores, column_scores = scores.permute(0, 3, 2, 1, 4).unbind(0)
+    of_tokens = queries.squeeze(2).permute(2, 0, 1, 3).expand(-1, -1, config.tucker_rank, -1)
+    of_heads = keys.permute(2, 0, 3, 1, 4)
     cores = layer.cores.full_tensor() if isinstance(layer.cores, DTensor) else layer.cores
     axis_top_k = min(config.axis_top_k or config.top_k, axis_keys)
-    chosen, _ = tucker_topk(
-        row_scores, column_scores, cores.float(), layer.u.float(), layer.t.float(), config.top_k, axis_top_k
+    chosen, _ = tucker_topk.naive(
+        of_tokens, of_heads, cores.float(), layer.u.float(), layer.t.float(), config.top_k, axis_top_k
     )
     return float(chosen.mean()), float(chosen.square().mean())
 
@@ -217,8 +217,7 @@ def simulate_product_key_weights(layer: ProductKeyMemory, scheme: HostScheme) ->
         queries *= scheme.linear_std * math.sqrt(layer.d_model)
     bound = config.key_dim**-0.5
     keys = torch.empty(2, layer.axis_keys, config.key_dim, device=device).uniform_(-bound, bound, generator=generator)
-    row_scores, column_scores = (queries @ keys.transpose(1, 2)).unbind(0)
-    scores, _ = product_key_topk(row_scores, column_scores, config.top_k)
+    scores, _ = product_key_topk.naive(queries.transpose(0, 1).unsqueeze(1), keys.unsqueeze(0), config.top_k)
     return float(scores.softmax(-1).square().sum(-1).mean())
 
 

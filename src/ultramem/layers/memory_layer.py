@@ -56,7 +56,8 @@ class MemoryLayer(nn.Module):
         self.config = config
         self.d_model = d_model
         self.axis_keys = axis_keys
-        self.window_start = window_start
+        # A tensor, and on the CPU: a compiler makes one program for layers that differ in it, and nothing waits for it.
+        self.window_start = torch.tensor(window_start, device="cpu")
         self.window_rows = window_rows
         self.num_queries = num_queries
         self.auxiliary_loss: Tensor | None = None
@@ -133,3 +134,9 @@ class MemoryLayer(nn.Module):
         """Sizes, for `print(module)`."""
         c = self.config
         return f"heads={c.heads}, top_k={c.top_k}, axis_keys={self.axis_keys}, window_rows={self.window_rows}"
+
+
+def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    """x over its root mean square, times the gain; in the dtype of x also under autocast, which would widen it."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, x.shape[-1:], None if gain is None else gain.to(x.dtype), eps)

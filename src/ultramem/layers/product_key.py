@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ultramem.config import MemoryConfig
 from ultramem.errors import ConfigError
-from ultramem.layers.memory_layer import MemoryLayer
+from ultramem.layers.memory_layer import MemoryLayer, rms_norm
 from ultramem.layers.value_table import ValueTable
 from ultramem.ops import product_key_topk
+from ultramem.ops.product_key_topk.naive import axis_scores
 
 
 class ProductKeyMemory(MemoryLayer):
@@ -34,17 +35,14 @@ class ProductKeyMemory(MemoryLayer):
         self.keys = nn.Parameter(torch.empty(config.heads, 2, self.axis_keys, config.key_dim, **factory))
 
     def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """As in `MemoryLayer`; the weights are a softmax over each head's chosen sums, taken in float32."""
+        """As in `MemoryLayer`; the weights are a softmax over each head's chosen sums."""
         config = self.config
         per_axis = queries.view(-1, config.heads, 2, config.key_dim)
-        row_scores, column_scores = torch.einsum("thxd,hxnd->xthn", per_axis, self.keys).unbind(0)
-        scores, indices = product_key_topk(row_scores, column_scores, config.top_k)
-        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        scores, indices = product_key_topk(per_axis, self.keys, config.top_k)
         if config.balance_coef and self.training:
-            self.auxiliary_loss = config.balance_coef * (
-                balance_loss(row_scores, config.top_k) + balance_loss(column_scores, config.top_k)
-            )
-        return weights.flatten(1).unsqueeze(-1), indices.flatten(1)
+            losses = [balance_loss(axis, config.top_k) for axis in axis_scores(per_axis, self.keys)]
+            self.auxiliary_loss = config.balance_coef * torch.stack(losses).sum()
+        return scores.softmax(-1).flatten(1).unsqueeze(-1), indices.flatten(1)
 
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
         """Nothing: values are as wide as the model."""
@@ -66,7 +64,7 @@ class MemoryPlus(ProductKeyMemory):
 
     def queries(self, x: Tensor) -> Tensor:
         """Normalised queries (tokens, num_queries, key_dim)."""
-        return self.query_norm(super().queries(x))
+        return rms_norm(super().queries(x), self.query_norm.weight, self.config.norm_eps)
 
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
         """Gate and project."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ultramem.config import MemoryConfig
-from ultramem.layers.memory_layer import MemoryLayer
+from ultramem.layers.memory_layer import MemoryLayer, rms_norm
 from ultramem.layers.product_key import balance_loss
 from ultramem.layers.value_table import ValueTable
 from ultramem.ops import tucker_topk
+from ultramem.ops.tucker_topk.naive import axis_scores
 
 
 class TuckerMemory(MemoryLayer):
@@ -50,26 +52,32 @@ class TuckerMemory(MemoryLayer):
     def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """As in `MemoryLayer`; the weights are the scores of each core."""
         config = self.config
-        row_scores, column_scores = self.axis_scores(queries)
+        normed_queries, normed_keys = self.normed_queries(queries), self.normed_keys()
         axis_top_k = min(config.axis_top_k or config.top_k, self.axis_keys)
-        scores, indices = tucker_topk(row_scores, column_scores, self.cores, self.u, self.t, config.top_k, axis_top_k)
+        scores, indices = tucker_topk(normed_queries, normed_keys, self.cores, self.u, self.t, config.top_k, axis_top_k)
         if self.training:
-            self.auxiliary_loss = self._auxiliary_loss(row_scores, column_scores, axis_top_k)
+            self.auxiliary_loss = self._auxiliary_loss(normed_queries, normed_keys, axis_top_k)
         return scores.flatten(1, 2), indices.flatten(1)
 
-    def axis_scores(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Row and column scores (tokens, heads, rank, axis_keys) of queries (tokens, num_queries, key_dim)."""
-        config = self.config
-        normed = self.query_norm(queries).view(-1, 2, self.queries_per_axis, config.key_dim)
-        row_queries, column_queries = normed.expand(-1, -1, config.tucker_rank, -1).unbind(1)
-        row_keys, column_keys = self.key_norm(self.keys.transpose(3, 4)).unbind(1)
-        equation = "trd,hnrd->thrn"
-        return torch.einsum(equation, row_queries, row_keys), torch.einsum(equation, column_queries, column_keys)
+    def normed_queries(self, queries: Tensor) -> Tensor:
+        """Normalised row and column queries (tokens, 2, rank, key_dim) of queries (tokens, num_queries, key_dim).
+
+        Without their gain: it multiplies the keys, of which there are fewer.
+        """
+        normed = rms_norm(queries, None, self.config.norm_eps)
+        return normed.unflatten(1, (2, self.queries_per_axis)).expand(-1, -1, self.config.tucker_rank, -1)
+
+    def normed_keys(self) -> Tensor:
+        """Normalised row and column keys (heads, 2, axis_keys, rank, key_dim), with their gain and the queries'."""
+        gain = self.key_norm.weight * self.query_norm.weight
+        return rms_norm(self.keys.transpose(3, 4), gain, self.config.norm_eps)
 
     def locate(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Through the shuffle to virtual block and table row."""
         virtual = self.shuffle[indices]
-        rows = (virtual % self.window_rows + self.window_start) % self.table.values.shape[0]
+        in_window = virtual if self.config.virtual_blocks == 1 else virtual % self.window_rows
+        rows, table_rows = in_window + self.window_start, self.table.values.shape[0]
+        rows = torch.where(rows < table_rows, rows, rows - table_rows)
         return rows, virtual // self.window_rows if self.config.value_projectors == "per_block" else None
 
     def lookup(self, x: Tensor, scores: Tensor, rows: Tensor, blocks: Tensor | None) -> Tensor:
@@ -87,35 +95,61 @@ class TuckerMemory(MemoryLayer):
         """Project to the model's width."""
         return self.output_proj(looked_up)
 
-    @torch.no_grad()
     def refresh(self) -> None:
-        """Recompute `u` and `t` from the cores; call once per optimiser step.
-
-        Their joint sign, which an SVD leaves open, is kept as close to the previous one as possible: a flip would
-        invert the ranking of the keys.
-        """
-        left, _, right = torch.linalg.svd(_summed(self.cores))
-        u, t = left[..., 0], right[..., 0, :]
-        agreement = (u * self.u).sum(-1, keepdim=True) + (t * self.t).sum(-1, keepdim=True)
-        sign = torch.where(agreement < 0, -1.0, 1.0).to(u.dtype)
-        self.u.copy_(u * sign)
-        self.t.copy_(t * sign)
+        """Recompute `u` and `t` from the cores; call once per optimiser step."""
+        refresh_directions([self])
 
     @torch.no_grad()
     def singular_values(self) -> Tensor:
         """(rank,) singular values of the summed cores, descending, mean over the heads."""
         return torch.linalg.svdvals(_summed(self.cores)).mean(0)
 
-    def _auxiliary_loss(self, row_scores: Tensor, column_scores: Tensor, axis_top_k: int) -> Tensor | None:
+    def _auxiliary_loss(self, queries: Tensor, keys: Tensor, axis_top_k: int) -> Tensor | None:
         config = self.config
         losses = []
         if config.balance_coef:
-            for scores, direction in ((row_scores, self.u), (column_scores, self.t)):
+            for scores, direction in zip(axis_scores(queries, keys), (self.u, self.t), strict=True):
                 axis = torch.einsum("thrn,hr->thn", scores, direction.to(scores.dtype))
                 losses.append(config.balance_coef * balance_loss(axis, axis_top_k))
         if config.tucker_penalty_coef:
             losses.append(config.tucker_penalty_coef * tucker_penalty(self.cores, config.tucker_penalty_threshold))
         return torch.stack(losses).sum() if losses else None
+
+
+@torch.no_grad()
+def refresh_directions(layers: Sequence[TuckerMemory]) -> None:
+    """Recompute `u` and `t` of layers of one configuration from their cores, all at once.
+
+    Their joint sign, which a decomposition leaves open, is kept as close to the previous one as possible: a flip would
+    invert the ranking of the keys.
+    """
+    u, t = leading_singular_vectors(torch.stack([_summed(layer.cores) for layer in layers]))
+    before_u, before_t = (torch.stack([getattr(layer, name) for layer in layers]).to(u.dtype) for name in "ut")
+    agreement = (u * before_u).sum(-1, keepdim=True) + (t * before_t).sum(-1, keepdim=True)
+    sign = torch.where(agreement < 0, -1.0, 1.0).to(u.dtype)
+    torch._foreach_copy_([layer.u for layer in layers], list((u * sign).unbind()))
+    torch._foreach_copy_([layer.t for layer in layers], list((t * sign).unbind()))
+
+
+def leading_singular_vectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Left and right singular vectors (..., rank) of the largest singular value, up to their joint sign.
+
+    For rank 2, the papers', in closed form: a decomposition makes the processor wait for the GPU.
+
+    Args:
+        matrices: (..., rank, rank).
+    """
+    if matrices.shape[-1] != 2:
+        left, _, right = torch.linalg.svd(matrices)
+        return left[..., 0], right[..., 0, :]
+    wide = matrices.double()
+    squared = wide.mT @ wide
+    angle = torch.atan2(2 * squared[..., 0, 1], squared[..., 0, 0] - squared[..., 1, 1]) / 2
+    t = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    image = (wide @ t.unsqueeze(-1)).squeeze(-1)
+    length = image.norm(dim=-1, keepdim=True)
+    u = torch.where(length > 0, image / length, t)
+    return u.to(matrices.dtype), t.to(matrices.dtype)
 
 
 def tucker_penalty(cores: Tensor, threshold: float) -> Tensor:

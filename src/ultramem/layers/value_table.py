@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ class ValueTable(nn.Module):
             self.pre_values = nn.Parameter(torch.empty(rows, pre_value_dim, device=device, dtype=dtype))
         else:
             self.register_parameter("pre_values", None)
-        self._shared: dict[str, SharedTable] = {}
+        self._share()
 
     def lookup(
         self,
@@ -52,25 +54,38 @@ class ValueTable(nn.Module):
         return weighted_lookup(
             scores,
             rows,
-            self._open("values"),
+            self.shared,
             pre_input,
-            None if self.pre_values is None else self._open("pre_values"),
             pre_activation=pre_activation,
             blocks=blocks,
             num_blocks=num_blocks,
         )
 
-    def _open(self, name: str) -> Tensor | SharedTable:
-        parameter: nn.Parameter = getattr(self, name)
-        if not (parameter.requires_grad and torch.is_grad_enabled()):
-            return parameter
-        shared = self._shared.get(name)
-        if shared is None or not shared.is_open_for(parameter):
-            shared = self._shared[name] = SharedTable(parameter)
-        return shared
+    @property
+    def shared(self) -> SharedTable:
+        """The table as lookups take it."""
+        if self._shared is None or not self._shared.serves(self.values, self.pre_values):
+            self._share()
+        assert self._shared is not None
+        return self._shared
+
+    # What a compiler traces must find the object there: hence made on construction and after a move already.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _share(self) -> None:
+        self._shared: SharedTable | None = SharedTable(self.values, self.pre_values)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ValueTable:
+        super()._apply(fn, recurse)
+        self._share()
+        return self
+
+    def refresh(self) -> None:
+        """Follow the parameters, where a copy of them in another dtype is kept."""
+        if self._shared is not None:
+            self._shared.state.refresh()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_shared": {}}  # what belongs to one pass is neither copied nor saved
+        return {**self.__dict__, "_shared": None}  # graphs and copies are neither copied nor saved
 
     def extra_repr(self) -> str:
         """Sizes, for `print(module)`."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ultramem.ops.product_key_topk.naive import product_key_topk
+from ultramem.ops.product_key_topk.naive import best_sums, product_key_topk
 
 
 def check_against_whole_grid(rows: Tensor, columns: Tensor, k: int) -> None:
     """The k best cells of the grid; with ties, any choice of as good cells."""
-    scores, indices = product_key_topk(rows, columns, k)
+    scores, indices = best_sums(rows, columns, k)
     assert scores.shape == indices.shape == (*rows.shape[:-1], k)
     assert indices.dtype == torch.int64
     grid = (rows.unsqueeze(-1) + columns.unsqueeze(-2)).flatten(-2)
@@ -50,20 +52,42 @@ def test_larger_grids(k: int) -> None:
     check_against_whole_grid(rows, columns, k)
 
 
+def test_scores_are_products_of_queries_and_keys() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(3, 2, 2, 4, dtype=torch.float64, generator=generator)
+    keys = torch.randn(2, 2, 6, 4, dtype=torch.float64, generator=generator)
+    scores, indices = product_key_topk(queries, keys, 7)
+    for token, head in itertools.product(range(3), range(2)):
+        rows, columns = (keys[head, axis] @ queries[token, head, axis] for axis in range(2))
+        best = (rows.unsqueeze(1) + columns).flatten().sort(descending=True)
+        torch.testing.assert_close(scores[token, head].sort(descending=True).values, best.values[:7])
+        assert set(indices[token, head].tolist()) == set(best.indices[:7].tolist())
+
+
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_few_tokens(tokens: int) -> None:
-    scores, indices = product_key_topk(torch.randn(tokens, 2, 5), torch.randn(tokens, 2, 6), 4)
+    scores, indices = product_key_topk(torch.randn(tokens, 2, 2, 3), torch.randn(2, 2, 5, 3), 4)
     assert scores.shape == indices.shape == (tokens, 2, 4)
 
 
-def test_gradients() -> None:
+def test_gradients_of_scores() -> None:
     # Distinct sums, far enough apart that gradcheck's steps do not change the choice.
     rows = torch.tensor([[0.0, 1.0, 2.0], [2.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
     columns = torch.tensor([[0.0, 0.1, 0.2, 0.3], [0.3, 0.1, 0.0, 0.2]], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda r, c: product_key_topk(r, c, 5)[0], (rows, columns))
+    assert torch.autograd.gradcheck(lambda r, c: best_sums(r, c, 5)[0], (rows, columns))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_keeps_the_dtype(dtype: torch.dtype) -> None:
-    scores, _ = product_key_topk(torch.randn(2, 5, dtype=dtype), torch.randn(2, 5, dtype=dtype), 3)
-    assert scores.dtype == dtype
+def test_gradients_of_queries_and_keys() -> None:
+    generator = torch.Generator().manual_seed(1)
+    queries, keys = (
+        torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        for shape in ((2, 2, 2, 3), (2, 2, 5, 3))
+    )
+    assert torch.autograd.gradcheck(lambda q, k: product_key_topk(q, k, 4)[0], (queries, keys))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_scores_are_float32_or_wider(dtype: torch.dtype) -> None:
+    queries, keys = torch.randn(2, 1, 2, 3, dtype=dtype), torch.randn(1, 2, 5, 3, dtype=dtype)
+    scores, _ = product_key_topk(queries, keys, 3)
+    assert scores.dtype == torch.promote_types(dtype, torch.float32)

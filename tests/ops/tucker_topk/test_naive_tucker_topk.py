@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ultramem.ops.tucker_topk.naive import tucker_topk
+from ultramem.ops.tucker_topk.naive import best_cells, tucker_topk
 
 TOKENS = 2
 
@@ -52,7 +52,7 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(max_examples=150, deadline=None)
 @given(cases())
 def test_equals_loops_over_the_grid(case: Case) -> None:
-    scores, indices = tucker_topk(case.rows, case.columns, case.cores, case.u, case.t, case.k, case.axis_k)
+    scores, indices = best_cells(case.rows, case.columns, case.cores, case.u, case.t, case.k, case.axis_k)
     cores, heads, keys = case.cores.shape[0], case.rows.shape[1], case.rows.shape[-1]
     assert scores.shape == (TOKENS, heads, case.k, cores)
     assert indices.shape == (TOKENS, heads, case.k)
@@ -81,11 +81,33 @@ def best_choices(scores: np.ndarray, count: int) -> list[tuple[int, ...]]:
     return [above + rest for rest in itertools.combinations(at_cut, count - len(above))]
 
 
+def test_scores_are_products_of_queries_and_keys() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    queries, keys, cores, u, t = (
+        normal(3, 2, 2, 4),
+        normal(2, 2, 6, 2, 4),
+        normal(3, 2, 2, 2),
+        normal(2, 2),
+        normal(2, 2),
+    )
+    rows, columns = torch.zeros(2, 3, 2, 2, 6, dtype=torch.float64)
+    for token, head, rank, key in itertools.product(range(3), range(2), range(2), range(6)):
+        rows[token, head, rank, key] = queries[token, 0, rank] @ keys[head, 0, key, rank]
+        columns[token, head, rank, key] = queries[token, 1, rank] @ keys[head, 1, key, rank]
+    scores, indices = tucker_topk(queries, keys, cores, u, t, 7, 3)
+    expected_scores, expected_indices = best_cells(rows, columns, cores, u, t, 7, 3)
+    torch.testing.assert_close(scores, expected_scores)
+    assert torch.equal(indices, expected_indices)
+
+
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_few_tokens(tokens: int) -> None:
     vector, cores = torch.ones(2, 3), torch.ones(4, 2, 3, 3)
-    rows, columns = torch.randn(2, tokens, 2, 3, 7)
-    scores, indices = tucker_topk(rows, columns, cores, vector, vector, 5, 3)
+    scores, indices = tucker_topk(torch.randn(tokens, 2, 3, 5), torch.randn(2, 2, 7, 3, 5), cores, vector, vector, 5, 3)
     assert scores.shape == (tokens, 2, 5, 4)
     assert indices.shape == (tokens, 2, 5)
 
@@ -93,21 +115,29 @@ def test_few_tokens(tokens: int) -> None:
 def test_gradients() -> None:
     # Candidates and cells are far enough apart that gradcheck's steps do not change the choice.
     generator = torch.Generator().manual_seed(1)
-    rows, columns, cores = (
+    queries, keys, cores = (
         torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
-        for shape in ((2, 2, 2, 5), (2, 2, 2, 5), (3, 2, 2, 2))
+        for shape in ((2, 2, 2, 3), (2, 2, 5, 2, 3), (3, 2, 2, 2))
     )
     u = torch.randn(2, 2, dtype=torch.float64, generator=generator, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *inputs: tucker_topk(*inputs, u, u, 4, 3)[0], (rows, columns, cores))
-    tucker_topk(rows, columns, cores, u, u, 4, 3)[0].sum().backward()
+    assert torch.autograd.gradcheck(lambda *inputs: tucker_topk(*inputs, u, u, 4, 3)[0], (queries, keys, cores))
+    tucker_topk(queries, keys, cores, u, u, 4, 3)[0].sum().backward()
     assert u.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_scores_are_float32_or_wider(dtype: torch.dtype) -> None:
+    cores, vector = torch.ones(1, 1, 2, 2), torch.ones(1, 2)
+    queries, keys = torch.randn(2, 2, 2, 3, dtype=dtype), torch.randn(1, 2, 5, 2, 3, dtype=dtype)
+    scores, _ = tucker_topk(queries, keys, cores.to(dtype), vector.to(dtype), vector.to(dtype), 3, 3)
+    assert scores.dtype == torch.promote_types(dtype, torch.float32)
 
 
 def test_a_negative_direction_inverts_the_ranking() -> None:
     """Why the sign of u and t matters: the best and the worst keys change places."""
     rows = columns = torch.tensor([[[[1.0, 2.0, 3.0, -4.0]]]])
     one = torch.ones(1, 1)
-    _, best = tucker_topk(rows, columns, one.view(1, 1, 1, 1), one, one, 1, 2)
-    _, worst = tucker_topk(rows, columns, one.view(1, 1, 1, 1), -one, -one, 1, 2)
+    _, best = best_cells(rows, columns, one.view(1, 1, 1, 1), one, one, 1, 2)
+    _, worst = best_cells(rows, columns, one.view(1, 1, 1, 1), -one, -one, 1, 2)
     assert best.item() == 2 * 4 + 2
     assert worst.item() == 3 * 4 + 3

@@ -62,7 +62,6 @@ def by_loops(
     pre_width=st.integers(0, 3),
     pre_activation=st.sampled_from([None, "gelu", "silu"]),
     num_blocks=st.integers(0, 4),
-    shared=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 def test_equals_loops(
@@ -73,7 +72,6 @@ def test_equals_loops(
     pre_width: int,
     pre_activation: str | None,
     num_blocks: int,
-    shared: bool,
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -87,15 +85,11 @@ def test_equals_loops(
     blocks = torch.randint(num_blocks, (tokens, k), generator=generator) if num_blocks else None
     expected = by_loops(scores, rows, values, pre_input, pre_values, pre_activation, blocks, max(num_blocks, 1))
 
-    def table(tensor: Tensor | None) -> Tensor | SharedTable | None:
-        return SharedTable(tensor) if shared and tensor is not None else tensor
-
     result = weighted_lookup(
         scores,
         rows,
-        table(values),
+        SharedTable(values, pre_values),
         pre_input,
-        table(pre_values),
         pre_activation=pre_activation,
         blocks=blocks,
         num_blocks=max(num_blocks, 1),
@@ -103,10 +97,9 @@ def test_equals_loops(
     torch.testing.assert_close(result, expected)
 
 
-@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("num_blocks", [0, 3])
 @pytest.mark.parametrize("pre_activation", [None, "gelu", "silu"])
-def test_gradients(pre_activation: str | None, num_blocks: int, shared: bool) -> None:
+def test_gradients(pre_activation: str | None, num_blocks: int) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = tuple(
         torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -119,9 +112,8 @@ def test_gradients(pre_activation: str | None, num_blocks: int, shared: bool) ->
         return weighted_lookup(
             scores,
             rows,
-            SharedTable(values) if shared else values,
+            SharedTable(values, pre_values),
             pre_input,
-            SharedTable(pre_values) if shared else pre_values,
             pre_activation=pre_activation,
             blocks=blocks,
             num_blocks=num_blocks or 1,
@@ -134,5 +126,5 @@ def test_narrow_scores_and_wide_values() -> None:
     """Mixed dtypes, as under autocast, give the table's."""
     rows = torch.tensor([[0, 1]])
     values = torch.randn(TABLE_ROWS, 4)
-    result = weighted_lookup(torch.ones(1, 2, 2, dtype=torch.bfloat16), rows, values)
+    result = weighted_lookup(torch.ones(1, 2, 2, dtype=torch.bfloat16), rows, SharedTable(values))
     torch.testing.assert_close(result, values[:2].sum(0, keepdim=True))

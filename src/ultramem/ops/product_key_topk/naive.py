@@ -16,24 +16,36 @@ def _candidate_pairs(k: int, row_keys: int, column_keys: int) -> tuple[tuple[int
     return rows, columns
 
 
-def product_key_topk(row_scores: Tensor, column_scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best sums `row_scores[..., i] + column_scores[..., j]` over the whole grid, exactly.
+def product_key_topk(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best sums of a row score and a column score over the whole grid, exactly.
 
-    Product-Key Memory (arXiv:1907.05242), section 3.2.
+    Product-Key Memory (arXiv:1907.05242), section 3.2. A key's score is its product with the query.
 
     Args:
-        row_scores: (..., row_keys), any floating-point dtype.
-        column_scores: (..., column_keys), same dtype.
-        k: sums to keep, at most `row_keys * column_keys`.
+        queries: (tokens, heads, 2, key_dim), row and column queries, any floating-point dtype.
+        keys: (heads, 2, keys, key_dim), row and column keys, same dtype.
+        k: sums to keep, at most `keys ** 2`.
 
     Returns:
-        Scores (..., k) in descending order, differentiable, and int64 indices (..., k), `i * column_keys + j`.
-        Equal scores come in any order.
+        Scores (tokens, heads, k), in float32 or wider, differentiable, and int64 indices (tokens, heads, k),
+        `i * keys + j`. The sums come in any order, and equal ones are chosen among in any way.
     """
+    row_scores, column_scores = axis_scores(queries, keys)
+    return best_sums(row_scores, column_scores, k)
+
+
+def axis_scores(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column scores, (tokens, heads, keys) each; arguments as in `product_key_topk`."""
+    return torch.einsum("thxd,hxnd->xthn", queries, keys).unbind(0)  # type: ignore[return-value]
+
+
+def best_sums(row_scores: Tensor, column_scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`product_key_topk` from row scores (..., row_keys) and column scores (..., column_keys); in descending order."""
     row_keys, column_keys = row_scores.shape[-1], column_scores.shape[-1]
+    wide = torch.promote_types(row_scores.dtype, torch.float32)
     ranks = torch.tensor(_candidate_pairs(k, row_keys, column_keys), device=row_scores.device)
-    best_rows, rows = row_scores.topk(min(k, row_keys))
-    best_columns, columns = column_scores.topk(min(k, column_keys))
+    best_rows, rows = row_scores.to(wide).topk(min(k, row_keys))
+    best_columns, columns = column_scores.to(wide).topk(min(k, column_keys))
     sums = best_rows.index_select(-1, ranks[0]) + best_columns.index_select(-1, ranks[1])
     scores, chosen = sums.topk(k)
     row_ranks, column_ranks = ranks[:, chosen]

@@ -7,16 +7,17 @@ from torch import Tensor
 
 
 def tucker_topk(
-    row_scores: Tensor, column_scores: Tensor, cores: Tensor, u: Tensor, t: Tensor, k: int, axis_k: int
+    queries: Tensor, keys: Tensor, cores: Tensor, u: Tensor, t: Tensor, k: int, axis_k: int
 ) -> tuple[Tensor, Tensor]:
     """The k best grid cells `sum_c row[i]ᵀ C_c column[j]` among the best `axis_k` keys of each axis.
 
-    UltraMem (arXiv:2411.12364), section 3.1 (TDQKR): each axis is ranked by the cores' rank-1 approximation,
-    `row · u` and `column · t`; the grid of the candidates is scored exactly.
+    UltraMem (arXiv:2411.12364), section 3.1 (TDQKR): a key's score in each rank is its product with the query. Each
+    axis is ranked by the cores' rank-1 approximation, `row · u` and `column · t`; the grid of the candidates is scored
+    exactly.
 
     Args:
-        row_scores: (tokens, heads, rank, keys), any floating-point dtype.
-        column_scores: (tokens, heads, rank, keys), same dtype.
+        queries: (tokens, 2, rank, key_dim), row and column queries, any floating-point dtype.
+        keys: (heads, 2, keys, rank, key_dim), row and column keys, same dtype.
         cores: (cores, heads, rank, rank).
         u: (heads, rank), leading left singular vector of each head's summed cores; no gradient flows to it.
         t: (heads, rank), leading right singular vector; no gradient flows to it.
@@ -24,9 +25,22 @@ def tucker_topk(
         axis_k: candidates of each axis, at most `keys`.
 
     Returns:
-        Scores (tokens, heads, k, cores), ordered by descending sum over the cores, differentiable in the axis
-        scores and the cores; int64 indices (tokens, heads, k), `i * keys + j`. Equal sums come in any order.
+        Scores (tokens, heads, k, cores), in float32 or wider, differentiable in queries, keys and cores; int64 indices
+        (tokens, heads, k), `i * keys + j`. The cells come in any order, and equal sums are chosen among in any way.
     """
+    row_scores, column_scores = axis_scores(queries, keys)
+    return best_cells(row_scores, column_scores, cores, u, t, k, axis_k)
+
+
+def axis_scores(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column scores, (tokens, heads, rank, keys) each; arguments as in `tucker_topk`."""
+    return torch.einsum("txrd,hxnrd->xthrn", queries, keys).unbind(0)  # type: ignore[return-value]
+
+
+def best_cells(
+    row_scores: Tensor, column_scores: Tensor, cores: Tensor, u: Tensor, t: Tensor, k: int, axis_k: int
+) -> tuple[Tensor, Tensor]:
+    """`tucker_topk` from row and column scores, (tokens, heads, rank, keys) each; by descending sum."""
     keys = row_scores.shape[-1]
     with torch.no_grad():
         rows = (row_scores * u.unsqueeze(-1)).sum(-2).topk(axis_k).indices
@@ -36,12 +50,14 @@ def tucker_topk(
         cells = (weighted_rows @ _at(column_scores, columns)).flatten(-2).topk(k).indices
         chosen_rows = rows.gather(-1, cells // axis_k)
         chosen_columns = columns.gather(-1, cells % axis_k)
-    scores = torch.einsum(
-        "thrk,chrs,thsk->thkc",
-        _at(row_scores, chosen_rows),
-        cores.to(row_scores.dtype),
-        _at(column_scores, chosen_columns),
-    )
+    wide = torch.promote_types(row_scores.dtype, torch.float32)
+    with torch.autocast(row_scores.device.type, enabled=False):
+        scores = torch.einsum(
+            "thrk,chrs,thsk->thkc",
+            _at(row_scores, chosen_rows).to(wide),
+            cores.to(wide),
+            _at(column_scores, chosen_columns).to(wide),
+        )
     return scores, chosen_rows * keys + chosen_columns
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +16,8 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {None: lambda x: x, 
 def weighted_lookup(
     scores: Tensor,
     rows: Tensor,
-    values: Tensor | SharedTable,
+    table: SharedTable,
     pre_input: Tensor | None = None,
-    pre_values: Tensor | SharedTable | None = None,
     *,
     pre_activation: str | None = None,
     blocks: Tensor | None = None,
@@ -33,10 +31,9 @@ def weighted_lookup(
     Args:
         scores: (tokens, k, cores).
         rows: (tokens, k), int64, row numbers of the table.
-        values: (table_rows, value_dim); value_dim is a multiple of the number of cores. A `SharedTable` collects
-            the gradients of several lookups.
+        table: values (table_rows, value_dim), where value_dim is a multiple of the number of cores, and with
+            `pre_input` pre-values (table_rows, pre_value_dim). It collects the gradients of several lookups.
         pre_input: (tokens, pre_value_dim), or None for a lookup without pre-values.
-        pre_values: (table_rows, pre_value_dim), with `pre_input`.
         pre_activation: None, `gelu` or `silu`.
         blocks: (tokens, k), int64, each row's virtual block; None sums all rows together.
         num_blocks: number of virtual blocks, with `blocks`.
@@ -46,9 +43,9 @@ def weighted_lookup(
     """
     cores = scores.shape[-1]
     if pre_input is not None:
-        products = torch.einsum("tp,tkp->tk", pre_input, _rows(pre_values, rows).to(pre_input.dtype))
+        products = torch.einsum("tp,tkp->tk", pre_input, table.gather_pre_values(rows).to(pre_input.dtype))
         scores = scores * ACTIVATIONS[pre_activation](products).unsqueeze(-1)
-    chosen = _rows(values, rows)
+    chosen = table.gather_values(rows)
     weights = scores.unsqueeze(2)
     if blocks is not None:
         places = blocks[..., None, None].expand(-1, -1, -1, cores)
@@ -57,8 +54,3 @@ def weighted_lookup(
     sums = weights.flatten(2).transpose(1, 2).to(chosen.dtype) @ chosen
     slices = sums.unflatten(1, (-1, cores)).unflatten(-1, (cores, -1))
     return slices.diagonal(dim1=2, dim2=3).transpose(-1, -2).flatten(1)
-
-
-def _rows(table: Tensor | SharedTable | None, rows: Tensor) -> Any:
-    assert table is not None
-    return table.gather(rows) if isinstance(table, SharedTable) else F.embedding(rows, table)

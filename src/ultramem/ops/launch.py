@@ -1,0 +1,61 @@
+"""Launching Triton kernels with little work for the processor, which has many of them to launch in a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+_MOST_KEPT = 4096
+
+
+class Launcher:
+    """A Triton kernel that is looked up by its arguments once it is compiled.
+
+    Triton inspects all arguments at every launch, to find out for which properties a kernel was compiled: 16-byte
+    alignment, integers that are 1 or multiples of 16. Here integers are compared by value, so that less is to be found
+    out.
+
+    Args:
+        kernel: what `triton.jit` returned.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, grid: tuple[int, ...], *arguments: Any, num_warps: int, **constants: Any) -> None:
+        """Launch it.
+
+        Args:
+            grid: programs along each axis.
+            arguments: of the kernel, but for its constants; the first is a tensor.
+            num_warps: of a program.
+            constants: the compile-time constants, in the kernel's order.
+        """
+        if not isinstance(self.kernel, triton.JITFunction):  # in the interpreter
+            self.kernel[grid](*arguments, **constants, num_warps=num_warps)
+        elif arguments[0].device.index == torch.cuda.current_device():
+            self._launch(grid, arguments, num_warps, constants)
+        else:
+            with torch.cuda.device(arguments[0].device):
+                self._launch(grid, arguments, num_warps, constants)
+
+    def _launch(
+        self, grid: tuple[int, ...], arguments: tuple[Any, ...], num_warps: int, constants: dict[str, Any]
+    ) -> None:
+        key = (arguments[0].device.index, num_warps, *map(_properties, arguments), *constants.values())
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            if len(self._compiled) == _MOST_KEPT:
+                self._compiled.clear()
+            assert self.kernel.arg_names[len(arguments) :] == [*constants]
+            self._compiled[key] = self.kernel[grid](*arguments, **constants, num_warps=num_warps)
+        else:
+            compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values())
+
+
+def _properties(argument: Any) -> Any:
+    return (argument.dtype, argument.data_ptr() & 15) if isinstance(argument, Tensor) else argument

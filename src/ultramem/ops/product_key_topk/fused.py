@@ -1,0 +1,110 @@
+"""Product-key retrieval with Triton kernels: one batched product, then everything on chip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultramem.ops.backend import FusedOperator, autocast_dtype, can_run_kernels
+from ultramem.ops.grid_topk import (
+    MAX_CANDIDATES,
+    MAX_KEYS,
+    axis_scores,
+    axis_scores_backward,
+    best_cells,
+    best_cells_backward,
+    pad_keys,
+)
+
+
+def supports(queries: Tensor, keys: Tensor, k: int) -> bool:
+    """Whether there are kernels for these arguments."""
+    return (
+        can_run_kernels(queries)
+        and autocast_dtype(queries) in (torch.bfloat16, torch.float16, torch.float32)
+        and keys.shape[2] <= MAX_KEYS
+        and k <= MAX_CANDIDATES
+    )
+
+
+def product_key_topk(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As the definition in `naive.py`. Scores are float32; under autocast, products are in its dtype."""
+    dtype = autocast_dtype(queries)
+    scores, indices, _ = _product_key_topk(queries.to(dtype), pad_keys(keys.to(dtype)), keys.shape[2], k)
+    return scores, indices
+
+
+def _forward(queries: Tensor, padded: Tensor, keys: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`padded` (heads, 2, padded keys, key_dim) are the keys, of which each axis has `keys`."""
+    scores = axis_scores(_batch(queries), padded.flatten(0, 1).unsqueeze(1))
+    cells = best_cells(_by_axis(scores, len(padded)), keys, k, min(k, keys))
+    return cells.scores.squeeze(-1), cells.indices, cells.keys
+
+
+def _fake(queries: Tensor, padded: Tensor, keys: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, heads = queries.shape[:2]
+    return (
+        queries.new_empty((tokens, heads, k), dtype=torch.float32),
+        queries.new_empty((tokens, heads, k), dtype=torch.int64),
+        queries.new_empty((tokens, heads, 2, k), dtype=torch.int32),
+    )
+
+
+def _backward(gradient: Tensor, queries: Tensor, padded: Tensor, chosen_keys: Tensor) -> tuple[Tensor, Tensor]:
+    heads = len(padded)
+    gradients = padded.new_zeros(heads * 2, len(queries), 1, padded.shape[2])
+    best_cells_backward(
+        gradient.contiguous().unsqueeze(-1), chosen_keys, gradient.new_empty(0), _by_axis(gradients, heads)
+    )
+    query_gradients, key_gradients = _backward_fake(gradient, queries, padded, chosen_keys)
+    axis_scores_backward(
+        gradients,
+        _batch(queries),
+        padded.flatten(0, 1).unsqueeze(1),
+        _batch(query_gradients),
+        key_gradients.flatten(0, 1).unsqueeze(1),
+    )
+    return query_gradients, key_gradients
+
+
+def _backward_fake(gradient: Tensor, queries: Tensor, padded: Tensor, chosen_keys: Tensor) -> tuple[Tensor, Tensor]:
+    contiguous = torch.contiguous_format
+    return (
+        torch.empty_like(queries, memory_format=contiguous),
+        torch.empty_like(padded, memory_format=contiguous),
+    )
+
+
+def _batch(queries: Tensor) -> Tensor:
+    """Queries (tokens, heads, 2, key_dim) as (heads * 2, tokens, key_dim); a view if they are contiguous."""
+    return queries.permute(1, 2, 0, 3).flatten(0, 1)
+
+
+def _by_axis(scores: Tensor, heads: int) -> Tensor:
+    """A view of scores (heads * 2, tokens, 1, padded keys) as (2, 1, tokens, heads, padded keys)."""
+    return scores.unflatten(0, (heads, 2)).permute(1, 3, 2, 0, 4)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    queries, padded, *_ = inputs
+    _, indices, chosen_keys = output
+    ctx.mark_non_differentiable(indices, chosen_keys)
+    ctx.save_for_backward(queries, padded, chosen_keys)
+
+
+def _gradients(backward: Callable[..., Any], ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return (*backward(gradient, *ctx.saved_tensors), None, None)
+
+
+_product_key_topk = FusedOperator(
+    "product_key_topk",
+    forward=_forward,
+    fake=_fake,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    save=_save,
+    gradients=_gradients,
+)

@@ -1,0 +1,120 @@
+"""Tucker-decomposed retrieval with Triton kernels: one batched product, then everything on chip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultramem.ops.backend import FusedOperator, autocast_dtype, can_run_kernels
+from ultramem.ops.grid_topk import (
+    MAX_CANDIDATES,
+    MAX_KEYS,
+    axis_scores,
+    axis_scores_backward,
+    best_cells,
+    best_cells_backward,
+    pad_keys,
+)
+
+_MAX_RANK = 4
+
+
+def supports(queries: Tensor, keys: Tensor, cores: Tensor, u: Tensor, t: Tensor, k: int, axis_k: int) -> bool:
+    """Whether there are kernels for these arguments."""
+    return (
+        can_run_kernels(queries)
+        and autocast_dtype(queries) in (torch.bfloat16, torch.float16, torch.float32)
+        and keys.shape[2] <= MAX_KEYS
+        and max(k, axis_k) <= MAX_CANDIDATES
+        and keys.shape[3] <= _MAX_RANK
+    )
+
+
+def tucker_topk(
+    queries: Tensor, keys: Tensor, cores: Tensor, u: Tensor, t: Tensor, k: int, axis_k: int
+) -> tuple[Tensor, Tensor]:
+    """As the definition in `naive.py`. Scores are float32; under autocast, products are in its dtype."""
+    dtype = autocast_dtype(queries)
+    padded = pad_keys(keys.to(dtype).permute(1, 3, 0, 2, 4))
+    wide = (part.float().contiguous() for part in (cores, u.detach(), t.detach()))
+    scores, indices, *_ = _tucker_topk(queries.to(dtype), padded, *wide, keys.shape[2], k, axis_k)
+    return scores, indices
+
+
+def _forward(
+    queries: Tensor, padded: Tensor, cores: Tensor, u: Tensor, t: Tensor, keys: int, k: int, axis_k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`padded` (2, rank, heads, padded keys, key_dim) are the keys, of which each axis has `keys`."""
+    scores = axis_scores(_batch(queries), padded.flatten(0, 1)).unflatten(0, queries.shape[1:3])
+    cells = best_cells(scores, keys, k, axis_k, cores, u, t)
+    return cells.scores, cells.indices, cells.keys, cells.chosen_scores
+
+
+def _fake(
+    queries: Tensor, padded: Tensor, cores: Tensor, u: Tensor, t: Tensor, keys: int, k: int, axis_k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, (rank, heads) = queries.shape[0], padded.shape[1:3]
+    return (
+        queries.new_empty((tokens, heads, k, cores.shape[0]), dtype=torch.float32),
+        queries.new_empty((tokens, heads, k), dtype=torch.int64),
+        queries.new_empty((tokens, heads, 2, k), dtype=torch.int32),
+        queries.new_empty((tokens, heads, 2, rank, k)),
+    )
+
+
+def _backward(
+    gradient: Tensor, queries: Tensor, padded: Tensor, cores: Tensor, chosen_keys: Tensor, chosen_scores: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = padded.new_zeros((*padded.shape[:2], len(queries), *padded.shape[2:4]))
+    core_gradients = best_cells_backward(gradient.contiguous(), chosen_keys, chosen_scores, gradients, cores)
+    assert core_gradients is not None
+    query_gradients, key_gradients, _ = _backward_fake(gradient, queries, padded, cores, chosen_keys, chosen_scores)
+    axis_scores_backward(
+        gradients.flatten(0, 1),
+        _batch(queries),
+        padded.flatten(0, 1),
+        _batch(query_gradients),
+        key_gradients.flatten(0, 1),
+    )
+    return query_gradients, key_gradients, core_gradients
+
+
+def _backward_fake(
+    gradient: Tensor, queries: Tensor, padded: Tensor, cores: Tensor, chosen_keys: Tensor, chosen_scores: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    contiguous = torch.contiguous_format
+    return (
+        torch.empty_like(queries, memory_format=contiguous),
+        torch.empty_like(padded, memory_format=contiguous),
+        torch.empty_like(cores, memory_format=contiguous),
+    )
+
+
+def _batch(queries: Tensor) -> Tensor:
+    """Queries (tokens, 2, rank, key_dim) as (2 * rank, tokens, key_dim); a view if they are contiguous."""
+    return queries.permute(1, 2, 0, 3).flatten(0, 1)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    queries, padded, cores, *_ = inputs
+    _, indices, chosen_keys, chosen_scores = output
+    ctx.mark_non_differentiable(indices, chosen_keys, chosen_scores)
+    ctx.save_for_backward(queries, padded, cores, chosen_keys, chosen_scores)
+
+
+def _gradients(backward: Callable[..., Any], ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return (*backward(gradient, *ctx.saved_tensors), *(None,) * 5)
+
+
+_tucker_topk = FusedOperator(
+    "tucker_topk",
+    forward=_forward,
+    fake=_fake,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    save=_save,
+    gradients=_gradients,
+)
