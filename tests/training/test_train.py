@@ -20,8 +20,7 @@ from ultramem.data.token_windows import TokenWindows
 from ultramem.errors import UltraMemError
 from ultramem.evaluation.checkpoints import load_model
 from ultramem.hosts.olmo_core import model_statistics
-from ultramem.ops.weighted_lookup.shared_table import SharedTable
-from ultramem.ops.weighted_lookup.shared_table import _TableGradient as TableGradient
+from ultramem.ops.weighted_lookup.shared_table import SharedTable, TableState
 from ultramem.training import LoggingConfig, OptimizerConfig, RunConfig, WandbConfig, load_config, train
 from ultramem.training.callbacks import MetricsFile, StepSeed
 
@@ -242,24 +241,19 @@ def test_overwrite_starts_anew(make_config, losses_of):
 @pytest.mark.parametrize("what", ["loss", "gradient norm"])
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(what, make_config, monkeypatch, losses_of):
     config = make_config()
-    broken = {"active": False}
+    factor = {"of all": 1.0}
 
     def spoil():
-        broken["active"] = True
+        factor["of all"] = float("nan")
 
     # Step 20, at the end of which a checkpoint is due, is the first bad one: its loss, or only its gradient.
     at_step(monkeypatch, 20, spoil)
-    original = TableGradient.take
+    take, gather = TableState.take, SharedTable.gather_values
     monkeypatch.setattr(
-        TableGradient, "take", lambda self: original(self) * (float("nan") if broken["active"] else 1.0)
+        TableState, "take", lambda self, nodes: [gradient * factor["of all"] for gradient in take(self, nodes)]
     )
     if what == "loss":
-        gather = SharedTable.gather
-        monkeypatch.setattr(
-            SharedTable,
-            "gather",
-            lambda self, rows: gather(self, rows) * (float("nan") if broken["active"] else 1.0),
-        )
+        monkeypatch.setattr(SharedTable, "gather_values", lambda self, rows: gather(self, rows) * factor["of all"])
     with pytest.raises(UltraMemError, match=rf"the {what} is nan at step 20: .*last good checkpoint is .*step10"):
         train(config)
     assert steps_kept(config.trainer.directory) == [10]
@@ -391,16 +385,16 @@ def test_one_gradient_of_a_shared_table(make_config, monkeypatch):
     config = make_config(steps=1, micro_batch_size=64, evaluate_interval=None)
     model = replace(config.model, num_blocks=5)
     gradients = []
-    original = TableGradient.take
+    original = TableState.take
 
-    def count(self):
-        gradients.append(original(self))
+    def count(self, nodes):
+        gradients.append(original(self, nodes))
         return gradients[-1]
 
-    monkeypatch.setattr(TableGradient, "take", count)
+    monkeypatch.setattr(TableState, "take", count)
     train(replace(config, model=model))
     # Two backward passes; values and pre-values; five layers.
-    assert [gradient.shape for gradient in gradients] == [(5 * 144, 8)] * 4
+    assert [[gradient.shape for gradient in taken] for taken in gradients] == [[(5 * 144, 8)] * 2] * 2
 
 
 @pytest.mark.parametrize("system", ["ultramem_v2", "ultramem", "moe"])  # with dropout; across blocks; with sorting

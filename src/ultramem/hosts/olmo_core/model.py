@@ -28,6 +28,7 @@ from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core.moe import DroplessMoE, MoEBlock, MoEConfig
 from ultramem.layers import HostScheme, MemoryLayer
 from ultramem.memory import Memory
+from ultramem.ops.backend import can_run_kernels
 
 
 @dataclass
@@ -58,13 +59,16 @@ class MemoryBlock(TransformerBlock):
     """A block whose normalised feed-forward input memory layers read as well.
 
     Attributes:
-        reads: memory layers, with their numbers, that read this block.
-        adds: numbers of the memory layers whose output joins the residual stream after this block.
+        own: memory layers that read this block and whose output joins the residual stream after it.
+        reads: memory layers, with their numbers, that read this block; their output joins after a later one.
+        adds: numbers of the memory layers, read by earlier blocks, whose output joins after this block.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.reads: list[tuple[int, MemoryLayer]] = []  # in a list: they are the model's submodules, not the block's
+        # In lists: they are the model's submodules, not the block's.
+        self.own: list[MemoryLayer] = []
+        self.reads: list[tuple[int, MemoryLayer]] = []
         self.adds: list[int] = []
 
     def forward(
@@ -82,20 +86,25 @@ class MemoryBlock(TransformerBlock):
         outputs = (memory_outputs or PassOutputs()).of_layer
         for number, layer in self.reads:
             outputs[number] = read_memory(layer, read_from, loss_div_factor)
+        own_outputs = [read_memory(layer, read_from, loss_div_factor) for layer in self.own]
         h = self.feed_forward_residual_stream(h, self.feed_forward(read_from))
+        for output in own_outputs:
+            h = h + output
         for number in self.adds:
             h = h + outputs[number]
         return h
 
     def num_flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of a training step for each token, the memory layers' included."""
-        memory = sum(6 * layer_active_parameters(layer) for _, layer in self.reads)
-        return super().num_flops_per_token(seq_len) + memory
+        layers = [*self.own, *(layer for _, layer in self.reads)]
+        return super().num_flops_per_token(seq_len) + sum(6 * layer_active_parameters(layer) for layer in layers)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def read_memory(layer: MemoryLayer, x: Tensor, loss_div_factor: Tensor | float | None) -> Tensor:
     """The layer's output, with its auxiliary loss attached.
+
+    Where there are no kernels it is left out of compiled programs, in which every lookup would have a gradient as large
+    as the table.
 
     Args:
         layer: the memory layer.
@@ -103,12 +112,21 @@ def read_memory(layer: MemoryLayer, x: Tensor, loss_div_factor: Tensor | float |
         loss_div_factor: what the training loss of the whole batch, a sum over tokens, is divided by. A micro-batch
             contributes to the mean auxiliary loss in proportion to its tokens.
     """
+    read = _read_memory if can_run_kernels(x) else _read_memory_uncompiled
+    output: Tensor = read(layer, x, loss_div_factor)
+    return output
+
+
+def _read_memory(layer: MemoryLayer, x: Tensor, loss_div_factor: Tensor | float | None) -> Tensor:
     y = layer(x)
     if layer.auxiliary_loss is not None:
         tokens = x.shape[:-1].numel()
         share = 1.0 if loss_div_factor is None else tokens / loss_div_factor
         y = attach_auxiliary_loss(y, layer.auxiliary_loss * share)
     return y
+
+
+_read_memory_uncompiled = torch.compiler.disable(_read_memory)
 
 
 class FullMegatronInit:
@@ -185,7 +203,11 @@ class MemoryTransformer(Transformer):
         self.memory = Memory(memory, self.d_model, self.n_layers, scheme=memory_scheme, device="meta")
         self.memory.to_empty(device=options["init_device"])
         for number, (read, add) in enumerate(self.memory.insertions):
-            self.blocks[str(read)].reads.append((number, self.memory.layers[number]))
+            layer = self.memory.layers[number]
+            if read == add:
+                self.blocks[str(read)].own.append(layer)
+                continue
+            self.blocks[str(read)].reads.append((number, layer))
             self.blocks[str(add)].adds.append(number)
         # OLMo-core caches its counts on construction, when the memory was not there yet.
         for count in ("num_params", "num_non_embedding_params"):
@@ -201,6 +223,7 @@ class MemoryTransformer(Transformer):
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_inputs(*args, **kwargs)
         if self.memory is not None:
+            self.memory.prepare()
             prepared[2]["memory_outputs"] = PassOutputs()  # among the arguments that all blocks get
         return prepared
 
