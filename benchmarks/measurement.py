@@ -1,0 +1,202 @@
+"""What the benchmarks of speed share: clocks, peak memory, and files that are written whole."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from ultramem.errors import UltraMemError
+from ultramem.filesystem import write_text
+
+DEFAULT_OUTPUT = Path("runs/benchmarks")
+OUT_OF_MEMORY = math.inf
+_PACKAGES = ("torch", "triton", "transformers", "ai2-olmo-core")
+
+
+def benchmark_device(tiny: bool) -> torch.device:
+    """The GPU, or the CPU for a tiny run.
+
+    Raises:
+        UltraMemError: there is no GPU.
+    """
+    if tiny:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UltraMemError("there is no CUDA GPU, which this benchmark needs; to look at the script use --tiny")
+    return torch.device("cuda")
+
+
+class Stopwatch:
+    """Times of a device's work, with CUDA events or the host's clock; reading them is what waits for a GPU.
+
+    Args:
+        device: whose work is timed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Remember this moment in the device's work."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def intervals(self) -> list[float]:
+        """Milliseconds between consecutive marks."""
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        if not self._cuda:
+            return [1e3 * (end - start) for start, end in pairs]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in pairs]
+
+
+def median_ms(run: Callable[[int], object], device: torch.device, repeats: int, warmup: int = 2) -> float:
+    """Median time of a run in milliseconds; `OUT_OF_MEMORY` if it does not fit.
+
+    The GPU is not waited for between runs, so that the time to launch kernels counts only where it is the longer.
+
+    Args:
+        run: is given the number of the repetition, by which it can choose its input.
+        device: that it runs on.
+        repeats: runs that are timed.
+        warmup: runs before them.
+    """
+    try:
+        for i in range(warmup):
+            run(i)
+        stopwatch = Stopwatch(device)
+        stopwatch.mark()
+        for i in range(repeats):
+            run(i)
+            stopwatch.mark()
+        return statistics.median(stopwatch.intervals())
+    except torch.OutOfMemoryError:
+        return OUT_OF_MEMORY
+
+
+def graphed_ms(run: Callable[[int], object], device: torch.device, repeats: int, rotations: int) -> float | None:
+    """Median time of a run in milliseconds as a replayed CUDA graph, in which the time to launch kernels is hidden.
+
+    Args:
+        run: as for `median_ms`; nothing in it may wait for the GPU.
+        device: that it runs on.
+        repeats: replays that are timed.
+        rotations: runs in the graph, each with an input of its own.
+
+    Returns:
+        None on a CPU, or where the run cannot be captured; `OUT_OF_MEMORY` if it does not fit.
+    """
+    if device.type == "cpu":
+        return None
+    free_memory()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run(0)
+        torch.cuda.current_stream().wait_stream(stream)
+        free_memory()
+        with torch.cuda.graph(graph):
+            for i in range(rotations):
+                run(i)
+    except torch.OutOfMemoryError:
+        return OUT_OF_MEMORY
+    except RuntimeError as error:
+        print(f"not captured as a CUDA graph: {str(error).splitlines()[0]}", file=sys.stderr)
+        torch.cuda.synchronize()
+        return None
+    return median_ms(lambda _: graph.replay(), device, repeats) / rotations
+
+
+def allocated_gb(device: torch.device) -> float:
+    """Memory in tensors on a GPU, in 10⁹ bytes; 0 on a CPU, where it is not counted."""
+    return torch.cuda.memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+
+
+def peak_gb(device: torch.device) -> float:
+    """The most memory in tensors on a GPU since `reset_peak`, in 10⁹ bytes; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_gb` start anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def free_memory() -> None:
+    """Give back what is no longer referenced."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The device and the versions of the packages that decide about speed."""
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    return {"device": name, "versions": versions}
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """For a table: blank where nothing was measured."""
+    if value is None or math.isnan(value):
+        return ""
+    return "out of memory" if value == OUT_OF_MEMORY else f"{value:,.{digits}f}"
+
+
+def ratio(value: float | None, to: float | None) -> float | None:
+    """`value / to` where both were measured."""
+    if value is None or not to or math.isinf(value) or math.isinf(to):
+        return None
+    return value / to
+
+
+def console() -> Console:
+    """Standard output; wide enough for the tables where it is not a terminal."""
+    return Console(width=None if sys.stdout.isatty() else 150)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all; what ran out of memory becomes a string."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+
+
+def write_plot(path: Path, figure: Figure) -> None:
+    """Write a PNG file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.partial")
+    figure.savefig(temporary, format="png", dpi=150)
+    temporary.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(entry) for entry in value]
+    return "out of memory" if value == OUT_OF_MEMORY else value
