@@ -110,6 +110,12 @@ def _add(products: Products, gradients: list[Tensor | None], accumulate: bool) -
 
 
 @triton.jit
+def _within(columns, WIDTH: tl.constexpr, condition):
+    """`condition & (columns < WIDTH)`, which Triton 3.9's interpreter does not take for a mask."""
+    return (columns * 0 + condition.to(tl.int32) == 1) & (columns < WIDTH)
+
+
+@triton.jit
 def _contribution(
     position, order, weights, value_gradients, blocks, pre_weights, pre_inputs, reads, k, gradient_width,
     value_columns, pre_columns, CORES: tl.constexpr, HAS_BLOCKS: tl.constexpr,
@@ -124,7 +130,7 @@ def _contribution(
         start = token * gradient_width
         if HAS_BLOCKS:
             start += tl.load(blocks + read, inside, 0) * VALUE_DIM
-        gradient = tl.load(value_gradients + start + value_columns, inside & (value_columns < VALUE_DIM), 0.0)
+        gradient = tl.load(value_gradients + start + value_columns, _within(value_columns, VALUE_DIM, inside), 0.0)
         weight = tl.load(weights + read * CORES)
         weight_of_column = tl.zeros([BLOCK_V], tl.float32) + weight
         for core in tl.static_range(1, CORES):
@@ -133,7 +139,7 @@ def _contribution(
         value = gradient.to(tl.float32) * weight_of_column
     pre_value = tl.zeros([BLOCK_P], tl.float32)
     if PRE_DIM > 0:
-        pre_input = tl.load(pre_inputs + token * PRE_DIM + pre_columns, inside & (pre_columns < PRE_DIM), 0.0)
+        pre_input = tl.load(pre_inputs + token * PRE_DIM + pre_columns, _within(pre_columns, PRE_DIM, inside), 0.0)
         pre_value = pre_input.to(tl.float32) * tl.load(pre_weights + read)
     return value, pre_value
 
@@ -142,7 +148,7 @@ def _contribution(
 def _add_to_row(gradients, row, columns, total, write, DIM: tl.constexpr, ACCUMULATE: tl.constexpr):
     if DIM > 0:
         places = gradients + row.to(tl.int64) * DIM + columns
-        mask = write & (columns < DIM)
+        mask = _within(columns, DIM, write)
         if ACCUMULATE:
             total += tl.load(places, mask, 0.0).to(tl.float32)
         tl.store(places, total, mask)
@@ -152,9 +158,9 @@ def _add_to_row(gradients, row, columns, total, write, DIM: tl.constexpr, ACCUMU
 def _store_partial(partial, value_columns, pre_columns, value, pre_value, write,
                    VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr):  # fmt: skip
     if VALUE_DIM > 0:
-        tl.store(partial + value_columns, value, write & (value_columns < VALUE_DIM))
+        tl.store(partial + value_columns, value, _within(value_columns, VALUE_DIM, write))
     if PRE_DIM > 0:
-        tl.store(partial + VALUE_DIM + pre_columns, pre_value, write & (pre_columns < PRE_DIM))
+        tl.store(partial + VALUE_DIM + pre_columns, pre_value, _within(pre_columns, PRE_DIM, write))
 
 
 @triton.jit
@@ -264,5 +270,5 @@ def _sum_border_kernel(
             value += tl.load(partial + value_columns, value_columns < VALUE_DIM, 0.0)
             pre_value += tl.load(partial + VALUE_DIM + pre_columns, pre_columns < PRE_DIM, 0.0)
             next_begin += CHUNK
-        _add_to_row(values, row, value_columns, value, True, VALUE_DIM, ACCUMULATE)
-        _add_to_row(pre_values, row, pre_columns, pre_value, True, PRE_DIM, ACCUMULATE)
+        _add_to_row(values, row, value_columns, value, goes_on, VALUE_DIM, ACCUMULATE)
+        _add_to_row(pre_values, row, pre_columns, pre_value, goes_on, PRE_DIM, ACCUMULATE)
