@@ -47,7 +47,8 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 def can_run_kernels(tensor: Tensor) -> bool:
     """Whether Triton kernels run where the tensor is: on GPUs, and in the interpreter where that is asked for."""
-    return tensor.is_cuda or (_INTERPRETED and _backend == "fused" and tensor.device.type == "cpu")
+    interpreted = _INTERPRETED and _backend == "fused" and tensor.device.type == "cpu"
+    return HAS_KERNELS and (tensor.is_cuda or interpreted)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:

@@ -593,7 +593,7 @@ def _axis_blocks(keys: int, k: int) -> dict[str, int | bool]:
 
 def _image_distance(dtype: torch.dtype) -> int:
     """Distance of the integer images in float32 of neighbouring numbers."""
-    return {torch.bfloat16: 1 << 16, torch.float16: 1}.get(dtype, 1)
+    return 1 << 16 if dtype == torch.bfloat16 else 1
 
 
 def pad_keys(keys: Tensor) -> Tensor:
