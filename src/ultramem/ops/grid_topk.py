@@ -83,6 +83,15 @@ def _next_probe(low, high, count_low, count_high, k, passes, STEP: tl.constexpr)
 
 
 @triton.jit
+def _narrow(low, high, count_low, count_high, probe, count, k):
+    """The bounds, and the counts that reach them, once `count` numbers are known to reach `probe`."""
+    enough = count >= k
+    low, count_low = tl.where(enough, probe, low), tl.where(enough, count, count_low)
+    high, count_high = tl.where(enough, high, probe), tl.where(enough, count_high, count)
+    return low, high, count_low, count_high
+
+
+@triton.jit
 def _load_axis(
     scores, rank_stride, directions, start, keys, RANK: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, MASKED: tl.constexpr,
@@ -207,9 +216,7 @@ def _axis_candidates_kernel(
     while (count_low != k) & (_distance(low, high) > STEP):
         probe = _next_probe(low, high, count_low, count_high, k, passes, STEP)
         count = _count(main, tail, probe, TAIL)
-        enough = count >= k
-        low, count_low = tl.where(enough, probe, low), tl.where(enough, count, count_low)
-        high, count_high = tl.where(enough, high, probe), tl.where(enough, count_high, count)
+        low, high, count_low, count_high = _narrow(low, high, count_low, count_high, probe, count, k)
         passes += 1
 
     candidates += (program * 2 + axis) * k
@@ -333,9 +340,7 @@ def _best_cells_kernel(
         while (count_low > k + k // 8) & (_distance(low, bound) > 1):
             probe = _next_probe(low, bound, count_low, count_bound, k, passes, 1)
             count = tl.sum(tl.sum((first >= probe).to(tl.int32), axis=0))
-            enough = count >= k
-            low, count_low = tl.where(enough, probe, low), tl.where(enough, count, count_low)
-            bound, count_bound = tl.where(enough, bound, probe), tl.where(enough, count_bound, count)
+            low, bound, count_low, count_bound = _narrow(low, bound, count_low, count_bound, probe, count, k)
             passes += 1
         for tile in range(1, TILES * TILES):
             cells = _cells(rows, columns, tile // TILES, tile % TILES, candidates, RANK, WEIGHTED, MASKED)
@@ -350,9 +355,7 @@ def _best_cells_kernel(
     while (count_low != k) & (_distance(low, high) > 1):
         probe = _next_probe(low, high, count_low, count_high, k, passes, 1)
         count = _count_cells(first, rows, columns, live, probe, candidates, RANK, WEIGHTED, MASKED, TILES)
-        enough = count >= k
-        low, count_low = tl.where(enough, probe, low), tl.where(enough, count, count_low)
-        high, count_high = tl.where(enough, high, probe), tl.where(enough, count_high, count)
+        low, high, count_low, count_high = _narrow(low, high, count_low, count_high, probe, count, k)
         passes += 1
     exact = count_low == k
     high, count_high = tl.where(exact, low, high), tl.where(exact, k, count_high)

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
+from comparison import assert_near
 from ultramem import UltraMemError
 from ultramem.ops import product_key_topk, use_backend
 from ultramem.ops.product_key_topk import fused, naive
@@ -60,15 +61,6 @@ def backward(scores: Tensor, indices: Tensor) -> None:
     """With a gradient that depends on token, head and cell, not on the cells' order."""
     token, head = (torch.arange(size, device=indices.device) for size in scores.shape[:2])
     (scores * torch.sin(indices + 7 * token[:, None, None] + 3.0 * head[:, None])).sum().backward()
-
-
-def assert_near(found: Tensor | None, expected: Tensor | None, tolerance: float) -> None:
-    """Within a part of the expected values' root mean square."""
-    assert found is not None
-    assert expected is not None
-    assert found.shape == expected.shape
-    scale = expected.square().mean().sqrt().item() if expected.numel() else 0.0
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * scale)
 
 
 def check(inputs: tuple[Tensor, Tensor], k: int, tolerance: float = 1e-4) -> None:

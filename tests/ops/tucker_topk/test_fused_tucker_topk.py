@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
+from comparison import assert_near
 from ultramem import UltraMemError
 from ultramem.ops import tucker_topk, use_backend
 from ultramem.ops.tucker_topk import fused, naive
@@ -113,15 +114,6 @@ def check(case: Case, tolerance: float = 1e-4) -> None:
     backward(fused_scores, fused_indices)
     for gradient, wanted in zip(narrow.gradients(), wide.gradients(), strict=True):
         assert_near(gradient, wanted, tolerance)
-
-
-def assert_near(found: Tensor | None, expected: Tensor | None, tolerance: float) -> None:
-    """Within a part of the expected values' root mean square."""
-    assert found is not None
-    assert expected is not None
-    assert found.shape == expected.shape
-    scale = expected.square().mean().sqrt().item() if expected.numel() else 0.0
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize(
