@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -212,6 +215,75 @@ def generate(
     samples = print_samples(generator, texts, config, num_samples)
     if save:
         typer.echo(f"added to {save_samples(generator.run, samples)}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Run directory, for its latest checkpoint, or RUN/stepN.", metavar="CHECKPOINT")
+    ],
+    directory: Annotated[Path, typer.Argument(help="Directory to write.", metavar="DIR")],
+    dtype: Annotated[str, typer.Option(help="Of the parameters: float32, bfloat16 or float16.")] = "float32",
+    max_shard_size: Annotated[str, typer.Option(help="Of one safetensors file.", metavar="SIZE")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in the directory.")] = False,
+) -> None:
+    """Write a checkpoint as a directory that transformers loads."""
+    with _needing("hf"):
+        from ultramem.interop.export import export as run
+
+    result = run(checkpoint, directory, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+    typer.echo(f"step {result.step} written to {result.directory}")
+    if not result.has_tokenizer:
+        typer.echo("without a tokenizer: the run has none")
+
+
+@app.command()
+def import_olmo(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="Unsharded checkpoint: config.yaml with model.pt or model.safetensors.", metavar="CHECKPOINT"
+        ),
+    ],
+    directory: Annotated[Path, typer.Argument(help="Directory to write.", metavar="DIR")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="tokenizer.json, directory with one, or name.", metavar="NAME_OR_FILE")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the parameters: float32, bfloat16 or float16.")] = "float32",
+    max_shard_size: Annotated[str, typer.Option(help="Of one safetensors file.", metavar="SIZE")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in the directory.")] = False,
+) -> None:
+    """Turn a checkpoint of the published UltraMem code into a directory that transformers loads."""
+    with _needing("hf"):
+        from ultramem.interop.export import import_published
+
+    import_published(
+        checkpoint, directory, tokenizer=tokenizer, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite
+    )
+    typer.echo(f"written to {directory}")
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def import_flags(
+    flags: Annotated[
+        list[str], typer.Argument(help="The published code's command line or its flags.", metavar="FLAGS")
+    ],
+) -> None:
+    """Print the run configuration that flags of the published UltraMem code describe."""
+    from ultramem.interop.published_flags import translate_flags
+
+    typer.echo(translate_flags(flags[0] if len(flags) == 1 else shlex.join(flags)), nl=False)
+
+
+@contextmanager
+def _needing(extra: str) -> Iterator[None]:
+    """Around an import of what the extra brings."""
+    try:
+        yield
+    except ImportError as error:
+        raise UltraMemError(
+            f"this command needs the package {error.name}; install it with: pip install 'ultramem[train,{extra}]'"
+        ) from error
 
 
 def main() -> None:

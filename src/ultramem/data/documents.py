@@ -82,8 +82,12 @@ class SourceFile:
         return path.suffix.lower()
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, name: str = "max_size") -> int:
     """Bytes meant by a size such as `500000`, `2MB` (10⁶ bytes each) or `1.5GiB` (2³⁰ bytes each).
+
+    Args:
+        text: The size.
+        name: Of the option, for the error.
 
     Raises:
         ConfigError: The text is not a positive size.
@@ -95,7 +99,7 @@ def parse_size(text: str) -> int:
         power = " kmgt".index(prefix.lower()) if prefix else 0
         size = int(float(number) * (1024 if binary else 1000) ** power)
     if size <= 0:
-        raise ConfigError(f"max_size is {text!r}; give bytes or a size such as 2MB, 500MiB or 1.5GB")
+        raise ConfigError(f"{name} is {text!r}; give bytes or a size such as 2MB, 500MiB or 1.5GB")
     return size
 
 

@@ -57,10 +57,10 @@ class HostScheme:
     @classmethod
     @torch.no_grad()
     def measured(cls, feed_forward: nn.Module, d_model: int, linear_std: float, output_std: float) -> HostScheme:
-        """The scheme of a block with any feed-forward, (tokens, d_model) to the same, measured on random input."""
+        """The scheme of a block with any feed-forward, (1, tokens, d_model) to the same, measured on random input."""
         parameter = next(feed_forward.parameters())
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(_SIMULATED_TOKENS, d_model, generator=generator).to(parameter.device, parameter.dtype)
+        x = torch.randn(1, _SIMULATED_TOKENS, d_model, generator=generator).to(parameter.device, parameter.dtype)
         return cls(linear_std, output_std, float(feed_forward(x).float().std()))
 
 

@@ -18,6 +18,7 @@ from ultramem.filesystem import write_text
 from ultramem.hosts.olmo_core import ModelConfig, preset
 from ultramem.training.data import open_token_data
 from ultramem.training.decoding import decode, dotted_keys, encode, parse_yaml, set_key
+from ultramem.training.initial_weights import read_model_config
 
 VOCABULARY_MULTIPLE = 128  # embedding rows: matrix products on GPUs are fastest so
 
@@ -144,6 +145,8 @@ class TrainerConfig:
         evaluate_interval: steps between evaluations on held-out data; null for none.
         evaluate_tokens: held-out tokens of one evaluation, spread evenly over the files.
         seed: of the data's order and of dropout. The initial weights have `model.seed`.
+        initial_weights: start from another model's weights instead: a transformers directory, such as `ultramem
+            export` writes. The model section may then be left out.
     """
 
     directory: Path
@@ -163,9 +166,10 @@ class TrainerConfig:
     evaluate_interval: int | None = 1000
     evaluate_tokens: int = 2**20
     seed: int = 0
+    initial_weights: Path | None = None
 
     def __post_init__(self) -> None:
-        _make_absolute(self, "directory")
+        _make_absolute(self, "directory", "initial_weights")
         for name in ("batch_size", "checkpoint_interval", "keep_checkpoints", "metrics_interval"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("memory_metrics_interval", "evaluate_tokens"):
@@ -283,6 +287,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             )
         set_key(content, key, parse_yaml(value, f"--{key}"))
     keys = [*dotted_keys(RunConfig), "model.preset"]
+    trainer = content.get("trainer")
+    if "model" not in content and isinstance(trainer, dict) and trainer.get("initial_weights"):
+        content["model"] = encode(read_model_config(trainer["initial_weights"]))
     if isinstance(content.get("model"), dict):
         content["model"] = _resolve_model(content, keys)
     return decode(RunConfig, content, keys)

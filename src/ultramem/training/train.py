@@ -50,6 +50,7 @@ from ultramem.training.data import (
     open_token_data,
 )
 from ultramem.training.decoding import encode
+from ultramem.training.initial_weights import load_weights, read_weights
 from ultramem.training.optimizer import build_scheduler, optimizer_config
 from ultramem.training.processes import Processes, join_processes
 from ultramem.training.run_directory import RunDirectory
@@ -120,9 +121,14 @@ def train(
             check_stored_model(directory.checkpoint(step) / "model_and_optim", config.model)
         if processes.rank == 0:
             _announce(console, config, statistics, data, processes, step)
+        weights = None
+        if step is None and config.trainer.initial_weights is not None:
+            weights = read_weights(config.trainer.initial_weights, config.model)
         trainer = build_trainer(config, data, processes, console)
         if step is not None:
             _load(trainer, directory.checkpoint(step))
+        elif weights is not None:
+            load_weights(trainer.train_module.model, weights)
         _fit(trainer, directory)
         finished = trainer.global_step >= config.trainer.total_steps
         return RunResult(directory.path, trainer.global_step, "finished" if finished else "interrupted")

@@ -1,0 +1,182 @@
+"""Memory layers beside the feed-forwards of a causal language model of transformers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from transformers import PreTrainedModel
+
+from ultramem.config import MemoryConfig
+from ultramem.errors import ConfigError, UltraMemError
+from ultramem.hosts.transformers.blocks import check_blocks, find_blocks
+from ultramem.layers import HostScheme, MemoryLayer
+from ultramem.memory import Memory
+
+
+def attach_memory(
+    model: PreTrainedModel, config: MemoryConfig, *, blocks: Iterable[int] | None = None, seed: int = 0
+) -> Memory:
+    """Put memory layers beside the feed-forwards of a model.
+
+    Each layer reads what its block's feed-forward reads, and what it returns is added to the feed-forward's output. The
+    model's own modules and their names stay as they are; the memory becomes its submodule `memory`. With
+    `init="zero_output"` the model's outputs are unchanged until the memory is trained. What is derived from the
+    memory's parameters follows each step of a PyTorch optimiser by itself; after one of another kind call
+    `model.memory.refresh()`.
+
+    Args:
+        model: a causal language model whose blocks have a norm before their feed-forward, a module `mlp`.
+        config: of the memory. PKM needs `value_dim` equal to the model's width.
+        blocks: numbers of the blocks that get a layer; by default as `config.insertion` says.
+        seed: of the memory's initial values.
+
+    Returns:
+        The memory, in the dtype of the model, on the device of its first feed-forward.
+
+    Raises:
+        ConfigError: the configuration does not fit the model.
+        UltraMemError: the model does not fit, for the reason that is given, or has a memory already.
+    """
+    if hasattr(model, "memory"):
+        raise UltraMemError(f"{type(model).__name__} has a memory already; remove it with detach_memory")
+    if blocks is not None:
+        config = replace(config, insertion=_insertion(config, blocks))
+    modules = find_blocks(model)
+    width = model.config.get_text_config().hidden_size
+    insertions = config.insertions(len(modules))
+    check_host_config(config)
+    check_blocks(model, modules, {number for pair in insertions for number in pair})
+    std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
+    schemes = [HostScheme.measured(block.get_submodule("mlp"), width, std, std) for block in modules]
+    device = next(modules[0].get_submodule("mlp").parameters()).device
+    memory = Memory(config, width, len(modules), scheme=schemes, seed=seed, device=device, dtype=model.dtype)
+    model.memory = memory
+    connection = Connection(memory, modules)
+    connection.handles.append(model.register_forward_hook(add_auxiliary_loss))
+    model._memory_connection = connection  # type: ignore[assignment]
+    return memory
+
+
+def detach_memory(model: PreTrainedModel) -> Memory:
+    """Remove the memory from a model, which is then as it was before `attach_memory`.
+
+    Returns:
+        The memory.
+
+    Raises:
+        UltraMemError: the model has none, or it was built with it.
+    """
+    connection = getattr(model, "_memory_connection", None)
+    if connection is None:
+        raise UltraMemError(f"{type(model).__name__} has no memory that was attached to it")
+    connection.remove()
+    memory: Memory = model.memory
+    del model.memory, model._memory_connection
+    return memory
+
+
+def check_host_config(config: MemoryConfig) -> None:
+    """Refuse what decoding token by token could not compute.
+
+    Raises:
+        ConfigError: there is a query convolution, which would need the queries of earlier tokens.
+    """
+    if config.query_conv:
+        raise ConfigError(
+            f"query_conv={config.query_conv}: models of transformers do not keep the earlier queries that it needs; "
+            "leave it at 0"
+        )
+
+
+class Connection:
+    """What makes a model's blocks read and add a memory: hooks on their feed-forwards.
+
+    Args:
+        memory: the model's memory.
+        blocks: the model's blocks.
+    """
+
+    def __init__(self, memory: Memory, blocks: nn.ModuleList) -> None:
+        self.memory = memory
+        # Outputs on their way to a later block. They stay until the next pass: recomputation reads them again.
+        self.outputs: dict[int, Tensor] = {}
+        reads: dict[int, list[int]] = {}
+        adds: dict[int, list[int]] = {}
+        for number, (read, add) in enumerate(memory.insertions):
+            reads.setdefault(read, []).append(number)
+            adds.setdefault(add, []).append(number)
+        self.handles = [
+            blocks[number]
+            .get_submodule("mlp")
+            .register_forward_hook(partial(self._after_feed_forward, reads.get(number, ()), adds.get(number, ())))
+            for number in sorted({*reads, *adds})
+        ]
+        _connections.add(self)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        _connections.add(self)  # a copy of a model trains too
+
+    def _after_feed_forward(
+        self, reads: Sequence[int], adds: Sequence[int], _: nn.Module, inputs: Any, output: Tensor
+    ) -> Tensor:
+        for number in reads:
+            self.outputs[number] = _read(self.memory.layers[number], inputs[0])
+        for number in adds:
+            output = output + self.outputs[number].to(output.device)
+        return output
+
+
+def add_auxiliary_loss(model: Any, _: Any, output: Any) -> Any:
+    """Hook after a model's forward pass: in training its loss includes the memory's auxiliary losses."""
+    auxiliary = model.memory.auxiliary_loss() if model.training else None
+    if auxiliary is not None and getattr(output, "loss", None) is not None:
+        output.loss = output.loss + auxiliary.to(output.loss.device)
+    return output
+
+
+def _read(layer: MemoryLayer, x: Tensor) -> Tensor:
+    values = layer.table.values
+    if values.is_meta and not x.is_meta:
+        raise UltraMemError(
+            "the memory was left out of memory by device_map, but each token reads it; give the module `memory` a "
+            "device of its own there, such as 'cpu'"
+        )
+    output: Tensor = layer(x.to(values.device))
+    return output
+
+
+def _insertion(config: MemoryConfig, blocks: Iterable[int]) -> str:
+    numbers = sorted(blocks)
+    if config.insertion != "all":
+        raise ConfigError(f"insertion={config.insertion!r}: blocks={numbers} says otherwise; give one of them")
+    if not numbers or len(set(numbers)) < len(numbers) or numbers[0] < 0:
+        raise ConfigError(f"blocks={numbers}: must be different numbers of blocks, from 0 on, and at least one")
+    return "/".join(f"{number}:{number}" for number in numbers)
+
+
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _follow_step(optimizer: Optimizer, *_: Any) -> None:
+    """Refresh the memories whose parameters the optimiser has changed."""
+    if not _connections:
+        return
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for connection in _connections:
+        if any(id(parameter) in stepped for parameter in connection.memory.parameters()):
+            connection.memory.refresh()
+
+
+register_optimizer_step_post_hook(_follow_step)

@@ -1,0 +1,103 @@
+"""The blocks of a model of transformers, and whether memory layers fit into them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ultramem.errors import UltraMemError
+
+
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of a decoder's blocks.
+
+    Raises:
+        UltraMemError: there is none, or its blocks have no module `mlp`.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    count = getattr(config, "num_hidden_layers", None)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    fitting = [
+        module for module in lists if all(isinstance(getattr(block, "mlp", None), nn.Module) for block in module)
+    ]
+    if len(fitting) != 1:
+        found = "no list" if not lists else "no" if not fitting else f"{len(fitting)} lists"
+        raise UltraMemError(
+            f"{name} does not fit: memory layers stand beside a block's module `mlp`, and {found} of {count} blocks "
+            "has one"
+        )
+    return fitting[0]
+
+
+def check_blocks(model: PreTrainedModel, blocks: nn.ModuleList, numbers: set[int]) -> None:
+    """Run two tokens through the model to see whether blocks can hold a memory layer; one of each class is looked at.
+
+    What a feed-forward reads must come from a norm, and what it returns must join the residual stream as it is. A model
+    on the `meta` device computes nothing: there only the first can be seen.
+
+    Raises:
+        UltraMemError: one of them does not hold.
+    """
+    for number in {type(blocks[number]): number for number in sorted(numbers, reverse=True)}.values():
+        fault = _fault(model, blocks[number])
+        if fault:
+            raise UltraMemError(f"{type(model).__name__} does not fit: in block {number} {fault}")
+
+
+def _fault(model: PreTrainedModel, block: nn.Module) -> str | None:
+    plain = _observe(model, block, 0.0)
+    if not plain.reads_norm:
+        return "`mlp` does not read the output of a norm, as a memory layer has to"
+    if not isinstance(plain.output, Tensor):
+        return f"`mlp` returns {type(plain.output).__name__}, not a tensor to which a memory layer's could be added"
+    if plain.output.is_meta:
+        return None
+    shift = plain.output.abs().max().item() + 1.0
+    change = _observe(model, block, shift).result.double() - plain.result.double()
+    if not torch.allclose(change, torch.full_like(change, shift), rtol=0.02, atol=0.02 * shift):
+        return "the output of `mlp` is changed, as by a norm or a factor, before it joins the residual stream"
+    return None
+
+
+class _Observation:
+    """What a pass shows of a block: whether `mlp` reads a norm's output, what it returns, the block's result."""
+
+    reads_norm = False
+    output: Any = None
+    result: Tensor
+
+
+@torch.no_grad()
+def _observe(model: PreTrainedModel, block: nn.Module, shift: float) -> _Observation:
+    seen = _Observation()
+    normed: list[Any] = []
+
+    def after_norm(_: nn.Module, inputs: Any, output: Any) -> None:
+        normed.append(output)
+
+    def after_feed_forward(_: nn.Module, inputs: Any, output: Any) -> Any:
+        seen.reads_norm = any(inputs and inputs[0] is output for output in normed)
+        seen.output = output
+        return output + shift if shift else output
+
+    def after_block(_: nn.Module, inputs: Any, output: Any) -> None:
+        seen.result = output[0] if isinstance(output, tuple) else output
+
+    norms = [module for module in block.children() if "norm" in type(module).__name__.lower()]
+    handles = [norm.register_forward_hook(after_norm) for norm in norms]
+    handles += [
+        block.get_submodule("mlp").register_forward_hook(after_feed_forward),
+        block.register_forward_hook(after_block),
+    ]
+    training = model.training
+    try:
+        model.eval()
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return seen

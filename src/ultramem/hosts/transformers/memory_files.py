@@ -1,0 +1,99 @@
+"""A memory in a small directory of its own, apart from the model that it is attached to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from ultramem.config import MemoryConfig
+from ultramem.errors import UltraMemError
+from ultramem.filesystem import write_text
+from ultramem.hosts.transformers.attachment import attach_memory, detach_memory
+from ultramem.memory import Memory
+
+CONFIG_NAME = "memory_config.json"
+WEIGHTS_NAME = "memory.safetensors"
+
+
+def save_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
+    """Write the memory alone: `memory_config.json` and `memory.safetensors`.
+
+    Raises:
+        UltraMemError: the model has no memory, or the directory cannot be written.
+    """
+    memory = getattr(model, "memory", None)
+    if not isinstance(memory, Memory):
+        raise UltraMemError(f"{type(model).__name__} has no memory; attach one with attach_memory")
+    path = Path(directory)
+    content = {
+        "memory": dataclasses.asdict(memory.config),
+        "d_model": memory.d_model,
+        "num_blocks": memory.num_blocks,
+        "base_model": model.name_or_path or type(model).__name__,
+    }
+    tensors = {name: tensor.detach().contiguous() for name, tensor in memory.state_dict().items()}
+    temporary = path / f"{WEIGHTS_NAME}.partial"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.replace(path / WEIGHTS_NAME)
+        write_text(path / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise UltraMemError(f"{path} cannot be written ({error}); name another directory") from error
+
+
+def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Memory:
+    """Attach the memory that `save_memory` wrote, in its own dtype.
+
+    Raises:
+        ConfigError: the stored configuration is not valid.
+        UltraMemError: files are missing or damaged, or are of a memory that does not fit the model.
+    """
+    path = Path(directory)
+    content = _read_config(path / CONFIG_NAME)
+    hidden, blocks = model.config.get_text_config().hidden_size, model.config.get_text_config().num_hidden_layers
+    if (content["d_model"], content["num_blocks"]) != (hidden, blocks):
+        raise UltraMemError(
+            f"{path} is the memory of a model with {content['num_blocks']} blocks of width {content['d_model']} "
+            f"({content['base_model']}); {type(model).__name__} here has {blocks} of width {hidden}"
+        )
+    try:
+        config = MemoryConfig(**content["memory"])
+        tensors = load_file(path / WEIGHTS_NAME)
+    except (OSError, SafetensorError, TypeError) as error:
+        raise UltraMemError(f"{path} is damaged or not complete ({error}); save the memory again") from error
+    memory = attach_memory(model, config)
+    expected = {name: tensor.shape for name, tensor in memory.state_dict().items()}
+    if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+        detach_memory(model)
+        wrong = min(
+            name for name in {*expected, *tensors} if name not in tensors or expected.get(name) != tensors[name].shape
+        )
+        raise UltraMemError(
+            f"{path / WEIGHTS_NAME} does not fit its {CONFIG_NAME}: {wrong} is missing or of another shape"
+        )
+    memory.to(dtype=tensors["layers.0.query_proj.weight"].dtype)
+    memory.load_state_dict(tensors)
+    memory.refresh()
+    return memory
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UltraMemError(f"{path} cannot be read ({error.strerror}); name a directory of save_memory") from error
+    except ValueError as error:
+        raise UltraMemError(f"{path} is not valid JSON ({error}); save the memory again") from error
+    needed = ("memory", "d_model", "num_blocks", "base_model")
+    missing = [name for name in needed if not isinstance(content, dict) or name not in content]
+    if missing:
+        raise UltraMemError(f"{path}: {missing[0]} is missing; save the memory again")
+    return content

@@ -1,0 +1,145 @@
+"""A decoder with a memory as a model of transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+
+from ultramem.config import MemoryConfig
+from ultramem.errors import ConfigError, UltraMemError
+from ultramem.filesystem import write_text
+from ultramem.hosts.transformers.attachment import Connection, add_auxiliary_loss, check_host_config
+from ultramem.layers import HostScheme
+from ultramem.memory import Memory
+
+CODE_NAME = "modeling_ultramem.py"
+_CODE = '''"""Lets `trust_remote_code=True` find this model's classes; they need `pip install "ultramem[hf]"`."""
+
+from ultramem.hosts.transformers import UltraMemConfig, UltraMemForCausalLM, UltraMemModel
+
+__all__ = ["UltraMemConfig", "UltraMemForCausalLM", "UltraMemModel"]
+'''
+
+
+class UltraMemConfig(Qwen3Config):
+    """A decoder with a memory: RMSNorm before each sublayer, RoPE, query and key norms per head, SwiGLU.
+
+    That is the architecture of Qwen3, whose configuration this one extends.
+
+    Attributes:
+        memory: the fields of `ultramem.MemoryConfig`; those that are left out have its defaults.
+
+    Raises:
+        ConfigError: the memory's configuration is not valid, or does not fit the model.
+    """
+
+    model_type = "ultramem"
+
+    memory: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs["auto_map"] = {
+            "AutoConfig": "modeling_ultramem.UltraMemConfig",
+            "AutoModel": "modeling_ultramem.UltraMemModel",
+            "AutoModelForCausalLM": "modeling_ultramem.UltraMemForCausalLM",
+        }
+        super().__post_init__(**kwargs)
+        # All fields, so that other defaults of a later version do not change the model.
+        self.memory = dataclasses.asdict(self.memory_config())
+
+    def memory_config(self) -> MemoryConfig:
+        """The memory's configuration."""
+        names = {field.name for field in dataclasses.fields(MemoryConfig)}
+        for name in self.memory or {}:
+            if name not in names:
+                raise ConfigError(f"memory.{name}: there is no such field of MemoryConfig; remove it")
+        config = MemoryConfig(**(self.memory or {}))
+        check_host_config(config)
+        config.layout(len(config.insertions(self.num_hidden_layers)))
+        return config
+
+
+class UltraMemModel(Qwen3Model):
+    """The decoder without its output layer.
+
+    Attributes:
+        memory: the `ultramem.Memory`.
+    """
+
+    config_class = UltraMemConfig
+    config: UltraMemConfig
+    _no_split_modules = ["Qwen3DecoderLayer", "Memory"]  # noqa: RUF012, as in the base class
+
+    def __init__(self, config: UltraMemConfig) -> None:
+        super().__init__(config)
+        std = config.initializer_range
+        scheme = HostScheme.swiglu(config.hidden_size, config.intermediate_size, std, std)
+        # Where parameters are: on `meta` while a checkpoint is loaded.
+        weight = self.embed_tokens.weight
+        memory = Memory(
+            config.memory_config(), config.hidden_size, config.num_hidden_layers, scheme=scheme,
+            device=weight.device, dtype=weight.dtype,
+        )  # fmt: skip
+        if not weight.is_meta:
+            _mark_initialised(memory)
+        self.memory = memory
+        self._memory_connection = Connection(memory, self.layers)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise what a checkpoint lacks: of the memory nothing, or all of it."""
+        memory = getattr(self, "memory", None)  # the base class' constructor comes before it
+        if memory is None or module not in {*memory.modules()}:
+            super()._init_weights(module)
+            return
+        parameters = dict(memory.named_parameters())
+        loaded = [name for name, parameter in parameters.items() if getattr(parameter, "_is_hf_initialized", False)]
+        if not loaded:
+            memory.init_weights()
+            _mark_initialised(memory)
+        elif len(loaded) < len(parameters):
+            missing = min(parameters.keys() - {*loaded})
+            raise UltraMemError(f"the checkpoint lacks memory.{missing}, though it has memory.{loaded[0]}")
+
+
+class UltraMemForCausalLM(Qwen3ForCausalLM):
+    """The decoder with its output layer: loads, generates, trains and is saved as other models of transformers are."""
+
+    config_class = UltraMemConfig
+    config: UltraMemConfig
+    _no_split_modules = UltraMemModel._no_split_modules
+
+    def __init__(self, config: UltraMemConfig) -> None:
+        super(Qwen3ForCausalLM, self).__init__(config)
+        self.model = UltraMemModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_forward_hook(add_auxiliary_loss)
+        self.post_init()
+
+    @property
+    def memory(self) -> Memory:
+        """The memory, which is the decoder's."""
+        return self.model.memory
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
+        """As in transformers; the directory's own code lets `trust_remote_code=True` find the classes."""
+        super().save_pretrained(save_directory, *args, **options)
+        if options.get("is_main_process", True):
+            write_text(Path(save_directory) / CODE_NAME, _CODE)
+
+
+def _mark_initialised(memory: Memory) -> None:
+    """Keep transformers from initialising it again, module by module."""
+    for part in (*memory.modules(), *memory.parameters()):
+        part._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def register() -> None:
+    """Make the Auto classes know the models."""
+    AutoConfig.register("ultramem", UltraMemConfig, exist_ok=True)
+    AutoModel.register(UltraMemConfig, UltraMemModel, exist_ok=True)
+    AutoModelForCausalLM.register(UltraMemConfig, UltraMemForCausalLM, exist_ok=True)

@@ -1,0 +1,195 @@
+"""The same model on both hosts: configurations and names of parameters, from OLMo-core's to transformers' and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from ultramem.errors import UltraMemError
+from ultramem.hosts.olmo_core import ModelConfig, MoEConfig
+from ultramem.hosts.transformers import UltraMemConfig, UltraMemForCausalLM
+
+# Without experts a parameter has one name on each host. {} is the block's number.
+_NAMES = {
+    "embeddings.weight": "model.embed_tokens.weight",
+    "lm_head.norm.weight": "model.norm.weight",
+    "lm_head.w_out.weight": "lm_head.weight",
+    "blocks.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "blocks.{}.feed_forward_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "blocks.{}.attention.w_q.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "blocks.{}.attention.w_k.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "blocks.{}.attention.w_v.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "blocks.{}.attention.w_out.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "blocks.{}.attention.q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
+    "blocks.{}.attention.k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
+    "blocks.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "blocks.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
+    "blocks.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
+    "blocks.{}.feed_forward.router.weight": "model.layers.{}.mlp.gate.weight",
+}
+_BACK = {theirs: ours for ours, theirs in _NAMES.items()}
+_GATE, _UP, _DOWN = (f"feed_forward.{name}_proj" for name in ("gate", "up", "down"))
+
+
+def to_transformers_config(model: ModelConfig, **options: Any) -> PreTrainedConfig:
+    """The configuration of the same model for transformers.
+
+    A model with memory becomes an `UltraMemConfig`, one without a Qwen3 or, with a mixture of experts, a Qwen3-MoE,
+    which transformers has itself.
+
+    Args:
+        model: of the training host.
+        options: further fields, such as `max_position_embeddings` and `eos_token_id`.
+    """
+    fields: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "num_hidden_layers": model.num_blocks,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_heads,
+        "head_dim": model.d_model // model.num_heads,
+        "tie_word_embeddings": model.tie_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rope_theta)},
+        "rms_norm_eps": model.norm_eps,
+        "initializer_range": model.linear_std,
+        "dtype": torch.float32,
+        **options,
+    }
+    if model.moe is not None:
+        return Qwen3MoeConfig(
+            moe_intermediate_size=model.moe.hidden_size,
+            num_experts=model.moe.num_experts,
+            num_experts_per_tok=model.moe.top_k,
+            norm_topk_prob=model.moe.normalize_top_k,
+            router_aux_loss_coef=model.moe.load_balancing_coef,
+            **fields,
+        )
+    fields["intermediate_size"] = model.feed_forward_size
+    if model.memory is None or model.memory.insertion == "none":
+        return Qwen3Config(**fields)
+    return UltraMemConfig(memory=dataclasses.asdict(model.memory), **fields)
+
+
+def from_transformers_config(config: PreTrainedConfig) -> ModelConfig:
+    """The configuration of the same model for the training host.
+
+    Raises:
+        UltraMemError: it is of an architecture that the training host does not have.
+    """
+    if not isinstance(config, Qwen3Config | Qwen3MoeConfig):
+        raise UltraMemError(
+            f"model_type {config.model_type}: the training host has the architectures ultramem, qwen3 and qwen3_moe"
+        )
+    required = {
+        "num_key_value_heads": config.num_attention_heads,
+        "head_dim": config.hidden_size // config.num_attention_heads,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "sliding_window": None,
+    }
+    for name, value in required.items():
+        found = getattr(config, name, value)
+        if found != value:
+            raise UltraMemError(f"{name}={found}: the training host needs {value}")
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type", "default") != "default":
+        raise UltraMemError(f"rope_type={rope['rope_type']}: the training host needs default")
+    moe = None
+    if isinstance(config, Qwen3MoeConfig):
+        moe = MoEConfig(
+            hidden_size=config.moe_intermediate_size,
+            num_experts=config.num_experts,
+            top_k=config.num_experts_per_tok,
+            load_balancing_coef=config.router_aux_loss_coef,
+            normalize_top_k=config.norm_topk_prob,
+        )
+    return ModelConfig(
+        d_model=config.hidden_size,
+        num_blocks=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        feed_forward_size=0 if moe else config.intermediate_size,
+        vocab_size=config.vocab_size,
+        memory=config.memory_config() if isinstance(config, UltraMemConfig) else None,
+        moe=moe,
+        tie_embeddings=config.tie_word_embeddings,
+        rope_theta=int(rope.get("rope_theta", 10000)),
+        norm_eps=config.rms_norm_eps,
+        init_std=config.initializer_range,
+    )
+
+
+def to_transformers_state(state: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """The state of `model.build()` under transformers' names; without the output layer if embeddings are tied."""
+    converted: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name.startswith("memory."):
+            converted[f"model.{name}"] = tensor
+        elif name.endswith(_GATE):
+            block = name.removesuffix(_GATE).replace("blocks", "model.layers")
+            both = torch.cat([tensor, state[name.replace(_GATE, _UP)]], dim=2)
+            converted[f"{block}mlp.experts.gate_up_proj"] = both.transpose(1, 2).contiguous()
+        elif name.endswith(_DOWN):
+            block = name.removesuffix(_DOWN).replace("blocks", "model.layers")
+            converted[f"{block}mlp.experts.down_proj"] = tensor.transpose(1, 2).contiguous()
+        elif not name.endswith(_UP) and not (model.tie_embeddings and name == "lm_head.w_out.weight"):
+            converted[_renamed(name, _NAMES)] = tensor
+    return converted
+
+
+def from_transformers_state(state: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """The reverse of `to_transformers_state`."""
+    converted: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        block = name.partition("mlp.experts.")[0].replace("model.layers", "blocks")
+        if name.startswith("model.memory."):
+            converted[name.removeprefix("model.")] = tensor
+        elif name.endswith("experts.gate_up_proj"):
+            gate, up = tensor.transpose(1, 2).chunk(2, dim=2)
+            converted |= {block + _GATE: gate.contiguous(), block + _UP: up.contiguous()}
+        elif name.endswith("experts.down_proj"):
+            converted[block + _DOWN] = tensor.transpose(1, 2).contiguous()
+        else:
+            converted[_renamed(name, _BACK)] = tensor
+    if model.tie_embeddings:
+        converted["lm_head.w_out.weight"] = converted["embeddings.weight"]
+    return converted
+
+
+def to_transformers(state: dict[str, Tensor], model: ModelConfig, **options: Any) -> PreTrainedModel:
+    """The same model for transformers; its parameters are the tensors of `state`, not copies.
+
+    Args:
+        state: of `model.build()`.
+        model: the configuration.
+        options: further fields of the configuration of transformers.
+    """
+    config = to_transformers_config(model, **options)
+    types = {UltraMemConfig: UltraMemForCausalLM, Qwen3Config: Qwen3ForCausalLM, Qwen3MoeConfig: Qwen3MoeForCausalLM}
+    with torch.device("meta"):
+        built: PreTrainedModel = types[type(config)](config)
+    converted = to_transformers_state(state, model)
+    if model.tie_embeddings:
+        converted["lm_head.weight"] = converted["model.embed_tokens.weight"]
+    built.load_state_dict(converted, assign=True)
+    built.tie_weights()
+    return built
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    number = re.search(r"\.(\d+)\.", name)
+    pattern = name if number is None else name.replace(number[0], ".{}.", 1)
+    if pattern not in names:
+        raise UltraMemError(f"parameter {name} has no counterpart on the other host")
+    return names[pattern].format(None if number is None else number[1])
