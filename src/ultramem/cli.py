@@ -228,7 +228,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in the directory.")] = False,
 ) -> None:
     """Write a checkpoint as a directory that transformers loads."""
-    with _needing("hf"):
+    with _needing("train,hf"):
         from ultramem.interop.export import export as run
 
     result = run(checkpoint, directory, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
@@ -254,13 +254,90 @@ def import_olmo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in the directory.")] = False,
 ) -> None:
     """Turn a checkpoint of the published UltraMem code into a directory that transformers loads."""
-    with _needing("hf"):
+    with _needing("train,hf"):
         from ultramem.interop.export import import_published
 
     import_published(
         checkpoint, directory, tokenizer=tokenizer, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite
     )
     typer.echo(f"written to {directory}")
+
+
+@app.command()
+def finetune(
+    model: Annotated[Path, typer.Argument(help="Transformers directory with a tokenizer.", metavar="MODEL")],
+    data: Annotated[
+        list[Path],
+        typer.Argument(help="New documents: txt, jsonl (also .gz, .zst), parquet, source trees.", metavar="DATA"),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, made whole or not at all.")],
+    background: Annotated[
+        list[Path] | None,
+        typer.Option(help="Documents that the model must not forget, to choose rows by; repeatable."),
+    ] = None,
+    heldout: Annotated[
+        list[Path] | None,
+        typer.Option(help="Other such documents, whose loss before and after is shown; repeatable."),
+    ] = None,
+    memory: Annotated[
+        Path | None, typer.Option(help="Directory of save_memory, to attach to a model without memory.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Files to take from directories, such as '*.py'; repeatable.", metavar="PATTERN"),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="Train few table rows, everything, or LoRA.", metavar="sparse|full|lora")
+    ] = "sparse",
+    rows: Annotated[int, typer.Option(help="Most rows of each table to train in one step; method sparse.")] = 4096,
+    rank: Annotated[int, typer.Option(help="Of the matrices of method lora.")] = 8,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data instead; without both, one.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Documents, or pieces of them, in a step.")] = 32,
+    sequence_length: Annotated[int, typer.Option(help="Tokens at which documents are cut.")] = 256,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Constant; by default one for method and optimiser.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="What trains rows or parameters.", metavar="sgd|adamw")] = "adamw",
+    background_batches: Annotated[int, typer.Option(help="Most batches of the background to look at.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the order of the data and of LoRA's initial values.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in the directory.")] = False,
+) -> None:
+    """Teach a model new documents, by default in those table rows alone that are special to them.
+
+    Sparse memory fine-tuning (arXiv:2510.15103): each step trains the rows that its batch reads unusually often,
+    compared with the background. Everything else stays as it is, so that little is forgotten.
+    """
+    with _needing("finetune"):
+        from ultramem.finetuning import FinetuneConfig
+        from ultramem.finetuning import finetune as run
+
+    config = FinetuneConfig(
+        model=model,
+        data=tuple(data),
+        output=output,
+        memory=memory,
+        background=tuple(background or ()),
+        heldout=tuple(heldout or ()),
+        text_field=text_field,
+        include=tuple(include or ()),
+        method=method,  # type: ignore[arg-type]
+        rows=rows,
+        rank=rank,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        learning_rate=learning_rate,
+        optimizer=optimizer,  # type: ignore[arg-type]
+        background_batches=background_batches,
+        seed=seed,
+        device=device,
+    )
+    run(config, overwrite=overwrite).print_table()
+    typer.echo(f"written to {output}")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -282,7 +359,7 @@ def _needing(extra: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise UltraMemError(
-            f"this command needs the package {error.name}; install it with: pip install 'ultramem[train,{extra}]'"
+            f"this command needs the package {error.name}; install it with: pip install 'ultramem[{extra}]'"
         ) from error
 
 

@@ -146,7 +146,7 @@ def test_an_export_is_replaced_only_when_asked(train_run: TrainRun, tmp_path: Pa
     run, directory = train_run("dense"), tmp_path / "model"
     export(run, directory)
     (directory / "mark").touch()
-    with pytest.raises(UltraMemError, match="holds a model; name another directory, or replace it with --overwrite"):
+    with pytest.raises(UltraMemError, match="is finished already; replace it with --overwrite"):
         export(run, directory)
     with pytest.raises(UltraMemError, match="max_shard_size is 'large'; give bytes"):
         export(run, directory, max_shard_size="large", overwrite=True)
@@ -157,7 +157,7 @@ def test_an_export_is_replaced_only_when_asked(train_run: TrainRun, tmp_path: Pa
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").touch()
-    with pytest.raises(UltraMemError, match="holds no model; name another directory"):
+    with pytest.raises(UltraMemError, match=r"holds other files, but no config\.json"):
         export(run, other, overwrite=True)
 
 

@@ -16,12 +16,12 @@ from rich.progress import Progress
 
 from ultramem.data.documents import BrokenRecordError, Document, find_sources, read_documents
 from ultramem.data.encoding import encode_documents
-from ultramem.data.output_directory import partial_directory
 from ultramem.data.progress import DocumentMeter, progress_display
-from ultramem.data.token_files import TOKENIZER_NAME, Manifest, load_manifest, save_manifest
+from ultramem.data.token_files import MANIFEST_NAME, TOKENIZER_NAME, Manifest, load_manifest, save_manifest
 from ultramem.data.token_writer import SplitWriter
 from ultramem.data.tokenizers import SMALLEST_BPE, ChosenTokenizer, load_tokenizer, train_bpe
 from ultramem.errors import ConfigError, UltraMemError
+from ultramem.output_directory import partial_directory
 
 BPE_SAMPLE_BYTES = 32 * 2**20  # training time and memory grow with the sample, its vocabulary hardly changes
 SKIPPED_EXAMPLES = 10
@@ -166,7 +166,7 @@ def tokenize(config: TokenizeConfig) -> Manifest:
     try:
         with (
             _sigterm_interrupts(),
-            partial_directory(output, config.overwrite) as directory,
+            partial_directory(output, config.overwrite, MANIFEST_NAME) as directory,
             progress_display() as display,
         ):
             tokenizer = _choose_tokenizer(config, corpus, display)

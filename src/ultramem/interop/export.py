@@ -20,9 +20,10 @@ from ultramem.evaluation.checkpoints import Checkpoint, find_checkpoint
 from ultramem.evaluation.generation import find_tokenizer
 from ultramem.filesystem import write_text
 from ultramem.hosts.olmo_core import model_statistics
-from ultramem.interop.model_directory import new_directory
+from ultramem.hosts.transformers.model import MODEL_CONFIG_NAME
 from ultramem.interop.published_checkpoint import read_published_checkpoint
 from ultramem.interop.transformers_models import to_transformers
+from ultramem.output_directory import partial_directory
 from ultramem.run_layout import EVALUATION_NAME, SUMMARY_NAME, TOKENIZER_NAME
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -70,7 +71,7 @@ def export(
     shard_bytes = _checked(dtype, max_shard_size)
     found = find_checkpoint(checkpoint)
     config = found.config
-    with new_directory(Path(directory), overwrite) as partial:
+    with partial_directory(Path(directory).absolute(), overwrite, MODEL_CONFIG_NAME) as partial:
         tokenizer = _tokenizer(found)
         model = to_transformers(
             found.load_model("cpu").state_dict(),
@@ -104,7 +105,7 @@ def import_published(
         ConfigError, UltraMemError: the checkpoint or the tokenizer cannot be read or does not fit, or as in `export`.
     """
     shard_bytes = _checked(dtype, max_shard_size)
-    with new_directory(Path(directory), overwrite) as partial:
+    with partial_directory(Path(directory).absolute(), overwrite, MODEL_CONFIG_NAME) as partial:
         config, state = read_published_checkpoint(Path(checkpoint))
         chosen = None if tokenizer is None else _for_transformers(load_tokenizer(tokenizer))
         if chosen is not None and len(chosen) > config.vocab_size:

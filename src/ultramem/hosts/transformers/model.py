@@ -16,6 +16,7 @@ from ultramem.hosts.transformers.attachment import Connection, add_auxiliary_los
 from ultramem.layers import HostScheme
 from ultramem.memory import Memory
 
+MODEL_CONFIG_NAME = "config.json"  # of transformers; it marks a directory as a model's
 CODE_NAME = "modeling_ultramem.py"
 _CODE = '''"""Lets `trust_remote_code=True` find this model's classes; they need `pip install "ultramem[hf]"`."""
 
@@ -96,6 +97,8 @@ class UltraMemModel(Qwen3Model):
             super()._init_weights(module)
             return
         parameters = dict(memory.named_parameters())
+        if any(parameter.is_meta for parameter in parameters.values()):
+            return  # `device_map` left it on disk
         loaded = [name for name, parameter in parameters.items() if getattr(parameter, "_is_hf_initialized", False)]
         if not loaded:
             memory.init_weights()

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from ultramem.data.output_directory import partial_directory
 from ultramem.errors import UltraMemError
+from ultramem.output_directory import partial_directory
 
 
 def make(output: Path, content: str = "new", overwrite: bool = False) -> None:
-    with partial_directory(output, overwrite) as directory:
+    with partial_directory(output, overwrite, marker="manifest.json") as directory:
         assert not any(directory.iterdir())
         (directory / "manifest.json").write_text(content)
 
@@ -22,7 +22,7 @@ def entries(directory: Path) -> list[str]:
 
 def test_made_at_the_end_parents_included(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "tokens"
-    with partial_directory(output, overwrite=False) as directory:
+    with partial_directory(output, overwrite=False, marker="manifest.json") as directory:
         (directory / "a").write_text("a")
         assert not output.exists()
     assert entries(output) == ["a"]
@@ -40,7 +40,7 @@ def test_nothing_is_left_after_an_exception(tmp_path: Path, error: type[BaseExce
     make(tmp_path / "tokens", "old")
 
     def fail() -> None:
-        with partial_directory(tmp_path / "tokens", overwrite=True) as directory:
+        with partial_directory(tmp_path / "tokens", overwrite=True, marker="manifest.json") as directory:
             (directory / "a").write_text("a")
             raise error
 
@@ -85,7 +85,7 @@ def test_other_directories_and_files_are_never_replaced(tmp_path: Path) -> None:
 
 
 def test_two_runs_do_not_share_an_output(tmp_path: Path) -> None:
-    with partial_directory(tmp_path / "tokens", overwrite=False) as directory:
+    with partial_directory(tmp_path / "tokens", overwrite=False, marker="manifest.json") as directory:
         (directory / "manifest.json").write_text("first")
         with pytest.raises(UltraMemError, match="another run is writing"):
             make(tmp_path / "tokens", "second")

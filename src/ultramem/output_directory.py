@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ultramem.data.token_files import MANIFEST_NAME
 from ultramem.errors import UltraMemError
 from ultramem.filesystem import locked, remove
 
 
 @contextmanager
-def partial_directory(output: Path, overwrite: bool) -> Iterator[Path]:
+def partial_directory(output: Path, overwrite: bool, marker: str) -> Iterator[Path]:
     """An empty `OUTPUT.partial` to work in, renamed to `output` at the end and removed if an exception passes.
 
     What a killed run left there is cleared first.
@@ -21,14 +20,18 @@ def partial_directory(output: Path, overwrite: bool) -> Iterator[Path]:
     Args:
         output: Absolute path of the directory to make.
         overwrite: Replace a finished one.
+        marker: Name of a file by which a finished one is known; what is without it is never replaced.
 
     Raises:
-        UltraMemError: `output` is there and must not be replaced, or another run is writing it.
+        UltraMemError: `output` is there and must not be replaced, another run is writing it, or it cannot be made.
     """
-    _check_replaceable(output, overwrite)
+    _check_replaceable(output, overwrite, marker)
     partial = output.with_name(f"{output.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    with locked(partial, f"another run is writing {partial}; wait for it or choose another --output"):
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UltraMemError(f"{output} cannot be made ({error.strerror}); choose another directory") from error
+    with locked(partial, f"another run is writing {partial}; wait for it or choose another directory"):
         for leftover in partial.iterdir():
             remove(leftover)
         try:
@@ -39,18 +42,16 @@ def partial_directory(output: Path, overwrite: bool) -> Iterator[Path]:
         _replace(output, partial)
 
 
-def _check_replaceable(output: Path, overwrite: bool) -> None:
+def _check_replaceable(output: Path, overwrite: bool, marker: str) -> None:
     if not output.exists():
         return
     if not output.is_dir():
-        raise UltraMemError(f"{output} is a file; name a directory with --output")
-    if (output / MANIFEST_NAME).is_file():
+        raise UltraMemError(f"{output} is a file; choose a directory")
+    if (output / marker).is_file():
         if not overwrite:
-            raise UltraMemError(f"{output} is finished already; replace it with --overwrite or choose another --output")
+            raise UltraMemError(f"{output} is finished already; replace it with --overwrite or choose another")
     elif any(output.iterdir()):
-        raise UltraMemError(
-            f"{output} holds other files and was not written by `ultramem tokenize`; choose another --output"
-        )
+        raise UltraMemError(f"{output} holds other files, but no {marker}; choose another directory")
 
 
 def _replace(output: Path, partial: Path) -> None:

@@ -1,0 +1,383 @@
+"""Sparse memory fine-tuning (arXiv:2510.15103): training only the table rows that are special to the new data.
+
+```python
+background = count_background(model, batches)  # batches of what the model must not forget
+sparse = SparseFinetuning(model, background, rows=512, learning_rate=1.0)
+arguments = TrainingArguments(max_grad_norm=0, ...)
+Trainer(model, arguments, train_dataset=data, callbacks=[sparse], optimizers=(sparse.optimizer, None)).train()
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+from transformers import PreTrainedModel, TrainerCallback
+
+from ultramem.errors import ConfigError, UltraMemError
+from ultramem.layers import MemoryLayer, ValueTable
+from ultramem.memory import Memory
+
+OptimizerKind = Literal["sgd", "adamw"]
+_SMALLEST_CAPACITY = 256
+
+
+def find_tables(model: nn.Module) -> list[ValueTable]:
+    """The tables of a model's memory, each once, in the order of the layers that read them.
+
+    Raises:
+        UltraMemError: the model has no memory layers.
+    """
+    memory = getattr(model, "memory", None)
+    if not isinstance(memory, Memory) or not memory.layers:
+        raise UltraMemError(f"{type(model).__name__} has no memory layers, whose rows could be trained")
+    return list(dict.fromkeys(layer.table for layer in memory.layers))
+
+
+class RowCounter:
+    """Counts how often each table row is read, by all layers that share the table together.
+
+    What padding reads, as the `attention_mask` tells, does not count.
+
+    Args:
+        model: with a memory.
+        training: which passes count: those in training mode, or those in evaluation mode.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, training: bool) -> None:
+        self.training = training
+        self.mask: Tensor | None = None
+        self._model = model
+        self._tables = find_tables(model)
+        self._counts: dict[ValueTable, Tensor] = {}
+
+    def attach(self) -> None:
+        """Start counting."""
+        for layer in self._model.memory.layers:
+            layer.usage = _LayerReads(self, layer)
+        self._handle = self._model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
+
+    def detach(self) -> None:
+        """Stop counting."""
+        self._handle.remove()
+        for layer in self._model.memory.layers:
+            layer.usage = None
+
+    def take(self) -> list[Tensor]:
+        """The counts since the last call, for each table (rows,) in int64; of all processes if distributed."""
+        taken = []
+        for table in self._tables:
+            counts = self._counts.pop(table, None)
+            if counts is None:
+                counts = torch.zeros(len(table.values), dtype=torch.int64, device=table.values.device)
+            if dist.is_initialized():
+                dist.all_reduce(counts)
+            taken.append(counts)
+        return taken
+
+    def add(self, table: ValueTable, rows: Tensor) -> None:
+        """Count one read of each of the rows (tokens, k), but for tokens of padding."""
+        if self.mask is not None and self.mask.numel() == len(rows):
+            rows = rows[self.mask.flatten().bool().to(rows.device)]
+        counts = torch.bincount(rows.flatten(), minlength=len(table.values))
+        self._counts[table] = self._counts[table] + counts if table in self._counts else counts
+
+    def _before_pass(self, _: nn.Module, inputs: Any, options: Mapping[str, Any]) -> None:
+        self.mask = options.get("attention_mask")
+
+
+class _LayerReads:
+    """Stands in a layer's `usage`."""
+
+    def __init__(self, counter: RowCounter, layer: MemoryLayer) -> None:
+        self.counter, self.layer = counter, layer
+
+    @torch.no_grad()
+    def record(self, window_rows: Tensor, scores: Tensor, output: Tensor) -> None:
+        if self.layer.training == self.counter.training:
+            table = self.layer.table
+            self.counter.add(table, (window_rows + self.layer.window_start) % len(table.values))
+
+
+@dataclass(frozen=True)
+class Background:
+    """What a background corpus reads.
+
+    Attributes:
+        batches: number of batches.
+        frequencies: for each table (rows,), int64: the batches that read the row.
+    """
+
+    batches: int
+    frequencies: list[Tensor]
+
+
+@torch.no_grad()
+def count_background(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Background:
+    """Count the batches of a background corpus that read each row.
+
+    Args:
+        model: with a memory.
+        batches: the model's arguments, on its device; each of as many tokens as a training batch will have.
+
+    Raises:
+        UltraMemError: the model has no memory, or there is no batch.
+    """
+    counter, training = RowCounter(model, training=False), model.training
+    number, frequencies = 0, counter.take()
+    model.eval()
+    counter.attach()
+    try:
+        for batch in batches:
+            model(**batch, use_cache=False)
+            number += 1
+            frequencies = [total + (counts > 0) for total, counts in zip(frequencies, counter.take(), strict=True)]
+    finally:
+        counter.detach()
+        model.train(training)
+    if not number:
+        raise UltraMemError("the background has no batch; give texts that the model must not forget")
+    return Background(number, frequencies)
+
+
+def score_rows(counts: Tensor, frequencies: Tensor, batches: int) -> Tensor:
+    """TF-IDF of table rows (arXiv:2510.15103, section 3): high for rows read often here and in few background batches.
+
+    Args:
+        counts: (rows,), int64, reads in the batch.
+        frequencies: (rows,), int64, background batches that read the row.
+        batches: number of background batches.
+
+    Returns:
+        (rows,), float32; zero for rows that are not read, and for those that all background batches read.
+    """
+    term_frequency = counts.float() / counts.sum().clamp(min=1)
+    return term_frequency * ((batches + 1) / (frequencies + 1).float()).log()
+
+
+def choose_rows(counts: Tensor, frequencies: Tensor, batches: int, rows: int) -> Tensor:
+    """Numbers (at most `rows`,) of the rows with the highest scores; arguments as for `score_rows`.
+
+    Rows with a score of zero are never among them.
+    """
+    scores, numbers = score_rows(counts, frequencies, batches).topk(min(rows, len(counts)))
+    return numbers[scores > 0]
+
+
+class SparseRows(Optimizer):
+    """SGD or AdamW (arXiv:1711.05101) on a few rows of tables; all others stay as they are, to the bit.
+
+    Before each step set `rows`. Only rows that were ever trained have optimiser state, in float32, besides four bytes
+    for each row of the table. AdamW corrects the bias of its averages by the number of steps of each row. The buffer of
+    the gradient is as large as the table all the same: it holds what other rows would get, and nothing reads it.
+
+    Args:
+        tables: whose `values` and `pre_values` are trained, together; a parameter group for each table.
+        learning_rate: of all groups.
+        kind: `sgd`, without momentum, or `adamw`.
+        betas: AdamW's decay rates.
+        eps: AdamW's epsilon.
+        weight_decay: decoupled, of the rows of the step.
+
+    Attributes:
+        rows: for each table, the rows (n,) in int64, each once, to train in the next step, which empties the list.
+        kind: `sgd` or `adamw`.
+
+    Raises:
+        ConfigError: there is no such kind.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[ValueTable],
+        *,
+        learning_rate: float,
+        kind: OptimizerKind = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if kind not in get_args(OptimizerKind):
+            raise ConfigError(f"kind={kind}: must be one of {', '.join(get_args(OptimizerKind))}")
+        defaults = {"lr": learning_rate, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__([{"params": list(table.parameters())} for table in tables], defaults)
+        self.kind = kind
+        self.rows: list[Tensor] = []
+        self._trained = [_TrainedRows(kind == "adamw") for _ in tables]
+
+    @property
+    def trained_rows(self) -> int:
+        """How many rows were ever trained."""
+        return sum(trained.number for trained in self._trained)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Train the `rows` by their gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, trained, rows in zip(self.param_groups, self._trained, self.rows, strict=False):
+            if len(rows) and group["params"][0].grad is not None:
+                self._train(rows, group, trained)
+        self.rows = []
+        return loss
+
+    def _train(self, rows: Tensor, group: dict[str, Any], trained: _TrainedRows) -> None:
+        slots = trained.find(rows, group["params"])
+        for number, parameter in enumerate(group["params"]):
+            update = parameter.grad[rows].float()
+            if self.kind == "adamw":
+                update = trained.adapt(number, slots, update, group["betas"], group["eps"])
+            kept = parameter[rows].float() * (1 - group["lr"] * group["weight_decay"])
+            parameter.index_copy_(0, rows, (kept - group["lr"] * update).to(parameter.dtype))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of every optimiser, and `trained`: for each table the rows that were ever trained, and their state."""
+        return {**super().state_dict(), "trained": [trained.state_dict() for trained in self._trained]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        super().load_state_dict(state_dict)
+        for trained, state, group in zip(self._trained, state_dict["trained"], self.param_groups, strict=True):
+            trained.load_state_dict(state, group["params"])
+
+
+class _TrainedRows:
+    """The rows of one table that were ever trained: a slot for each, with its number of steps and AdamW's averages.
+
+    Attributes:
+        number: of rows.
+    """
+
+    def __init__(self, has_averages: bool) -> None:
+        self.number = 0
+        self._has_averages = has_averages
+        self._slots: Tensor | None = None  # (table rows,); made late, for the model may still change its device
+
+    def find(self, rows: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        """The rows' slots (n,), new ones for new rows; each counts one more step."""
+        if self._slots is None:
+            device, total = parameters[0].device, len(parameters[0])
+            self._slots = torch.full((total,), -1, dtype=torch.int32, device=device)
+            self._steps = torch.zeros(0, dtype=torch.int64, device=device)
+            widths = [parameter.shape[1] for parameter in parameters] if self._has_averages else []
+            self._averages = [torch.zeros(0, 2, width, device=device) for width in widths]
+        new = rows[self._slots[rows] < 0]
+        self._slots[new] = torch.arange(self.number, self.number + len(new), dtype=torch.int32, device=rows.device)
+        self.number += len(new)
+        if self.number > len(self._steps):
+            self._grow(max(self.number, 2 * len(self._steps), _SMALLEST_CAPACITY))
+        slots = self._slots[rows].long()
+        self._steps[slots] += 1
+        return slots
+
+    def adapt(self, number: int, slots: Tensor, gradient: Tensor, betas: tuple[float, float], eps: float) -> Tensor:
+        """AdamW's direction (n, width) for the gradient (n, width) of parameter `number`."""
+        first, second = self._averages[number][slots].unbind(1)
+        first = first.lerp(gradient, 1 - betas[0])
+        second = second.lerp(gradient.square(), 1 - betas[1])
+        self._averages[number][slots] = torch.stack([first, second], dim=1)
+        steps = self._steps[slots].unsqueeze(1)
+        first_correction, second_correction = (1 - torch.pow(beta, steps.double()) for beta in betas)
+        return first / first_correction.float() / ((second / second_correction.float()).sqrt() + eps)
+
+    def _grow(self, capacity: int) -> None:
+        def grown(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor, tensor.new_zeros(capacity - len(tensor), *tensor.shape[1:])])
+
+        self._steps = grown(self._steps)
+        self._averages = [grown(averages) for averages in self._averages]
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._slots is None:
+            return {}
+        rows = (self._slots >= 0).nonzero().flatten()
+        slots = self._slots[rows].long()
+        averages = [averages[slots] for averages in self._averages]
+        return {"rows": rows, "steps": self._steps[slots], "averages": averages}
+
+    def load_state_dict(self, state: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+        self.number, self._slots = 0, None
+        if not state:
+            return
+        device = parameters[0].device
+        slots = self.find(state["rows"].to(device), parameters)
+        self._steps[slots] = state["steps"].to(device)
+        for averages, loaded in zip(self._averages, state["averages"], strict=True):
+            averages[slots] = loaded.to(averages)
+
+
+class SparseFinetuning(TrainerCallback):
+    """Makes a `transformers.Trainer` train, in each step, the rows that are special to the step's batch.
+
+    Constructing it freezes all parameters but the tables. Give the Trainer this callback, its `optimizer`, and
+    arguments with `max_grad_norm=0`. With gradient accumulation, rows are chosen for all micro-batches of a step
+    together; over several processes, for all batches of a step. Evaluation passes do not count.
+
+    Args:
+        model: with a memory.
+        background: what the corpus that must not be forgotten reads.
+        rows: most rows of each table to train in one step.
+        learning_rate: of the optimiser.
+        optimizer: `sgd` or `adamw`. The paper found that SGD forgets less.
+        weight_decay: for the chosen rows.
+
+    Attributes:
+        optimizer: a `SparseRows`.
+
+    Raises:
+        ConfigError: a value cannot work.
+        UltraMemError: the model has no memory.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        background: Background,
+        *,
+        rows: int,
+        learning_rate: float,
+        optimizer: OptimizerKind = "sgd",
+        weight_decay: float = 0.0,
+    ) -> None:
+        if rows < 1:
+            raise ConfigError(f"rows={rows}: must be at least 1")
+        tables = find_tables(model)
+        self.optimizer = SparseRows(tables, learning_rate=learning_rate, kind=optimizer, weight_decay=weight_decay)
+        self._background, self._rows = background, rows
+        self._counter = RowCounter(model, training=True)
+        model.requires_grad_(False)
+        for table in tables:
+            table.requires_grad_(True)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start counting.
+
+        Raises:
+            ConfigError: gradients would be clipped.
+        """
+        if args.max_grad_norm:
+            # The Trainer clips before the rows are chosen, by the norm over all rows.
+            raise ConfigError(
+                f"max_grad_norm={args.max_grad_norm}: the norm would be that of the rows that are not trained, too; "
+                "set it to 0"
+            )
+        self._counter.attach()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Choose the step's rows."""
+        self.optimizer.rows = [
+            choose_rows(counts, frequencies.to(counts.device), self._background.batches, self._rows)
+            for counts, frequencies in zip(self._counter.take(), self._background.frequencies, strict=True)
+        ]
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop counting."""
+        self._counter.detach()
