@@ -172,6 +172,7 @@ def test_relative_paths_start_at_the_working_directory(write, monkeypatch, tmp_p
         ("--trainer.compile=1", "trainer.compile=1: must be true or false"),
         ("--trainer.activation_checkpointing=no", "trainer.activation_checkpointing='no': must be true or false"),
         ("--trainer.directory=3", "trainer.directory=3: must be a path"),
+        ("--trainer.initial_weights=3", "trainer.initial_weights=3: must be a path"),
         ("--logging.tensorboard=2", "logging.tensorboard=2: must be true or false"),
         ("--logging.wandb.entity=me", "logging.wandb.project is missing: set it"),
         ("--logging.wandb.project=3", "logging.wandb.project=3: must be text"),

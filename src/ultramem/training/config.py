@@ -288,8 +288,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         set_key(content, key, parse_yaml(value, f"--{key}"))
     keys = [*dotted_keys(RunConfig), "model.preset"]
     trainer = content.get("trainer")
-    if "model" not in content and isinstance(trainer, dict) and trainer.get("initial_weights"):
-        content["model"] = encode(read_model_config(trainer["initial_weights"]))
+    weights = trainer.get("initial_weights") if isinstance(trainer, dict) else None
+    if "model" not in content and isinstance(weights, str):
+        content["model"] = encode(read_model_config(Path(weights)))
     if isinstance(content.get("model"), dict):
         content["model"] = _resolve_model(content, keys)
     return decode(RunConfig, content, keys)
