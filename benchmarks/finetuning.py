@@ -30,6 +30,7 @@ from ultramem.device import autocast, choose_device
 from ultramem.errors import UltraMemError
 from ultramem.finetuning.examples import make_examples, mean_loss, read_texts
 from ultramem.finetuning.finetune import FinetuneConfig, Finetuning, load_model, read_background
+from ultramem.hosts.transformers.modes import evaluation_mode
 from ultramem.hosts.transformers.sparse_finetuning import Background
 
 # The first one is asked for.
@@ -119,16 +120,13 @@ class Facts:
         ).to(model.device)
         ends = [f'{value}"' for value in self.values]
         longest = max(len(ids) for ids in self.tokenizer(ends, add_special_tokens=False)["input_ids"])
-        training = model.training
-        model.eval()
-        with autocast(model.device):
+        with evaluation_mode(model), autocast(model.device):
             generated = model.generate(
                 input_ids=prompts["input_ids"],
                 attention_mask=prompts["attention_mask"],
                 max_new_tokens=longest,
                 do_sample=False,
             )
-        model.train(training)
         texts = self.tokenizer.batch_decode(generated[:, prompts["input_ids"].shape[1] :])
         return sum(text.startswith(end) for text, end in zip(texts, ends, strict=True)) / len(ends)
 

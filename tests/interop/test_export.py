@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from typer.testing import CliRunner
 
@@ -145,14 +146,14 @@ def test_run_without_a_tokenizer(train_run: TrainRun, token_directory: Path, tmp
 def test_an_export_is_replaced_only_when_asked(train_run: TrainRun, tmp_path: Path) -> None:
     run, directory = train_run("dense"), tmp_path / "model"
     export(run, directory)
-    (directory / "mark").touch()
+    (directory / "mark.json").touch()
     with pytest.raises(UltraMemError, match="is finished already; replace it with --overwrite"):
         export(run, directory)
     with pytest.raises(UltraMemError, match="max_shard_size is 'large'; give bytes"):
         export(run, directory, max_shard_size="large", overwrite=True)
-    assert (directory / "mark").exists()
+    assert (directory / "mark.json").exists()
     export(run, directory, overwrite=True)
-    assert not (directory / "mark").exists()
+    assert not (directory / "mark.json").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
     other = tmp_path / "other"
     other.mkdir()
@@ -189,3 +190,21 @@ def test_initial_weights_that_do_not_fit(train_run: TrainRun, run_yaml: Callable
     (other / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(UltraMemError, match="model_type gpt2: the training host has the architectures"):
         read_model(other)
+
+
+def test_weights_that_are_not_complete(train_run: TrainRun, tmp_path: Path) -> None:
+    export(train_run("dense"), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.mlp.gate_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UltraMemError, match=r"model\.layers\.0\.mlp\.gate_proj\.weight is missing"):
+        read_model(tmp_path / "model")
+
+
+def test_what_else_is_in_a_directory_is_not_lost(train_run: TrainRun, tmp_path: Path) -> None:
+    export(train_run("dense"), tmp_path / "model")
+    (tmp_path / "model" / "thesis.tex").touch()
+    with pytest.raises(UltraMemError, match=r"holds thesis\.tex as well, which would be lost"):
+        export(train_run("dense"), tmp_path / "model", overwrite=True)
+    assert (tmp_path / "model" / "thesis.tex").exists()

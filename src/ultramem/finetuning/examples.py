@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ultramem.data.documents import BrokenRecordError, find_sources, read_documents
 from ultramem.device import autocast
 from ultramem.errors import UltraMemError
+from ultramem.hosts.transformers.modes import evaluation_mode
 
 IGNORED = -100
 
@@ -98,18 +99,13 @@ def background_batches(
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, examples: Sequence[dict[str, list[int]]], batch_size: int) -> float:
     """Mean cross-entropy of a predicted token, in nats, in evaluation mode."""
-    total, predicted, training = 0.0, 0, model.training
-    model.eval()
-    for start in range(0, len(examples), batch_size):
-        batch = {
-            name: tensor.to(model.device) for name, tensor in collate(examples[start : start + batch_size]).items()
-        }
-        targets = batch.pop("labels")[:, 1:].flatten()
-        with autocast(model.device):
-            logits = model(**batch, use_cache=False).logits
-        total += F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum"
-        ).item()
-        predicted += int((targets != IGNORED).sum())
-    model.train(training)
+    total, predicted = 0.0, 0
+    with evaluation_mode(model), autocast(model.device):
+        for start in range(0, len(examples), batch_size):
+            batch = collate(examples[start : start + batch_size])
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            targets = batch.pop("labels")[:, 1:].flatten()
+            logits = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            total += F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum").item()
+            predicted += int((targets != IGNORED).sum())
     return total / max(predicted, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,7 +32,12 @@ from ultramem.errors import ConfigError, UltraMemError
 from ultramem.filesystem import write_text
 from ultramem.finetuning.examples import background_batches, collate, make_examples, mean_loss, read_texts
 from ultramem.hosts.transformers import detach_memory, load_memory, save_memory
-from ultramem.hosts.transformers.model import MODEL_CONFIG_NAME
+from ultramem.hosts.transformers.files import (
+    MODEL_CONFIG_NAME,
+    MODEL_CONTENTS,
+    load_model_file,
+    save_model_file,
+)
 from ultramem.hosts.transformers.sparse_finetuning import (
     Background,
     OptimizerKind,
@@ -110,8 +115,12 @@ class FinetuneConfig:
         for name in ("rows", "rank", "steps", "epochs", "batch_size", "sequence_length", "background_batches"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name}={value}: must be at least 1")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate={self.learning_rate}: must be above 0")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate={self.learning_rate}: must be above 0 and finite")
+        if self.sequence_length < 2:
+            raise ConfigError(f"sequence_length={self.sequence_length}: must be at least 2")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed}: must be from 0 to 2**32 - 1")
         if self.steps and self.epochs:
             raise ConfigError(f"steps={self.steps} and epochs={self.epochs}: give one of them")
         if self.method == "sparse" and not self.background:
@@ -186,7 +195,7 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> FinetuneResu
         UltraMemError: model, data or output is missing or does not fit; nothing is written then.
     """
     device = choose_device(config.device)
-    with partial_directory(config.output.absolute(), overwrite, MODEL_CONFIG_NAME) as partial:
+    with partial_directory(config.output.absolute(), overwrite, MODEL_CONFIG_NAME, MODEL_CONTENTS) as partial:
         new, background, heldout = (
             read_texts(paths, config.text_field, config.include) if paths else []
             for paths in (config.data, config.background, config.heldout)
@@ -215,6 +224,10 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> FinetuneResu
         run.train(partial)
         model = run.merged()
         result = FinetuneResult(before, losses(), run.steps, *run.counts())
+        if not math.isfinite(result.after.new):
+            raise UltraMemError("the loss is no longer finite: training diverged; lower --learning-rate")
+        if config.method == "sparse" and not result.trained_rows:
+            raise UltraMemError("no row is special to the data: every background batch reads them all; give fewer")
         _save(model, tokenizer, partial, attached=config.memory is not None)
         write_text(partial / RESULT_NAME, json.dumps(_content(config, result), indent=2) + "\n")
     return result
@@ -346,18 +359,17 @@ def load_model(directory: Path, memory: Path | None = None) -> tuple[PreTrainedM
     Raises:
         UltraMemError: one of them is missing or damaged, or the tokenizer has no end-of-text token.
     """
-    if not (directory / "config.json").is_file():
-        raise UltraMemError(f"{directory} has no config.json; name a transformers directory, as of `ultramem export`")
+    model = load_model_file(directory, torch.float32)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    except UltraMemError:
-        raise
-    except Exception as error:  # of transformers and safetensors, of any kind
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # of transformers and tokenizers, of any kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UltraMemError(f"the tokenizer in {directory} cannot be loaded ({reason}); put it there") from error
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
         raise UltraMemError(
-            f"{directory} cannot be loaded ({reason}); it must hold a model and its tokenizer"
-        ) from error
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens, but the model {rows}; put its own there"
+        )
     if tokenizer.eos_token_id is None:
         raise UltraMemError(f"the tokenizer in {directory} has no end-of-text token; give its eos_token there")
     if memory is not None:
@@ -397,7 +409,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory:
     if attached:
         save_memory(model, directory / MEMORY_NAME)
         detach_memory(model)
-    model.save_pretrained(directory)
+    save_model_file(model, directory)
     tokenizer.save_pretrained(directory)
 
 

@@ -20,7 +20,7 @@ from ultramem.evaluation.checkpoints import Checkpoint, find_checkpoint
 from ultramem.evaluation.generation import find_tokenizer
 from ultramem.filesystem import write_text
 from ultramem.hosts.olmo_core import model_statistics
-from ultramem.hosts.transformers.model import MODEL_CONFIG_NAME
+from ultramem.hosts.transformers.files import MODEL_CONFIG_NAME, MODEL_CONTENTS, save_model_file
 from ultramem.interop.published_checkpoint import read_published_checkpoint
 from ultramem.interop.transformers_models import to_transformers
 from ultramem.output_directory import partial_directory
@@ -71,7 +71,7 @@ def export(
     shard_bytes = _checked(dtype, max_shard_size)
     found = find_checkpoint(checkpoint)
     config = found.config
-    with partial_directory(Path(directory).absolute(), overwrite, MODEL_CONFIG_NAME) as partial:
+    with partial_directory(Path(directory).absolute(), overwrite, MODEL_CONFIG_NAME, MODEL_CONTENTS) as partial:
         tokenizer = _tokenizer(found)
         model = to_transformers(
             found.load_model("cpu").state_dict(),
@@ -105,7 +105,7 @@ def import_published(
         ConfigError, UltraMemError: the checkpoint or the tokenizer cannot be read or does not fit, or as in `export`.
     """
     shard_bytes = _checked(dtype, max_shard_size)
-    with partial_directory(Path(directory).absolute(), overwrite, MODEL_CONFIG_NAME) as partial:
+    with partial_directory(Path(directory).absolute(), overwrite, MODEL_CONFIG_NAME, MODEL_CONTENTS) as partial:
         config, state = read_published_checkpoint(Path(checkpoint))
         chosen = None if tokenizer is None else _for_transformers(load_tokenizer(tokenizer))
         if chosen is not None and len(chosen) > config.vocab_size:
@@ -137,7 +137,7 @@ def _write(
         unused = list(range(len(tokenizer), model.config.vocab_size))
         model.generation_config = GenerationConfig(**_token_ids(tokenizer), suppress_tokens=unused or None)
         tokenizer.save_pretrained(directory)
-    model.save_pretrained(directory, max_shard_size=shard_bytes)
+    save_model_file(model, directory, max_shard_size=shard_bytes)
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, int]:

@@ -104,6 +104,9 @@ def from_transformers_config(config: PreTrainedConfig) -> ModelConfig:
         if found != value:
             raise UltraMemError(f"{name}={found}: the training host needs {value}")
     rope = config.rope_parameters or {}
+    theta = rope.get("rope_theta", 10000)
+    if theta != int(theta):
+        raise UltraMemError(f"rope_theta={theta}: the training host needs a whole number")
     if rope.get("rope_type", "default") != "default":
         raise UltraMemError(f"rope_type={rope['rope_type']}: the training host needs default")
     moe = None
@@ -124,7 +127,7 @@ def from_transformers_config(config: PreTrainedConfig) -> ModelConfig:
         memory=config.memory_config() if isinstance(config, UltraMemConfig) else None,
         moe=moe,
         tie_embeddings=config.tie_word_embeddings,
-        rope_theta=int(rope.get("rope_theta", 10000)),
+        rope_theta=int(theta),
         norm_eps=config.rms_norm_eps,
         init_std=config.initializer_range,
     )

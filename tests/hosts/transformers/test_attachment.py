@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -243,3 +244,43 @@ def test_the_whole_model_with_its_memory_is_checkpointed(tokens: Tensor) -> None
     model(tokens, labels=tokens, use_cache=False).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name])
+
+
+def test_the_mode_and_random_numbers_are_left_alone(tokens: Tensor) -> None:
+    """A memory joins in the model's mode; no module changes its own, and no random number is used up."""
+    model = make("llama").train()
+    model.model.layers[0].eval()
+    state = torch.get_rng_state()
+    attach_memory(model, small())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.model.layers[0].training
+    assert model.model.layers[1].training
+    assert model.memory.training
+    model = make("llama")
+    attach_memory(model, small(output_dropout=0.5))
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
+
+
+def test_a_memory_in_another_dtype_than_its_model(tokens: Tensor, tmp_path: Path) -> None:
+    model = make("llama")
+    attach_memory(model, small())
+    save_memory(model, tmp_path)
+    for dtype in (torch.bfloat16, torch.float32):
+        narrow = make("llama").to(dtype)
+        memory = load_memory(narrow, tmp_path)
+        assert {p.dtype for p in memory.parameters()} == {torch.float32}
+        assert narrow(tokens).logits.dtype == dtype
+    integers = {name: t.int() for name, t in load_file(tmp_path / "memory.safetensors").items()}
+    save_file(integers, tmp_path / "memory.safetensors")
+    fresh = make("llama")
+    with pytest.raises(UltraMemError, match="of another shape"):
+        load_memory(fresh, tmp_path)
+    assert not hasattr(fresh, "memory")
+
+
+def test_copied_after_a_pass_with_gradients(tokens: Tensor) -> None:
+    model = make("llama").train()
+    attach_memory(model, small(insertion="0:2/1:1", balance_coef=0.1))
+    model(tokens, labels=tokens).loss.backward()
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.eval()(tokens).logits, model.eval()(tokens).logits)

@@ -73,6 +73,8 @@ def test_saved_and_loaded_to_the_bit(kind: str, tied: bool, make_model: Make, to
     loaded.save_pretrained(again)
     assert_same_state(AutoModelForCausalLM.from_pretrained(again), model)
     decoder = AutoModel.from_pretrained(tmp_path)
+    decoder.save_pretrained(tmp_path / "decoder")
+    assert (tmp_path / "decoder" / "modeling_ultramem.py").is_file()
     assert type(decoder) is UltraMemModel
     assert torch.equal(decoder(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
 
@@ -266,6 +268,10 @@ def test_auxiliary_losses_join_the_loss_in_training(make_model: Make, tokens: Te
     assert auxiliary is not None
     assert auxiliary > 0.1
     torch.testing.assert_close(with_losses, plain + auxiliary)
+    torch.testing.assert_close(model(tokens, labels=tokens, return_dict=False)[0], plain + auxiliary)
+    # A micro-batch with half of the batch's labels has half of the auxiliary loss.
+    half = model(tokens, labels=tokens, num_items_in_batch=torch.tensor(2 * 33)).loss
+    torch.testing.assert_close(half, (plain + auxiliary) / 2)
 
 
 class Sentences(torch.utils.data.Dataset):

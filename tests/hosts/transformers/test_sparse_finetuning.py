@@ -166,8 +166,11 @@ def test_optimizer_is_that_of_torch_on_the_chosen_rows(kind: str) -> None:
     assert torch.equal(table.values[untouched], start[untouched])
     assert optimizer.trained_rows == len(chosen)
     before = table.values.detach().clone()
-    optimizer.step()
+    with pytest.raises(UltraMemError, match="no rows were chosen for this step"):
+        optimizer.step()
     assert torch.equal(table.values, before)
+    twin = copy.deepcopy(optimizer)
+    assert (twin.kind, twin.trained_rows) == (kind, len(chosen))
 
 
 def test_state_grows_with_the_rows_trained_and_survives_saving(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from transformers import PreTrainedModel
@@ -15,8 +16,11 @@ from transformers import PreTrainedModel
 from ultramem.config import MemoryConfig
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.hosts.transformers.blocks import check_blocks, find_blocks
+from ultramem.hosts.transformers.modes import evaluation_mode
 from ultramem.layers import HostScheme, MemoryLayer
 from ultramem.memory import Memory
+
+IGNORED_LABEL = -100
 
 
 def attach_memory(
@@ -53,12 +57,15 @@ def attach_memory(
     check_host_config(config)
     check_blocks(model, modules, {number for pair in insertions for number in pair})
     std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
-    schemes = [HostScheme.measured(block.get_submodule("mlp"), width, std, std) for block in modules]
+    with evaluation_mode(model):
+        schemes = [HostScheme.measured(block.get_submodule("mlp"), width, std, std) for block in modules]
     device = next(modules[0].get_submodule("mlp").parameters()).device
-    memory = Memory(config, width, len(modules), scheme=schemes, seed=seed, device=device, dtype=model.dtype)
+    with torch.random.fork_rng():  # modules draw values on construction
+        memory = Memory(config, width, len(modules), scheme=schemes, seed=seed, device=device, dtype=model.dtype)
+    memory.train(model.training)
     model.memory = memory
     connection = Connection(memory, modules)
-    connection.handles.append(model.register_forward_hook(add_auxiliary_loss))
+    connection.handles.append(model.register_forward_hook(add_auxiliary_loss, with_kwargs=True))
     model._memory_connection = connection  # type: ignore[assignment]
     return memory
 
@@ -124,6 +131,9 @@ class Connection:
         for handle in self.handles:
             handle.remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "outputs": {}}  # they have a graph, which cannot be copied
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         _connections.add(self)  # a copy of a model trains too
@@ -131,18 +141,30 @@ class Connection:
     def _after_feed_forward(
         self, reads: Sequence[int], adds: Sequence[int], _: nn.Module, inputs: Any, output: Tensor
     ) -> Tensor:
+        own: dict[int, Tensor] = {}
         for number in reads:
-            self.outputs[number] = _read(self.memory.layers[number], inputs[0])
+            outputs = own if number in adds else self.outputs
+            outputs[number] = _read(self.memory.layers[number], inputs[0])
         for number in adds:
-            output = output + self.outputs[number].to(output.device)
+            added = own[number] if number in own else self.outputs[number]
+            output = output + added.to(output.device, output.dtype)
         return output
 
 
-def add_auxiliary_loss(model: Any, _: Any, output: Any) -> Any:
-    """Hook after a model's forward pass: in training its loss includes the memory's auxiliary losses."""
-    auxiliary = model.memory.auxiliary_loss() if model.training else None
-    if auxiliary is not None and getattr(output, "loss", None) is not None:
-        output.loss = output.loss + auxiliary.to(output.loss.device)
+def add_auxiliary_loss(model: Any, _: Any, options: dict[str, Any], output: Any) -> Any:
+    """Hook after a model's forward pass: in training its loss includes the memory's auxiliary losses.
+
+    Where the loss is a sum over the labels of a micro-batch, divided by those of the whole batch, the auxiliary loss
+    is weighted alike.
+    """
+    auxiliary, labels = model.memory.auxiliary_loss() if model.training else None, options.get("labels")
+    if auxiliary is None or labels is None:
+        return output
+    if options.get("num_items_in_batch") is not None:
+        auxiliary = auxiliary * ((labels[..., 1:] != IGNORED_LABEL).sum() / options["num_items_in_batch"])
+    if isinstance(output, tuple):
+        return output[0] + auxiliary.to(output[0].device), *output[1:]
+    output.loss = output.loss + auxiliary.to(output.loss.device)
     return output
 
 
@@ -153,7 +175,8 @@ def _read(layer: MemoryLayer, x: Tensor) -> Tensor:
             "the memory was left out of memory by device_map, but each token reads it; give the module `memory` a "
             "device of its own there, such as 'cpu'"
         )
-    output: Tensor = layer(x.to(values.device))
+    dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else values.dtype
+    output: Tensor = layer(x.to(values.device, dtype))
     return output
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ultramem.errors import UltraMemError
+from ultramem.hosts.transformers.modes import evaluation_mode
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -92,12 +93,10 @@ def _observe(model: PreTrainedModel, block: nn.Module, shift: float) -> _Observa
         block.get_submodule("mlp").register_forward_hook(after_feed_forward),
         block.register_forward_hook(after_block),
     ]
-    training = model.training
     try:
-        model.eval()
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+        with evaluation_mode(model):
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return seen

@@ -70,12 +70,12 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
     except (OSError, SafetensorError, TypeError) as error:
         raise UltraMemError(f"{path} is damaged or not complete ({error}); save the memory again") from error
     memory = attach_memory(model, config)
-    expected = {name: tensor.shape for name, tensor in memory.state_dict().items()}
-    if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+    # Integers for numbers, or the reverse, count as another shape.
+    expected = {name: (*tensor.shape, tensor.is_floating_point()) for name, tensor in memory.state_dict().items()}
+    found = {name: (*tensor.shape, tensor.is_floating_point()) for name, tensor in tensors.items()}
+    if found != expected:
         detach_memory(model)
-        wrong = min(
-            name for name in {*expected, *tensors} if name not in tensors or expected.get(name) != tensors[name].shape
-        )
+        wrong = min(name for name in {*expected, *found} if expected.get(name) != found.get(name))
         raise UltraMemError(
             f"{path / WEIGHTS_NAME} does not fit its {CONFIG_NAME}: {wrong} is missing or of another shape"
         )

@@ -16,7 +16,6 @@ from ultramem.hosts.transformers.attachment import Connection, add_auxiliary_los
 from ultramem.layers import HostScheme
 from ultramem.memory import Memory
 
-MODEL_CONFIG_NAME = "config.json"  # of transformers; it marks a directory as a model's
 CODE_NAME = "modeling_ultramem.py"
 _CODE = '''"""Lets `trust_remote_code=True` find this model's classes; they need `pip install "ultramem[hf]"`."""
 
@@ -64,7 +63,18 @@ class UltraMemConfig(Qwen3Config):
         return config
 
 
-class UltraMemModel(Qwen3Model):
+class _WithCode:
+    """Saves the code by which `trust_remote_code=True` finds the classes beside the model."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
+        """As in transformers."""
+        if options.get("is_main_process", True) and not Path(save_directory).is_file():
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            write_text(Path(save_directory) / CODE_NAME, _CODE)  # first: the base class may upload the directory
+        super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
+
+
+class UltraMemModel(_WithCode, Qwen3Model):
     """The decoder without its output layer.
 
     Attributes:
@@ -108,7 +118,7 @@ class UltraMemModel(Qwen3Model):
             raise UltraMemError(f"the checkpoint lacks memory.{missing}, though it has memory.{loaded[0]}")
 
 
-class UltraMemForCausalLM(Qwen3ForCausalLM):
+class UltraMemForCausalLM(_WithCode, Qwen3ForCausalLM):
     """The decoder with its output layer: loads, generates, trains and is saved as other models of transformers are."""
 
     config_class = UltraMemConfig
@@ -120,19 +130,13 @@ class UltraMemForCausalLM(Qwen3ForCausalLM):
         self.model = UltraMemModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.register_forward_hook(add_auxiliary_loss)
+        self.register_forward_hook(add_auxiliary_loss, with_kwargs=True)
         self.post_init()
 
     @property
     def memory(self) -> Memory:
         """The memory, which is the decoder's."""
         return self.model.memory
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
-        """As in transformers; the directory's own code lets `trust_remote_code=True` find the classes."""
-        super().save_pretrained(save_directory, *args, **options)
-        if options.get("is_main_process", True):
-            write_text(Path(save_directory) / CODE_NAME, _CODE)
 
 
 def _mark_initialised(memory: Memory) -> None:

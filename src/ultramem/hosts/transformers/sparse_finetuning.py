@@ -10,6 +10,8 @@ Trainer(model, arguments, train_dataset=data, callbacks=[sparse], optimizers=(sp
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -18,9 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback
 
 from ultramem.errors import ConfigError, UltraMemError
+from ultramem.hosts.transformers.modes import evaluation_mode
 from ultramem.layers import MemoryLayer, ValueTable
 from ultramem.memory import Memory
 
@@ -56,18 +60,24 @@ class RowCounter:
         self._model = model
         self._tables = find_tables(model)
         self._counts: dict[ValueTable, Tensor] = {}
+        self._handle: RemovableHandle | None = None
 
     def attach(self) -> None:
-        """Start counting."""
+        """Start counting; what `track_usage` counts rests meanwhile."""
+        self.detach()
+        self._usages = [layer.usage for layer in self._model.memory.layers]
         for layer in self._model.memory.layers:
             layer.usage = _LayerReads(self, layer)
         self._handle = self._model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
 
     def detach(self) -> None:
-        """Stop counting."""
+        """Stop counting, if it was started."""
+        if self._handle is None:
+            return
         self._handle.remove()
-        for layer in self._model.memory.layers:
-            layer.usage = None
+        self._handle = None
+        for layer, usage in zip(self._model.memory.layers, self._usages, strict=True):
+            layer.usage = usage
 
     def take(self) -> list[Tensor]:
         """The counts since the last call, for each table (rows,) in int64; of all processes if distributed."""
@@ -89,7 +99,8 @@ class RowCounter:
         self._counts[table] = self._counts[table] + counts if table in self._counts else counts
 
     def _before_pass(self, _: nn.Module, inputs: Any, options: Mapping[str, Any]) -> None:
-        self.mask = options.get("attention_mask")
+        given = inspect.signature(self._model.forward).bind_partial(*inputs, **options)
+        self.mask = given.arguments.get("attention_mask")
 
 
 class _LayerReads:
@@ -129,18 +140,17 @@ def count_background(model: PreTrainedModel, batches: Iterable[Mapping[str, Tens
     Raises:
         UltraMemError: the model has no memory, or there is no batch.
     """
-    counter, training = RowCounter(model, training=False), model.training
+    counter = RowCounter(model, training=False)
     number, frequencies = 0, counter.take()
-    model.eval()
     counter.attach()
     try:
-        for batch in batches:
-            model(**batch, use_cache=False)
-            number += 1
-            frequencies = [total + (counts > 0) for total, counts in zip(frequencies, counter.take(), strict=True)]
+        with evaluation_mode(model):
+            for batch in batches:
+                model(**batch, use_cache=False)
+                number += 1
+                frequencies = [total + (counts > 0) for total, counts in zip(frequencies, counter.take(), strict=True)]
     finally:
         counter.detach()
-        model.train(training)
     if not number:
         raise UltraMemError("the background has no batch; give texts that the model must not forget")
     return Background(number, frequencies)
@@ -223,7 +233,11 @@ class SparseRows(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, trained, rows in zip(self.param_groups, self._trained, self.rows, strict=False):
+        if len(self.rows) != len(self.param_groups):
+            raise UltraMemError(
+                "no rows were chosen for this step; give the Trainer the SparseFinetuning as a callback"
+            )
+        for group, trained, rows in zip(self.param_groups, self._trained, self.rows, strict=True):
             if len(rows) and group["params"][0].grad is not None:
                 self._train(rows, group, trained)
         self.rows = []
@@ -237,6 +251,10 @@ class SparseRows(Optimizer):
                 update = trained.adapt(number, slots, update, group["betas"], group["eps"])
             kept = parameter[rows].float() * (1 - group["lr"] * group["weight_decay"])
             parameter.index_copy_(0, rows, (kept - group["lr"] * update).to(parameter.dtype))
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"kind": self.kind, "rows": self.rows, "_trained": self._trained}
+        return {**super().__getstate__(), **own}  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """As of every optimiser, and `trained`: for each table the rows that were ever trained, and their state."""
@@ -349,7 +367,11 @@ class SparseFinetuning(TrainerCallback):
     ) -> None:
         if rows < 1:
             raise ConfigError(f"rows={rows}: must be at least 1")
+        if not 0 < learning_rate < math.inf:
+            raise ConfigError(f"learning_rate={learning_rate}: must be above 0 and finite")
         tables = find_tables(model)
+        if [len(frequencies) for frequencies in background.frequencies] != [len(table.values) for table in tables]:
+            raise UltraMemError("the background is of another model's tables; count it with this model")
         self.optimizer = SparseRows(tables, learning_rate=learning_rate, kind=optimizer, weight_decay=weight_decay)
         self._background, self._rows = background, rows
         self._counter = RowCounter(model, training=True)

@@ -1,0 +1,70 @@
+"""Whole models in transformers directories: loaded only if complete, and written with plain errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ultramem.errors import UltraMemError
+
+MODEL_CONFIG_NAME = "config.json"  # marks a directory as a model's
+# What a model's directory may hold; one with anything else is never replaced.
+MODEL_CONTENTS = ("*.json", "*.safetensors", "*.jinja", "modeling_ultramem.py", "README.md", "memory")
+
+
+def load_config_file(directory: Path) -> PreTrainedConfig:
+    """The configuration of the model in a directory.
+
+    Raises:
+        UltraMemError: there is none, or it is not valid.
+    """
+    if not (directory / MODEL_CONFIG_NAME).is_file():
+        raise UltraMemError(
+            f"{directory} has no {MODEL_CONFIG_NAME}; name a transformers directory, as of `ultramem export`"
+        )
+    return _plain_errors(directory, lambda: AutoConfig.from_pretrained(directory, local_files_only=True))
+
+
+def load_model_file(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model in a directory, on the CPU; every parameter comes from its files.
+
+    Raises:
+        UltraMemError: there is none, it is damaged, or its files lack a parameter or have one of another shape.
+    """
+    load_config_file(directory)
+    model, report = _plain_errors(
+        directory,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            directory, local_files_only=True, dtype=dtype, output_loading_info=True
+        ),
+    )
+    wrong = [*report["missing_keys"], *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])]
+    if wrong:
+        raise UltraMemError(f"{directory} is damaged: {min(wrong)} is missing or of another shape; write it again")
+    return model
+
+
+def save_model_file(model: PreTrainedModel, directory: Path, **options: Any) -> None:
+    """`save_pretrained`.
+
+    Raises:
+        UltraMemError: the directory cannot be written.
+    """
+    try:
+        model.save_pretrained(directory, **options)
+    except (OSError, SafetensorError) as error:
+        raise UltraMemError(f"{directory} cannot be written ({error}); choose another directory") from error
+
+
+def _plain_errors(directory: Path, load: Any) -> Any:
+    try:
+        return load()
+    except UltraMemError:
+        raise
+    except Exception as error:  # of transformers and safetensors, of any kind
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UltraMemError(f"{directory} cannot be loaded ({reason}); write it again") from error
