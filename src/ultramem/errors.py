@@ -10,3 +10,8 @@ class UltraMemError(Exception):
 
 class ConfigError(UltraMemError, ValueError):
     """A configuration value that cannot work; names the field, the value and what would be right."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, on one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ultramem.errors import ConfigError, UltraMemError
+from ultramem.errors import ConfigError, UltraMemError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -130,7 +130,7 @@ def _fetch(name: str) -> Tokenizer:
     try:
         return Tokenizer.from_pretrained(name)
     except Exception as error:  # plain Exception or any of the Hub's own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UltraMemError(
             f"tokenizer {name} is neither a file here nor could it be fetched from the Hugging Face Hub ({reason}); "
             "check name and network, or give the path of a tokenizer.json"

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ultramem.device import autocast, choose_device, has_fast_bfloat16
-from ultramem.errors import ConfigError, UltraMemError
+from ultramem.errors import ConfigError, UltraMemError, first_line
 from ultramem.filesystem import write_text
 from ultramem.finetuning.examples import background_batches, collate, make_examples, mean_loss, read_texts
 from ultramem.hosts.transformers import detach_memory, load_memory, save_memory
@@ -363,7 +363,7 @@ def load_model(directory: Path, memory: Path | None = None) -> tuple[PreTrainedM
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # of transformers and tokenizers, of any kind
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UltraMemError(f"the tokenizer in {directory} cannot be loaded ({reason}); put it there") from error
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from olmo_core.distributed.checkpoint import get_checkpoint_metadata
 
-from ultramem.errors import UltraMemError
+from ultramem.errors import UltraMemError, first_line
 from ultramem.hosts.olmo_core.config import ModelConfig
 
 
@@ -23,7 +23,7 @@ def check_stored_model(directory: Path, config: ModelConfig) -> None:
     try:
         stored = get_checkpoint_metadata(directory).state_dict_metadata
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UltraMemError(f"{directory} is damaged ({reason}); use an earlier checkpoint") from error
     shapes = {name.removeprefix("model."): entry.size for name, entry in stored.items() if name.startswith("model.")}
     model = config.build("meta").state_dict()

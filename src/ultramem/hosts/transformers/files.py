@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ultramem.errors import UltraMemError
+from ultramem.errors import UltraMemError, first_line
 
 MODEL_CONFIG_NAME = "config.json"  # marks a directory as a model's
 # What a model's directory may hold; one with anything else is never replaced.
@@ -66,5 +66,5 @@ def _plain_errors(directory: Path, load: Any) -> Any:
     except UltraMemError:
         raise
     except Exception as error:  # of transformers and safetensors, of any kind
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UltraMemError(f"{directory} cannot be loaded ({reason}); write it again") from error
