@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import shutil
 from typing import Any
 
 import pytest
@@ -214,6 +215,37 @@ def test_compiled_for_inference(kind: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), layer(x))
     torch.testing.assert_close(compiled(x), layer(x))
+    torch.compiler.reset()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a compiler")
+@pytest.mark.parametrize("kind", ["memory_plus", "ultramem"])
+@torch.no_grad()
+def test_compiled_by_inductor_for_one_token(kind: str) -> None:
+    """With as many keys as fill no whole number of vectors: there inductor once wrote beyond a tensor's end."""
+    memory = Memory(MemoryConfig(kind=kind, num_keys=57, key_dim=32, value_dim=64, top_k=16), 64, 1)
+    layer, x = memory.layers[0].eval(), randn(1, 1, 64, dtype=torch.float32)
+    assert layer.axis_keys % 16
+    expected, compiled = layer(x), torch.compile(layer, fullgraph=True)
+    for _ in range(30):
+        torch.testing.assert_close(compiled(x), expected)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("change", ["replaced", "frozen", "copied"])
+@torch.no_grad()
+def test_compiled_before_any_pass(change: str) -> None:
+    """A program compiled whole cannot make anew what the table's lookups share: the table does so itself."""
+    memory = build(dtype=torch.float32)
+    if change == "replaced":
+        memory.load_state_dict(build(dtype=torch.float32).state_dict(), assign=True)
+    elif change == "frozen":
+        memory.requires_grad_(False)
+    else:
+        memory = copy.deepcopy(memory)
+    layer, x = memory.layers[0].eval(), randn(3, D_MODEL, dtype=torch.float32)
+    found = torch.compile(layer, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(found, layer(x))
     torch.compiler.reset()
 
 

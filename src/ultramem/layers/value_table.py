@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,8 @@ class ValueTable(nn.Module):
         assert self._shared is not None
         return self._shared
 
-    # What a compiler traces must find the object there: hence made on construction and after a move already.
+    # What a compiler traces must find the object there: hence it is made as soon as the parameters are there, and made
+    # anew when they are moved, replaced (as when a model is loaded) or copied.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _share(self) -> None:
         self._shared: SharedTable | None = SharedTable(self.values, self.pre_values)
@@ -79,6 +81,11 @@ class ValueTable(nn.Module):
         self._share()
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter) and "_shared" in self.__dict__:
+            self._share()
+
     def refresh(self) -> None:
         """Follow the parameters, where a copy of them in another dtype is kept."""
         if self._shared is not None:
@@ -86,6 +93,10 @@ class ValueTable(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_shared": None}  # graphs and copies are neither copied nor saved
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        self._share()
 
     def extra_repr(self) -> str:
         """Sizes, for `print(module)`."""

@@ -207,6 +207,15 @@ def test_decoding_step_compiles_whole(kind: str, make_model: Make, tokens: Tenso
 
 
 @torch.no_grad()
+def test_loaded_model_compiles_whole_at_once(make_model: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    found = torch.compile(loaded, fullgraph=True, backend="aot_eager")(tokens, use_cache=False).logits
+    torch.testing.assert_close(found, model(tokens, use_cache=False).logits)
+
+
+@torch.no_grad()
 def test_beams_and_sampling(make_model: Make, tokens: Tensor) -> None:
     model = make_model()
     beams = model.generate(tokens, max_new_tokens=5, num_beams=3, do_sample=False)

@@ -34,7 +34,7 @@ class SharedTable:
 
     def __init__(self, values: Tensor, pre_values: Tensor | None = None) -> None:
         self.values, self.pre_values = values, pre_values
-        self._described = _describe(values, pre_values)
+        self._kinds, self._trained = _describe(values, pre_values)
         self.state = TableState(values, pre_values)
         self.number = torch.tensor([self.state.number], device="cpu")
         self._make_link()
@@ -68,8 +68,11 @@ class SharedTable:
 
     def serves(self, values: Tensor, pre_values: Tensor | None) -> bool:
         """Whether lookups of these tensors can go through this object."""
-        same = self.values is values and self.pre_values is pre_values
-        return same and self._described == _describe(values, pre_values)
+        if self.values is not values or self.pre_values is not pre_values:
+            return False
+        kinds, trained = _describe(values, pre_values)
+        # A pass without gradients may be traced, where no other object can be made.
+        return self._kinds == kinds and (self._trained == trained or not torch.is_grad_enabled())
 
     def gather_values(self, rows: Tensor) -> Tensor:
         """The values (*rows.shape, value_dim)."""
@@ -92,8 +95,10 @@ def _current_stream(tensor: Tensor) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
 
 
-def _describe(values: Tensor, pre_values: Tensor | None) -> list[Any]:
-    return [(table.dtype, table.device, table.requires_grad) for table in (values, pre_values) if table is not None]
+def _describe(values: Tensor, pre_values: Tensor | None) -> tuple[list[Any], list[bool]]:
+    """Dtypes and devices, and which of the tables are trained."""
+    tables = [table for table in (values, pre_values) if table is not None]
+    return [(table.dtype, table.device) for table in tables], [table.requires_grad for table in tables]
 
 
 class Products(NamedTuple):
