@@ -76,6 +76,10 @@ def tokenize(
     max_size: Annotated[
         str | None, typer.Option(help="Most text to take, such as 2MB or 500MiB.", metavar="SIZE")
     ] = None,
+    near_duplicates: Annotated[
+        float | None,
+        typer.Option(help="Leave out documents that share so much with an earlier one, such as 0.7.", metavar="SHARE"),
+    ] = None,
     on_error: Annotated[
         str, typer.Option(help="At a broken record: stop, or skip and count it.", metavar="stop|skip")
     ] = "stop",
@@ -104,6 +108,7 @@ def tokenize(
         processes=processes,
         shard_tokens=shard_tokens,
         max_size=None if max_size is None else parse_size(max_size),
+        near_duplicates=near_duplicates,
         on_error=on_error,
         overwrite=overwrite,
     )

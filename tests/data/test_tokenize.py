@@ -130,7 +130,7 @@ def test_olmo_core_loads_them_as_a_dataset(corpus: Path, tmp_path: Path) -> None
 
 
 def test_the_same_bytes_whatever_the_process_count(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ultramem.data.encoding.CHUNK_BYTES", 1000)  # many more chunks than may wait at a time
+    monkeypatch.setattr("ultramem.data.worker_processes.CHUNK_BYTES", 1000)  # many more chunks than may wait at a time
     options: dict[str, Any] = {"train_bpe": 300, "heldout": 0.1, "shard_tokens": 5000}
     for processes in (1, 2):
         tokenize(config(corpus, f"tokens{processes}", processes=processes, **options))

@@ -21,7 +21,7 @@ def print_summary(manifest: Manifest) -> None:
         table.add_row(split.name, *(f"{count:,}" for count in counts), ratio)
     console.print(table)
     console.print(f"tokenizer: {escape(manifest.tokenizer)}, {manifest.dtype}", end="; ")
-    console.print(f"skipped records: {manifest.skipped:,}")
+    console.print(f"skipped records: {manifest.skipped:,}; near-duplicates left out: {manifest.near_duplicates:,}")
     for example in manifest.skipped_examples:
         console.print(f"  {escape(example)}")
     if manifest.skipped > len(manifest.skipped_examples):

@@ -86,6 +86,7 @@ class Manifest:
         seed: Seed of the choice of held-out documents.
         sources: The `paths` given, how many `files` they stood for, and those files' `bytes` on disk.
         arguments: What else the run was given.
+        near_duplicates: Documents that were left out because they resemble another.
         skipped: Broken records that were left out.
         skipped_examples: What was wrong with the first of them.
     """
@@ -100,6 +101,7 @@ class Manifest:
     seed: int
     sources: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    near_duplicates: int = 0
     skipped: int = 0
     skipped_examples: Sequence[str] = ()
 
@@ -135,6 +137,7 @@ def save_manifest(manifest: Manifest) -> None:
         "tokenizer": manifest.tokenizer,
         "seed": manifest.seed,
         "splits": {name: _split_to_json(split, manifest.directory) for name, split in manifest.splits.items()},
+        "near_duplicates": manifest.near_duplicates,
         "skipped": manifest.skipped,
         "skipped_examples": list(manifest.skipped_examples),
         "sources": dict(manifest.sources),
@@ -223,6 +226,7 @@ def _manifest_from_json(content: dict[str, Any], directory: Path) -> Manifest:
         directory=directory,
         splits=splits,
         **{name: content[name] for name in ("dtype", "vocab_size", "eos_token_id", "pad_token_id", "tokenizer")},
+        near_duplicates=content.get("near_duplicates", 0),
         **{name: content[name] for name in ("seed", "sources", "arguments", "skipped", "skipped_examples")},
     )
 

@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from ultramem.data.documents import BrokenRecordError, Document, find_sources, read_documents
 from ultramem.data.encoding import encode_documents
+from ultramem.data.near_duplicates import near_duplicates
 from ultramem.data.progress import DocumentMeter, progress_display
 from ultramem.data.token_files import MANIFEST_NAME, TOKENIZER_NAME, Manifest, load_manifest, save_manifest
 from ultramem.data.token_writer import SplitWriter
@@ -47,6 +48,8 @@ class TokenizeConfig:
         processes: Processes that tokenize; the result does not depend on it.
         shard_tokens: Most tokens in one token file.
         max_size: Bytes of text to take; reading ends before the document that would pass it.
+        near_duplicates: Leave out documents that are at least so similar to an earlier one, above 0 and at most 1; see
+            `ultramem.data.near_duplicates`. By default all are kept.
         on_error: `stop` at a broken record, or `skip` and count it.
         overwrite: Replace a finished `output`.
 
@@ -70,6 +73,7 @@ class TokenizeConfig:
     processes: int = 1
     shard_tokens: int = 2**28
     max_size: int | None = None
+    near_duplicates: float | None = None
     on_error: str = "stop"
     overwrite: bool = False
 
@@ -84,6 +88,10 @@ class TokenizeConfig:
             raise ConfigError("eos_token, eos_id and pad_token go with tokenizer; train_bpe sets its own")
         if not 0 <= self.heldout < 1:
             raise ConfigError(f"heldout is {self.heldout}; give a share from 0 to below 1, such as 0.02")
+        if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
+            raise ConfigError(
+                f"near_duplicates is {self.near_duplicates}; give a similarity above 0 and at most 1, such as 0.7"
+            )
         if self.on_error not in ("stop", "skip"):
             raise ConfigError(f"on_error is {self.on_error!r}; give stop or skip")
         for name, value, least in (
@@ -103,6 +111,7 @@ class Corpus:
         self.config = config
         self.files = find_sources(config.sources, config.include, config.exclude)
         self.size_on_disk = sum(file.num_bytes for file in self.files)
+        self.left_out: set[int] = set()  # near-duplicates, by their number among all documents
         self._start()
 
     def _start(self) -> None:
@@ -113,7 +122,7 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Document]:
         self._start()
-        limit = self.config.max_size
+        limit, number = self.config.max_size, -1
         for record in read_documents(self.files, self.config.text_field, self.config.separator):
             if isinstance(record, BrokenRecordError):
                 self._skip(record)
@@ -122,7 +131,13 @@ class Corpus:
                 return
             self.text_bytes += record.num_bytes
             self.position = record.position
-            yield record
+            number += 1
+            if number not in self.left_out:
+                yield record
+
+    def leave_out_near_duplicates(self, similarity: float) -> None:
+        """Look through all documents for those that later readings are to leave out."""
+        self.left_out = near_duplicates(self, similarity, self.config.processes)
 
     def _skip(self, record: BrokenRecordError) -> None:
         if self.config.on_error == "stop":
@@ -169,6 +184,10 @@ def tokenize(config: TokenizeConfig) -> Manifest:
             partial_directory(output, config.overwrite, MANIFEST_NAME) as directory,
             progress_display() as display,
         ):
+            if config.near_duplicates is not None:
+                searching = display.add_task("looking for near-duplicates", total=None, documents=0)
+                corpus.leave_out_near_duplicates(config.near_duplicates)
+                display.remove_task(searching)
             tokenizer = _choose_tokenizer(config, corpus, display)
             tokenizer.tokenizer.save(str(directory / TOKENIZER_NAME))
             _write_splits(config, corpus, tokenizer, directory, display)
@@ -240,6 +259,7 @@ def _write_splits(
                 "bytes": corpus.size_on_disk,
             },
             arguments=_arguments(config),
+            near_duplicates=len(corpus.left_out),
             skipped=corpus.skipped,
             skipped_examples=corpus.skipped_examples,
         )

@@ -1,0 +1,51 @@
+"""Finding documents that are nearly the same as an earlier one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from datasketch import LeanMinHash, MinHash, MinHashLSH
+
+from ultramem.data.documents import Document
+from ultramem.data.worker_processes import map_documents
+
+WORDS = 5  # of a sequence
+PERMUTATIONS = 128
+
+
+class Signature:
+    """MinHash signatures of texts, from their sets of sequences of five words."""
+
+    def __init__(self) -> None:
+        self.empty = MinHash(PERMUTATIONS)
+
+    def __call__(self, text: str) -> LeanMinHash:
+        """The signature; equal for texts that differ in white space and punctuation only."""
+        words = re.findall(r"\w+", text)
+        sequences = {" ".join(words[start : start + WORDS]) for start in range(max(len(words) - WORDS + 1, 1))}
+        signature = self.empty.copy()
+        # Sorted: sets of strings have another order in every process.
+        signature.update_batch([sequence.encode() for sequence in sorted(sequences)])
+        return LeanMinHash(signature)
+
+
+def near_duplicates(documents: Iterable[Document], similarity: float, processes: int) -> set[int]:
+    """Numbers, counted from 0, of the documents that resemble an earlier one that is not among them.
+
+    Args:
+        documents: in their order.
+        similarity: from which share of common sequences (Jaccard index), as MinHash (Broder, 1997) estimates it, a
+            document counts as a near-duplicate; above 0, at most 1.
+        processes: to compute the signatures in; the result does not depend on it.
+    """
+    index = MinHashLSH(similarity, PERMUTATIONS)
+    kept: dict[int, LeanMinHash] = {}
+    found: set[int] = set()
+    for number, (_, signature) in enumerate(map_documents(documents, Signature, (), processes)):
+        if any(kept[other].jaccard(signature) >= similarity for other in index.query(signature)):
+            found.add(number)
+        else:
+            kept[number] = signature
+            index.insert(number, signature)
+    return found
