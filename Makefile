@@ -34,8 +34,8 @@ docs: $(VENV)/installed  ## write docs/configuration.md anew
 test: $(VENV)/installed  ## run the test suite
 	$(BIN)/python -m pytest -n auto
 
-test-gpu: $(VENV)/installed  ## run the kernels' tests on a GPU
-	$(BIN)/python -m pytest tests/ops tests/layers -m "kernels or gpu"
+test-gpu: $(VENV)/installed  ## run the tests that use a GPU, the kernels' among them
+	$(BIN)/python -m pytest tests/ops tests/layers tests/hosts -m "kernels or gpu"
 
 check: $(VENV)/installed  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -215,6 +215,26 @@ def test_loaded_model_compiles_whole_at_once(make_model: Make, tokens: Tensor, t
     torch.testing.assert_close(found, model(tokens, use_cache=False).logits)
 
 
+@pytest.mark.gpu
+@kinds
+@torch.no_grad()
+def test_generation_on_a_gpu(kind: str, make_model: Make, tokens: Tensor) -> None:
+    """With the kernels, also compiled whole for the static cache: what the CPU generates."""
+    model = make_model(kind)
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0  # as with padding on the left
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(tokens, attention_mask=mask, **options)
+    beams = model.generate(tokens, attention_mask=mask, num_beams=3, **options)
+    model, tokens, mask = model.cuda(), tokens.cuda(), mask.cuda()
+    assert torch.equal(model.generate(tokens, attention_mask=mask, **options).cpu(), expected)
+    assert torch.equal(model.generate(tokens, attention_mask=mask, num_beams=3, **options).cpu(), beams)
+    model.forward = torch.compile(model.forward, fullgraph=True)  # type: ignore[method-assign]
+    options |= {"cache_implementation": "static"}
+    assert torch.equal(model.generate(tokens, attention_mask=mask, **options).cpu(), expected)
+    torch.compiler.reset()
+
+
 @torch.no_grad()
 def test_beams_and_sampling(make_model: Make, tokens: Tensor) -> None:
     model = make_model()
