@@ -84,7 +84,14 @@ PRESETS: dict[str, ModelConfig] = {
         _DENSE_MEDIUM,
         feed_forward_size=1456,
         memory=MemoryConfig(
-            kind="pkm", num_keys=372, key_dim=128, value_dim=512, heads=2, top_k=32, insertion="2:2/5:5"
+            kind="pkm",
+            num_keys=372,
+            key_dim=128,
+            value_dim=512,
+            heads=2,
+            top_k=32,
+            insertion="2:2/5:5",
+            init="published",
         ),
     ),
     "memory_plus_medium": replace(
@@ -98,6 +105,7 @@ PRESETS: dict[str, ModelConfig] = {
             heads=2,
             top_k=32,
             insertion="1:1/3:3/5:5/7:7",
+            init="published",
         ),
     ),
     "ultramem_medium": replace(
@@ -111,12 +119,15 @@ PRESETS: dict[str, ModelConfig] = {
             heads=2,
             top_k=32,
             insertion="1:2/3:4/5:6",
+            init="published",
         ),
     ),
     "ultramem_v2_medium": replace(
         _DENSE_MEDIUM,
         feed_forward_size=1096,
-        memory=MemoryConfig(num_keys=264, key_dim=128, value_dim=192, pre_value_dim=64, top_k=32, share_ratio=0.5),
+        memory=MemoryConfig(
+            num_keys=264, key_dim=128, value_dim=192, pre_value_dim=64, top_k=32, share_ratio=0.5, init="published"
+        ),
     ),
     "dense_small": _DENSE_SMALL,
     "olmoe_small": replace(_DENSE_SMALL, feed_forward_size=0, moe=MoEConfig(num_experts=144, top_k=9, hidden_size=16)),

@@ -1,0 +1,160 @@
+"""Train models of several systems on the same tokens, in the same order, and compare them.
+
+`python -m benchmarks.comparison dense ultramem_v2 ultramem_v2:1` trains the presets `SYSTEM_medium`, of equal active
+parameters, with seed 0 or the one named; `ultramem_v2-matched` is one of the variants below. Each run is evaluated on all
+held-out text and on the tasks of `--tasks`, and its results are written to `--results`, one JSON file a run, of which
+`benchmarks.comparison_page` makes docs/comparison.md. A run that was interrupted goes on; one whose results are there is
+not repeated. `--size small` trains the presets `SYSTEM_small`. What else is given replaces values of the configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.measurement import console, environment, write_json
+from ultramem.errors import UltraMemError
+from ultramem.evaluation import evaluate, evaluate_tasks
+from ultramem.report import write_report
+from ultramem.report.run import Run
+from ultramem.run_layout import HELD_OUT, REPORT_NAME, SUMMARY_NAME, THROUGHPUT, TRAIN_LOSS
+from ultramem.training import load_config, train
+
+SYSTEMS = ("dense", "olmoe", "pkm", "memory_plus", "ultramem", "ultramem_v2")
+VARIANTS = {
+    "ultramem_v2-matched": ("model.memory.init=matched",),
+}
+EVALUATION_WINDOWS = 32  # at a time
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run of the comparison: a system or a variant of one, and a seed.
+
+    Attributes:
+        model: of `SYSTEMS` or `VARIANTS`.
+        seed: of the initial weights and of the data's order.
+    """
+
+    model: str
+    seed: int
+
+    @classmethod
+    def parse(cls, text: str) -> Row:
+        """Of `MODEL` or `MODEL:SEED`."""
+        match = re.fullmatch(r"([a-z0-9_-]+)(?::(\d+))?", text)
+        if match is None or match[1] not in (*SYSTEMS, *VARIANTS):
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: name one of {', '.join((*SYSTEMS, *VARIANTS))}, with a seed as in dense:1"
+            )
+        return cls(match[1], int(match[2] or 0))
+
+    @property
+    def name(self) -> str:
+        """Of the run's directory and of its results."""
+        return f"{self.model}-seed{self.seed}"
+
+    def overrides(self, size: str) -> list[str]:
+        """What the run adds to the configuration that all share."""
+        system = self.model.partition("-")[0]
+        seeds = [f"model.seed={self.seed}", f"trainer.seed={self.seed}"] if self.seed else []
+        return [f"model.preset={system}_{size}", *VARIANTS.get(self.model, ()), *seeds]
+
+
+def main() -> None:
+    """Train and evaluate what is not yet there, print a table, write a report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="+", type=Row.parse, metavar="SYSTEM[:SEED]")
+    parser.add_argument("--config", type=Path, default=Path("configs/comparison.yaml"))
+    parser.add_argument("--size", choices=["small", "medium"], default="medium")
+    parser.add_argument("--directory", type=Path, default=Path("runs/comparison"))
+    parser.add_argument("--results", type=Path, help="by default the directory's `results`")
+    parser.add_argument("--tasks", nargs="*", default=[], metavar="TASK")
+    arguments, replaced = parser.parse_known_args()
+    results = arguments.results or arguments.directory / "results"
+    found = []
+    for row in arguments.rows:
+        path = results / f"{row.name}.json"
+        if not path.is_file():
+            console.rule(row.name)
+            overrides = [*row.overrides(arguments.size), *replaced]
+            write_json(path, run(row, arguments.config, overrides, arguments.directory / row.name, arguments.tasks))
+        found.append(json.loads(path.read_text(encoding="utf-8")))
+    show(found)
+    runs = [arguments.directory / row.name for row in arguments.rows]
+    if all(run.is_dir() for run in runs):
+        print(f"report written to {write_report(runs, arguments.directory / REPORT_NAME)}")
+
+
+def run(row: Row, config: Path, overrides: Sequence[str], directory: Path, tasks: Sequence[str]) -> dict[str, Any]:
+    """Train, evaluate on all held-out text and on tasks; everything that the comparison tells of the run."""
+    given = [*overrides, f"trainer.directory={directory}"]
+    train(load_config(config, given))
+    evaluation = evaluate(directory, batch_size=EVALUATION_WINDOWS)
+    evaluation.save()
+    scores: list[Any] = []
+    if tasks:
+        (on_tasks,) = evaluate_tasks([directory], tasks)
+        on_tasks.save()
+        scores = [asdict(result) for result in on_tasks.results]
+    read = Run.read(directory)
+    heldout, losses, speeds = (read.series(name) for name in (HELD_OUT["loss"], TRAIN_LOSS, THROUGHPUT))
+    summary = json.loads((directory / SUMMARY_NAME).read_text(encoding="utf-8"))
+    return {
+        "model": row.model,
+        "seed": row.seed,
+        "command": f"ultramem train {config} " + " ".join(f"--{override}" for override in given),
+        "parameters": summary["parameters"],
+        "flops_per_token": summary["flops_per_token"],
+        "train_tokens": summary["train_tokens"],
+        "tokens_per_second": statistics.median(speeds.values),
+        "heldout": {
+            "tokens": evaluation.tokens,
+            "loss": evaluation.loss,
+            "bits_per_byte": evaluation.bits_per_byte,
+            "unigram_bits_per_byte": evaluation.unigram_bits_per_byte,
+        },
+        "curves": {
+            "heldout": [heldout.steps.tolist(), heldout.values.tolist()],
+            "train": [losses.steps.tolist(), losses.values.tolist()],
+        },
+        "tasks": scores,
+        "environment": environment(),
+    }
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a table of the runs, with the unigram model of the training text."""
+    table = Table(caption="Parameters without embeddings.")
+    for column in ("run", "active", "total", "tokens", "tokens/s", "held-out loss", "bits/byte"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    unigram = rows[0]["heldout"]["unigram_bits_per_byte"]
+    table.add_row("unigram", *[""] * 5, "" if unigram is None else f"{unigram:.4f}")
+    for row in rows:
+        counts, heldout = row["parameters"], row["heldout"]
+        table.add_row(
+            f"{row['model']}-seed{row['seed']}",
+            f"{counts['active_without_embeddings']:,}",
+            f"{counts['total_without_embeddings']:,}",
+            f"{row['train_tokens']:,}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{heldout['loss']:.4f}",
+            f"{heldout['bits_per_byte']:.4f}",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UltraMemError as error:
+        sys.exit(f"error: {error}")
