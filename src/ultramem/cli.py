@@ -113,6 +113,22 @@ def tokenize(
         raise UltraMemError(f"interrupted: {output} was not written; run the same command again") from None
 
 
+@app.command()
+def write_facts(
+    file: Annotated[Path, typer.Argument(help="JSON lines to write, such as facts.jsonl.", metavar="FILE")],
+    text_field: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Write made-up facts to train with, which `evaluate --tasks facts` asks a checkpoint for.
+
+    Each of 2,048 facts is stated 1, 2, 4 ... or 128 times, in several forms of Python, for about 1.1 million tokens
+    in all. The file is always the same. Tokenize it together with the text that the model is to learn.
+    """
+    from ultramem.data.facts import write_facts as run
+
+    typer.echo(f"{run(file, text_field, overwrite):,} documents written to {file}")
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,
