@@ -19,12 +19,12 @@ from torch.nn.utils.rnn import pad_sequence
 from ultramem.data.facts import make_documents, make_facts
 from ultramem.data.tokenizers import END_OF_TEXT, PADDING, ChosenTokenizer, train_bpe
 from ultramem.evaluation.memory_tasks import (
+    MemoryTask,
     Question,
     Result,
     copying_questions,
     fact_questions,
     recall_questions,
-    summarize,
 )
 from ultramem.evaluation.scoring import Request, Score, score
 from ultramem.hosts.olmo_core import ModelConfig
@@ -233,8 +233,8 @@ class Oracle:
 
 def ask(model: object, questions: Sequence[Question]) -> dict[str, Result]:
     """Results by name."""
-    requests = [choice for question in questions for choice in question.choices]
-    results = summarize(questions, score(cast(MemoryTransformer, model), requests))
+    task = MemoryTask(questions)
+    results = task.results(score(cast(MemoryTransformer, model), task.requests))
     by_name = {result.name: result for result in results}
     assert len(by_name) == len(results)
     return by_name
@@ -260,16 +260,16 @@ def test_a_model_that_knows_the_answers(make: Any, tokenizer: ChosenTokenizer) -
 def test_means_and_errors() -> None:
     request = Request((0,), (5, 6, 7, 8))
     copy = [Question(("copying", f"copying/length{i}"), (request,), 0, possible=10) for i in (5, 5, 9)]
-    results = summarize(copy, [Score(-1.0, 4), Score(-1.0, 2), Score(-1.0, 0)])
+    results = MemoryTask(copy).results([Score(-1.0, 4), Score(-1.0, 2), Score(-1.0, 0)])
     assert {r.metric for r in results} == {"token accuracy"}
     assert [(r.name, r.questions) for r in results] == [("copying", 3), ("copying/length5", 2), ("copying/length9", 1)]
     assert [r.value for r in results] == pytest.approx([0.5, 0.75, 0.0])
-    assert [r.standard_error for r in results] == pytest.approx([(0.5 / 2 / 3) ** 0.5, (0.125 / 2) ** 0.5, 0.0])
+    assert [r.standard_error for r in results] == pytest.approx([(0.5 / 3 / 3) ** 0.5, 0.25 / 2**0.5, 0.0])
     assert [r.chance for r in results] == pytest.approx([0.1] * 3)
 
     choices = [Question(("facts",), (request,) * 4, answer, possible=8) for answer in (2, 0)]
     scores = [Score(-9.0, 1), Score(-8.0, 4), Score(-7.0, 3), Score(-8.0, 4)] * 2
-    accuracy, exact = summarize(choices, scores)
+    accuracy, exact = MemoryTask(choices).results(scores)
     assert (accuracy.name, accuracy.metric, accuracy.value, accuracy.chance) == ("facts", "accuracy", 0.5, 0.25)
     assert (exact.name, exact.metric, exact.value, exact.chance) == ("facts/exact", "exact match", 0.0, 0.125)
 

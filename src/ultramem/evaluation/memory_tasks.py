@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
 from random import Random
-from statistics import fmean, stdev
+from statistics import fmean, pstdev
 
 from ultramem.data.facts import TEMPLATES, Fact, make_facts
 from ultramem.data.made_up_words import made_up_words
@@ -216,31 +217,40 @@ def _requests(tokenizer: ChosenTokenizer, context: str, continuations: Sequence[
     return tuple(requests)
 
 
-def summarize(questions: Sequence[Question], scores: Sequence[Score]) -> list[Result]:
-    """Means of each group.
-
-    Of questions with a choice they are two: `accuracy`, where the right answer is the most probable of them, and
-    `exact match`, where greedy decoding gives it; of others, the share of tokens that are the most probable ones.
+class MemoryTask:
+    """Questions of one task, and what a model's scores say of them.
 
     Args:
-        questions: of one task.
-        scores: of all their choices, in order.
+        questions: to ask.
     """
-    outcomes: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)  # and what guessing achieves
-    remaining = iter(scores)
-    for question in questions:
-        found = [next(remaining) for _ in question.choices]
-        right = found[question.answer].matches / len(question.choices[question.answer].continuation)
-        most_probable = max(range(len(found)), key=lambda i: found[i].log_likelihood)
-        for group in question.groups:
-            if len(found) == 1:
-                outcomes[group, "token accuracy"].append((right, 1 / question.possible))
-            else:
-                outcomes[group, "accuracy"].append((most_probable == question.answer, 1 / len(found)))
-                outcomes[f"{group}/exact", "exact match"].append((right == 1, 1 / question.possible))
-    return [_mean(name, metric, *zip(*pairs, strict=True)) for (name, metric), pairs in outcomes.items()]
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        self.questions = questions
+        self.requests = [choice for question in questions for choice in question.choices]
+
+    def results(self, scores: Sequence[Score]) -> list[Result]:
+        """Means of each group.
+
+        Of questions with a choice they are two: `accuracy`, where the right answer is the most probable of them, and
+        `exact match`, where greedy decoding gives it; of others, the share of tokens that are the most probable ones.
+
+        Args:
+            scores: of the requests, in their order.
+        """
+        outcomes: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)  # and what guessing achieves
+        remaining = iter(scores)
+        for question in self.questions:
+            found = [next(remaining) for _ in question.choices]
+            right = found[question.answer].matches / len(question.choices[question.answer].continuation)
+            most_probable = max(range(len(found)), key=lambda i: found[i].log_likelihood)
+            for group in question.groups:
+                if len(found) == 1:
+                    outcomes[group, "token accuracy"].append((right, 1 / question.possible))
+                else:
+                    outcomes[group, "accuracy"].append((most_probable == question.answer, 1 / len(found)))
+                    outcomes[f"{group}/exact", "exact match"].append((right == 1, 1 / question.possible))
+        return [_mean(name, metric, *zip(*pairs, strict=True)) for (name, metric), pairs in outcomes.items()]
 
 
 def _mean(name: str, metric: str, values: Sequence[float], chances: Sequence[float]) -> Result:
-    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return Result(name, metric, fmean(values), error, len(values), fmean(chances))
+    return Result(name, metric, fmean(values), pstdev(values) / sqrt(len(values)), len(values), fmean(chances))
