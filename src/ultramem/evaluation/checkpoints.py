@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,3 +110,9 @@ def load_model(path: str | os.PathLike[str], device: str = "auto") -> tuple[Memo
     """
     checkpoint = find_checkpoint(path)
     return checkpoint.load_model(device), checkpoint.config
+
+
+def column_names(checkpoints: Sequence[tuple[Path, str]]) -> list[str]:
+    """Names of run directories and checkpoints in them for a table; whole paths where two would have the same name."""
+    names = [f"{run.name}/{checkpoint}" for run, checkpoint in checkpoints]
+    return names if len(set(names)) == len(names) else [f"{run}/{checkpoint}" for run, checkpoint in checkpoints]

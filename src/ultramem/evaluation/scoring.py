@@ -82,18 +82,18 @@ def score(
     Raises:
         UltraMemError: the model's output is not finite.
     """
-    inputs = [request.input(context_length) for request in requests]
-    batches = list(_batches([len(tokens) for tokens in inputs], batch_tokens))
+    lengths = [len(request.input(context_length)) for request in requests]
+    batches = list(_batches(lengths, batch_tokens))
     rank, processes = get_rank(group), get_world_size(group)
     found = torch.zeros(2, len(requests), dtype=torch.float64, device=model.device)
     for first in range(0, len(batches), processes):
         # FSDP wants a pass of every process each time; those without a batch of their own repeat one.
         batch = batches[min(first + rank, len(batches) - 1)]
-        scores = _score_batch(model, [inputs[i] for i in batch], [requests[i].continuation for i in batch])
+        scores = _score_batch(model, [requests[i] for i in batch], context_length)
         if first + rank < len(batches):
             found[:, batch] = scores
         if on_tokens is not None:
-            on_tokens(sum(len(inputs[i]) for other in batches[first : first + processes] for i in other))
+            on_tokens(sum(lengths[i] for other in batches[first : first + processes] for i in other))
     if processes > 1:
         dist.all_reduce(found, group=group)
     if not found.isfinite().all():
@@ -113,18 +113,18 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _score_batch(
-    model: MemoryTransformer, inputs: Sequence[tuple[int, ...]], continuations: Sequence[tuple[int, ...]]
-) -> Tensor:
+def _score_batch(model: MemoryTransformer, requests: Sequence[Request], context_length: int | None) -> Tensor:
     """Log-likelihoods and matches, (2, batch), float64."""
+    inputs = [request.input(context_length) for request in requests]
     # On the right of a text, padding is read by nothing that counts: attention is causal.
     tokens = torch.zeros(len(inputs), max(map(len, inputs)), dtype=torch.int64)
-    targets = torch.full((len(inputs), max(map(len, continuations))), -1)
+    targets = torch.full((len(inputs), max(len(request.continuation) for request in requests)), -1)
     places = torch.zeros_like(targets)  # whose logits are wanted
-    for row, (read, continuation) in enumerate(zip(inputs, continuations, strict=True)):
+    for row, (read, request) in enumerate(zip(inputs, requests, strict=True)):
+        count = len(request.continuation)
         tokens[row, : len(read)] = torch.tensor(read)
-        targets[row, : len(continuation)] = torch.tensor(continuation)
-        places[row, : len(continuation)] = torch.arange(len(read) - len(continuation), len(read))
+        targets[row, :count] = torch.tensor(request.continuation)
+        places[row, :count] = torch.arange(len(read) - count, len(read))
     tokens, targets, places = (tensor.to(model.device) for tensor in (tokens, targets, places))
     with autocast(model.device):
         logits = model(tokens, logits_to_keep=places)
