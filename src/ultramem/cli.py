@@ -166,10 +166,15 @@ def evaluate(
     ],
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help="Tasks in place of the loss: table3, or single ones; repeatable or with commas between."),
+        typer.Option(
+            help="Tasks in place of the loss: table3, memory, or single ones; repeatable or with commas between."
+        ),
     ] = None,
     max_questions: Annotated[
-        int | None, typer.Option(help="Most questions of each task, spread evenly; by default all.")
+        int | None,
+        typer.Option(
+            help="Most questions of each task, spread evenly, or of each part of a memory task; by default all."
+        ),
     ] = None,
     data: Annotated[
         list[Path] | None,

@@ -21,12 +21,12 @@ from ultramem.data.tokenizers import END_OF_TEXT, PADDING, ChosenTokenizer, trai
 from ultramem.evaluation.memory_tasks import (
     MemoryTask,
     Question,
-    Result,
     copying_questions,
     fact_questions,
     recall_questions,
 )
 from ultramem.evaluation.scoring import Request, Score, score
+from ultramem.evaluation.tasks import TaskResult
 from ultramem.hosts.olmo_core import ModelConfig
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 
@@ -77,8 +77,8 @@ def test_recall(tokenizer: ChosenTokenizer) -> None:
     assert len({question.choices for question in questions}) == len(questions)
     answers = Counter()
     for question in questions:
-        pairs, length = map(int, re.fullmatch(r"recall/pairs(\d+)/length(\d+)", question.groups[1]).groups())
-        assert question.groups[0] == "recall"
+        pairs, length = map(int, re.fullmatch(r"recall/pairs(\d+)/length(\d+)", question.parts[1]).groups())
+        assert question.parts[0] == "recall"
         assert question.possible == pairs
         assert length - 30 < max(len(choice.input()) for choice in question.choices) <= length
         texts = texts_of(tokenizer, question)
@@ -102,10 +102,10 @@ def test_recall(tokenizer: ChosenTokenizer) -> None:
 
 
 def test_recall_of_what_fits() -> None:
-    groups = {n: {q.groups[1] for q in recall_questions(TOKENIZERS["words"], n, 3)} for n in (127, 128, 1024)}
-    assert groups[127] == set()
-    assert groups[128] == {"recall/pairs4/length128", "recall/pairs16/length128"}  # 64 pairs have over 256 tokens
-    assert groups[1024] == {
+    parts = {n: {q.parts[1] for q in recall_questions(TOKENIZERS["words"], n, 3)} for n in (127, 128, 1024)}
+    assert parts[127] == set()
+    assert parts[128] == {"recall/pairs4/length128", "recall/pairs16/length128"}  # 64 pairs have over 256 tokens
+    assert parts[1024] == {
         *(f"recall/pairs{pairs}/length{length}" for pairs in (4, 16) for length in (128, 256, 512, 1024)),
         *(f"recall/pairs64/length{length}" for length in (512, 1024)),
     }
@@ -114,13 +114,13 @@ def test_recall_of_what_fits() -> None:
 @each_tokenizer
 def test_copying(tokenizer: ChosenTokenizer) -> None:
     questions = copying_questions(tokenizer, LENGTH, max_questions=10)
-    assert Counter(question.groups for question in questions) == {
+    assert Counter(question.parts for question in questions) == {
         ("copying", f"copying/length{length}"): 10 for length in (16, 32, 64, 128, 256)
     }
     drawn: set[int] = set()
     for question in questions:
         (request,) = question.choices
-        length = int(question.groups[1].removeprefix("copying/length"))
+        length = int(question.parts[1].removeprefix("copying/length"))
         start, *tokens = request.context + request.continuation
         assert start == tokenizer.eos_token_id
         assert len(request.continuation) == length - 1
@@ -134,7 +134,7 @@ def test_copying(tokenizer: ChosenTokenizer) -> None:
 
 
 def test_copying_of_what_fits() -> None:
-    lengths = [q.groups[1] for q in copying_questions(TOKENIZERS["words"], 127, 1)]
+    lengths = [q.parts[1] for q in copying_questions(TOKENIZERS["words"], 127, 1)]
     assert lengths == ["copying/length16", "copying/length32"]
     few = train_bpe(["x"], 258)
     assert few.vocab_size == 258
@@ -161,7 +161,7 @@ def test_facts(tokenizer: ChosenTokenizer) -> None:
             assert values[question.answer] == written[name]
         seen[name in written] += 1
         number = exposures[name]
-        assert question.groups == (("facts",) if number else ()) + (f"facts/exposures{number}",)
+        assert question.parts == (("facts",) if number else ()) + (f"facts/exposures{number}",)
         asked[number] += 1
     assert asked == dict.fromkeys((0, 1, 2, 4, 8, 16, 32, 64, 128), 256)
     assert seen[True] > 6 * 256
@@ -195,13 +195,13 @@ def test_questions_are_always_the_same(make: Any) -> None:
     tokenizer = TOKENIZERS["words"]
     questions = make(tokenizer, LENGTH, 20)
     assert questions == make(tokenizer, LENGTH, 20)
-    # Fewer are the first of each group, and longer contexts leave the others alone.
-    by_group, fewer = defaultdict(list), defaultdict(list)
+    # Fewer are the first of each part, and longer contexts leave the others alone.
+    by_part, fewer = defaultdict(list), defaultdict(list)
     for question in questions:
-        by_group[question.groups].append(question)
+        by_part[question.parts].append(question)
     for question in make(tokenizer, 2 * LENGTH, 7):
-        fewer[question.groups].append(question)
-    assert all(fewer[group] == found[:7] for group, found in by_group.items())
+        fewer[question.parts].append(question)
+    assert all(fewer[part] == found[:7] for part, found in by_part.items())
 
 
 class Oracle:
@@ -231,7 +231,7 @@ class Oracle:
         return logits
 
 
-def ask(model: object, questions: Sequence[Question]) -> dict[str, Result]:
+def ask(model: object, questions: Sequence[Question]) -> dict[str, TaskResult]:
     """Results by name."""
     task = MemoryTask(questions)
     results = task.results(score(cast(MemoryTransformer, model), task.requests))
@@ -248,7 +248,7 @@ def test_a_model_that_knows_the_answers(make: Any, tokenizer: ChosenTokenizer) -
     results = ask(right, questions)
     assert {result.value for result in results.values()} == {1.0}
     assert {result.standard_error for result in results.values()} == {0.0}
-    names = {group for question in questions for group in question.groups}
+    names = {part for question in questions for part in question.parts}
     if make is not copying_questions:
         names |= {f"{name}/exact" for name in names}
     assert {*results} == names

@@ -7,7 +7,7 @@ random tokens, and begin as a document of the training does, after an end-of-tex
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from random import Random
@@ -16,10 +16,12 @@ from statistics import fmean, pstdev
 from ultramem.data.facts import TEMPLATES, Fact, make_facts
 from ultramem.data.made_up_words import made_up_words
 from ultramem.data.tokenizers import ChosenTokenizer
+from ultramem.errors import UltraMemError
 from ultramem.evaluation.scoring import Request, Score
+from ultramem.evaluation.tasks import TaskResult
 
 MOST_CHOICES = 16
-MOST_QUESTIONS = 100  # of a number of pairs or a length; facts have as many as there are
+QUESTIONS_OF_A_PART = 100  # of a number of pairs or a length, unless told otherwise
 RECALL_PAIRS = (4, 16, 64)
 RECALL_LENGTHS = (128, 256, 512, 1024)
 COPYING_LENGTHS = (16, 32, 64, 128, 256)
@@ -55,41 +57,20 @@ class Question:
     """What a model is asked.
 
     Attributes:
-        groups: of questions to average over, such as `recall` and `recall/pairs16/length256`.
+        parts: names of what it counts for, such as `recall` and `recall/pairs16/length256`.
         choices: a context with each answer to choose among; a single one if there is nothing to choose.
         answer: which of them is right.
         possible: how many answers, or tokens of one, are possible: one guess in so many is right.
     """
 
-    groups: tuple[str, ...]
+    parts: tuple[str, ...]
     choices: tuple[Request, ...]
     answer: int
     possible: int
 
 
-@dataclass(frozen=True)
-class Result:
-    """A mean over questions.
-
-    Attributes:
-        name: such as `recall/pairs16/length256` or `recall/pairs16/length256/exact`.
-        metric: what is measured.
-        value: from 0 to 1.
-        standard_error: of the mean; 0 for a single question.
-        chance: what guessing achieves.
-        questions: how many.
-    """
-
-    name: str
-    metric: str
-    value: float
-    standard_error: float
-    questions: int
-    chance: float
-
-
 def recall_questions(
-    tokenizer: ChosenTokenizer, sequence_length: int, max_questions: int = MOST_QUESTIONS
+    tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None = None
 ) -> list[Question]:
     """Multi-query associative recall (arXiv:2312.04927): which value the context gives to a name.
 
@@ -100,15 +81,17 @@ def recall_questions(
 
     Args:
         tokenizer: of the model's training.
-        sequence_length: most tokens that the model reads. Contexts that are longer, or without room for all pairs, are
+        context_length: most tokens that the model reads. Contexts that are longer, or without room for all pairs, are
             left out.
-        max_questions: of each number of pairs and length.
+        max_questions: of each number of pairs and length; None for 100.
     """
     questions: list[Question] = []
     for length in RECALL_LENGTHS:
-        for pairs in RECALL_PAIRS if length <= sequence_length else ():
+        for pairs in RECALL_PAIRS if length <= context_length else ():
             random = Random(f"recall/{pairs}/{length}")
-            made = [_recall_question(pairs, length, tokenizer, random) for _ in range(max_questions)]
+            made = [
+                _recall_question(pairs, length, tokenizer, random) for _ in range(max_questions or QUESTIONS_OF_A_PART)
+            ]
             fitting = [question for question in made if question is not None]
             if len(fitting) == len(made):
                 questions += fitting
@@ -142,7 +125,7 @@ def _filler(tokenizer: ChosenTokenizer, random: Random) -> list[int]:
 
 
 def copying_questions(
-    tokenizer: ChosenTokenizer, sequence_length: int, max_questions: int = MOST_QUESTIONS
+    tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None = None
 ) -> list[Question]:
     """Copying from the context (arXiv:2402.01032): random tokens, and the same once more.
 
@@ -151,17 +134,17 @@ def copying_questions(
 
     Args:
         tokenizer: of the model's training; its special tokens and other added ones do not occur.
-        sequence_length: most tokens that the model reads. Of sequences of 16, 32, 64, 128 and 256 tokens those are left
+        context_length: most tokens that the model reads. Of sequences of 16, 32, 64, 128 and 256 tokens those are left
             out that do not fit in it twice, or have more tokens than the vocabulary.
-        max_questions: of each length.
+        max_questions: of each length; None for 100.
     """
     added = {*tokenizer.tokenizer.get_added_tokens_decoder(), tokenizer.eos_token_id, tokenizer.pad_token_id}
     vocabulary = sorted({*tokenizer.tokenizer.get_vocab().values()} - added)
     questions = []
     for length in COPYING_LENGTHS:
         random = Random(f"copying/{length}")
-        fits = 2 * length <= sequence_length and length <= len(vocabulary)
-        for _ in range(max_questions if fits else 0):
+        fits = 2 * length <= context_length and length <= len(vocabulary)
+        for _ in range(max_questions or QUESTIONS_OF_A_PART if fits else 0):
             tokens = random.sample(vocabulary, length)
             copy = Request((tokenizer.eos_token_id, *tokens, tokens[0]), tuple(tokens[1:]))
             questions.append(Question(("copying", f"copying/length{length}"), (copy,), 0, possible=len(vocabulary)))
@@ -170,7 +153,7 @@ def copying_questions(
 
 def fact_questions(
     tokenizer: ChosenTokenizer,
-    sequence_length: int,
+    context_length: int,
     max_questions: int | None = None,
     facts: Sequence[Fact] | None = None,
 ) -> list[Question]:
@@ -181,11 +164,11 @@ def fact_questions(
 
     Args:
         tokenizer: of the model's training.
-        sequence_length: most tokens that the model reads; without room for each question, there are none.
+        context_length: most tokens that the model reads; without room for each question, there are none.
         max_questions: of each number of times; None for all, which are 256.
         facts: others than those of the command, with 16 values or more.
     """
-    facts = facts or make_facts()
+    facts = sorted(facts or make_facts(), key=lambda fact: fact.exposures == 0)  # results of the others come first
     values = sorted({fact.value for fact in facts})
     before, after = TEMPLATES[0].split("{value}")
     questions, asked = [], dict.fromkeys((fact.exposures for fact in facts), 0)
@@ -198,10 +181,10 @@ def fact_questions(
         answer = random.randrange(MOST_CHOICES)
         chosen.insert(answer, fact.value)
         choices = _requests(tokenizer, before.format(name=fact.name), [f"{value}{after}\n" for value in chosen])
-        groups = ("facts", f"facts/exposures{fact.exposures}")
-        questions.append(Question(groups if fact.exposures else groups[1:], choices, answer, possible=len(values)))
+        parts = ("facts", f"facts/exposures{fact.exposures}")
+        questions.append(Question(parts if fact.exposures else parts[1:], choices, answer, possible=len(values)))
     longest = max(len(choice.input()) for question in questions for choice in question.choices)
-    return questions if longest <= sequence_length else []
+    return questions if longest <= context_length else []
 
 
 def _requests(tokenizer: ChosenTokenizer, context: str, continuations: Sequence[str]) -> tuple[Request, ...]:
@@ -228,8 +211,8 @@ class MemoryTask:
         self.questions = questions
         self.requests = [choice for question in questions for choice in question.choices]
 
-    def results(self, scores: Sequence[Score]) -> list[Result]:
-        """Means of each group.
+    def results(self, scores: Sequence[Score]) -> list[TaskResult]:
+        """Means of the task and of its parts.
 
         Of questions with a choice they are two: `accuracy`, where the right answer is the most probable of them, and
         `exact match`, where greedy decoding gives it; of others, the share of tokens that are the most probable ones.
@@ -243,14 +226,42 @@ class MemoryTask:
             found = [next(remaining) for _ in question.choices]
             right = found[question.answer].matches / len(question.choices[question.answer].continuation)
             most_probable = max(range(len(found)), key=lambda i: found[i].log_likelihood)
-            for group in question.groups:
+            for part in question.parts:
                 if len(found) == 1:
-                    outcomes[group, "token accuracy"].append((right, 1 / question.possible))
+                    outcomes[part, "token accuracy"].append((right, 1 / question.possible))
                 else:
-                    outcomes[group, "accuracy"].append((most_probable == question.answer, 1 / len(found)))
-                    outcomes[f"{group}/exact", "exact match"].append((right == 1, 1 / question.possible))
+                    outcomes[part, "accuracy"].append((most_probable == question.answer, 1 / len(found)))
+                    outcomes[f"{part}/exact", "exact match"].append((right == 1, 1 / question.possible))
         return [_mean(name, metric, *zip(*pairs, strict=True)) for (name, metric), pairs in outcomes.items()]
 
 
-def _mean(name: str, metric: str, values: Sequence[float], chances: Sequence[float]) -> Result:
-    return Result(name, metric, fmean(values), pstdev(values) / sqrt(len(values)), len(values), fmean(chances))
+def _mean(name: str, metric: str, values: Sequence[float], chances: Sequence[float]) -> TaskResult:
+    error = pstdev(values) / sqrt(len(values))
+    return TaskResult(name, metric, fmean(values), error, questions=len(values), chance=fmean(chances))
+
+
+QUESTIONS: dict[str, Callable[[ChosenTokenizer, int, int | None], list[Question]]] = {
+    "recall": recall_questions,
+    "copying": copying_questions,
+    "facts": fact_questions,
+}
+
+
+def load(name: str, tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None = None) -> MemoryTask:
+    """One of the tasks in `QUESTIONS`.
+
+    Args:
+        name: of the task.
+        tokenizer: of the model's training.
+        context_length: most tokens that the model reads.
+        max_questions: of each part of the task; None for as many as it has by itself.
+
+    Raises:
+        UltraMemError: no question fits in the context.
+    """
+    questions = QUESTIONS[name](tokenizer, context_length, max_questions)
+    if not questions:
+        raise UltraMemError(
+            f"task {name}: no question fits in the {context_length} tokens that the model reads at once; leave it out"
+        )
+    return MemoryTask(questions)

@@ -73,7 +73,7 @@ class MultipleChoice:
         prompts = (prompt for questions in groups for question in questions for prompt in question)
         self.requests = [request for prompt in prompts for request in prompt.requests]
 
-    def result(self, scores: Sequence[Score]) -> TaskResult:
+    def results(self, scores: Sequence[Score]) -> list[TaskResult]:
         """Accuracy. A question that is asked in several ways counts as one, with the share of those answered right.
 
         So the standard error does not take the ways for independent questions. With one way it is the binomial one.
@@ -89,7 +89,7 @@ class MultipleChoice:
             means.append(mean)
             variances.append(fmean((share - mean) ** 2 for share in shares) / len(shares))
             chances.append(fmean(1 / len(prompt.requests) for question in questions for prompt in question))
-        return TaskResult(
+        result = TaskResult(
             name=self.name,
             metric=self.metric,
             value=fmean(means),
@@ -97,6 +97,7 @@ class MultipleChoice:
             questions=sum(map(len, self.groups)),
             chance=fmean(chances),
         )
+        return [result]
 
 
 def load(name: str, tokenizer: ChosenTokenizer, max_questions: int | None = None) -> MultipleChoice:

@@ -71,7 +71,7 @@ def evaluate_tasks(
     Args:
         paths: run directories for their latest complete checkpoint, or checkpoints' own directories.
         tasks: names of tasks or groups of them; see `ultramem.evaluation.task_suite`.
-        max_questions: of each task, spread evenly, always the same; None for all.
+        max_questions: of each task, spread evenly, or of each result of a memory task; always the same. None for all.
         batch_size: requests of full length at a time, by default about 8192 tokens; the result does not depend on it.
         sequence_length: most tokens that a model reads at once, by default that of its training. Longer contexts are
             cut on the left.
@@ -88,57 +88,65 @@ def evaluate_tasks(
             raise ConfigError(f"{name}={value}: must be at least 1")
     checkpoints = [find_checkpoint(path) for path in paths]
     tokenizers = [find_tokenizer(checkpoint) for checkpoint in checkpoints]
-    suites: dict[str, TaskSuite] = {}
+    suites: dict[tuple[str, int], TaskSuite] = {}
     for checkpoint, tokenizer in zip(checkpoints, tokenizers, strict=True):
-        content = tokenizer.tokenizer.to_str()
-        if content not in suites:
-            suites = {content: TaskSuite(names, tokenizer, max_questions)}  # no more than one: they take memory
         length = sequence_length or checkpoint.config.data.sequence_length
+        key = tokenizer.tokenizer.to_str(), length
+        if key not in suites:
+            suites = {key: TaskSuite(names, tokenizer, length, max_questions)}  # no more than one: they take memory
         batch_tokens = BATCH_TOKENS if batch_size is None else batch_size * length
-        yield _evaluate(checkpoint, suites[content], length, batch_tokens, device)
+        yield _evaluate(checkpoint, suites[key], batch_tokens, device)
 
 
-def _evaluate(
-    checkpoint: Checkpoint, suite: TaskSuite, context_length: int, batch_tokens: int, device: str
-) -> TaskEvaluation:
-    model, tokens = checkpoint.load_model(device), suite.tokens(context_length)
+def _evaluate(checkpoint: Checkpoint, suite: TaskSuite, batch_tokens: int, device: str) -> TaskEvaluation:
+    model, tokens = checkpoint.load_model(device), suite.tokens()
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(f"{checkpoint.run.name}/{checkpoint.name}", total=tokens)
         started = time.perf_counter()
-        results = suite.run(
-            model, context_length, batch_tokens=batch_tokens, on_tokens=lambda count: progress.advance(bar, count)
-        )
+        results = suite.run(model, batch_tokens=batch_tokens, on_tokens=lambda count: progress.advance(bar, count))
         seconds = time.perf_counter() - started
-    return TaskEvaluation(checkpoint.name, results, context_length, tokens / seconds, checkpoint.run)
+    return TaskEvaluation(checkpoint.name, results, suite.context_length, tokens / seconds, checkpoint.run)
 
 
 def print_task_table(evaluations: Sequence[TaskEvaluation]) -> None:
-    """Print evaluations on the same tasks to the terminal, a column for each."""
+    """Print evaluations on the same tasks to the terminal, a column for each.
+
+    Parts of tasks that are too long for some of the models are empty there.
+    """
     names = column_names([(evaluation.run, evaluation.checkpoint) for evaluation in evaluations])
     table = Table("task", "questions", "chance", *names, title="percent ± standard error")
+    table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.justify = "right"
-    for rows in zip(*(evaluation.results for evaluation in evaluations), strict=True):
-        first = rows[0]
-        figures = (f"{100 * result.value:.1f} ± {100 * result.standard_error:.1f}" for result in rows)
-        if first.name in GROUPS:
+    columns = [{result.name: result for result in evaluation.results} for evaluation in evaluations]
+    tasks = {name: result for column in reversed(columns) for name, result in column.items()}
+    for result in sorted(tasks.values(), key=lambda result: result.name in GROUPS):
+        figures = (_figure(column.get(result.name)) for column in columns)
+        if result.name in GROUPS:
             table.add_section()
-        label = f"{first.name} (mean)" if first.name in GROUPS else first.name
-        table.add_row(label, f"{first.questions:,}", f"{100 * first.chance:.1f}", *figures)
+        label = f"{result.name} (mean)" if result.name in GROUPS else result.name
+        table.add_row(label, f"{result.questions:,}", f"{100 * result.chance:.1f}", *figures)
     table.add_section()
     table.add_row("tokens per second", "", "", *(f"{e.tokens_per_second:,.0f}" for e in evaluations))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    tasks = [result for result in evaluations[0].results if result.name not in GROUPS]
-    for metric in dict.fromkeys(task.metric for task in tasks):
-        console.print(f"{metric}: {', '.join(task.name for task in tasks if task.metric == metric)}")
+    metrics: dict[str, dict[str, None]] = {}  # with the tasks that have them
+    for result in tasks.values():
+        if result.name not in GROUPS:
+            metrics.setdefault(result.metric, {})[result.name.partition("/")[0]] = None
+    for metric, names_of_tasks in metrics.items():
+        console.print(f"{metric}: {', '.join(names_of_tasks)}")
     for name, evaluation in zip(names, evaluations, strict=True):
         cut = [f"{r.name} {100 * r.cut:.3g} %" for r in evaluation.results if r.cut and r.name not in GROUPS]
         if cut:
             limit = evaluation.context_length
             console.print(f"{name}: contexts cut on the left, to read {limit} tokens at most: {', '.join(cut)}")
+
+
+def _figure(result: TaskResult | None) -> str:
+    return "" if result is None else f"{100 * result.value:.1f} ± {100 * result.standard_error:.1f}"
 
 
 def _saved_results(path: Path, checkpoint: str) -> list[TaskResult]:

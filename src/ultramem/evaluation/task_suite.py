@@ -12,15 +12,14 @@ import torch.distributed as dist
 
 from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.errors import ConfigError
-from ultramem.evaluation import table3
+from ultramem.evaluation import memory_tasks, table3
 from ultramem.evaluation.scoring import BATCH_TOKENS, score
 from ultramem.evaluation.tasks import Task, TaskResult
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 
-# By task: what makes it, from its name, a tokenizer, and the most questions to ask.
-LOADERS: dict[str, Callable[[str, ChosenTokenizer, int | None], Task]] = {**dict.fromkeys(table3.LABELS, table3.load)}
 # Names that stand for several tasks, whose mean is reported as well.
-GROUPS = {"table3": tuple(table3.LABELS)}
+GROUPS = {"table3": tuple(table3.LABELS), "memory": tuple(memory_tasks.QUESTIONS)}
+TASKS = tuple(name for names in GROUPS.values() for name in names)
 
 
 def task_names(given: Iterable[str]) -> list[str]:
@@ -31,8 +30,8 @@ def task_names(given: Iterable[str]) -> list[str]:
     """
     names = [name.strip() for text in given for name in text.split(",")]
     for name in names or [""]:
-        if name not in LOADERS and name not in GROUPS:
-            raise ConfigError(f"tasks={name}: must be among {', '.join([*GROUPS, *LOADERS])}")
+        if name not in TASKS and name not in GROUPS:
+            raise ConfigError(f"tasks={name}: must be among {', '.join([*GROUPS, *TASKS])}")
     return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
 
 
@@ -47,28 +46,31 @@ def check_max_questions(max_questions: int | None) -> None:
 
 
 class TaskSuite:
-    """Several tasks for one tokenizer.
+    """Several tasks for one tokenizer and context length.
 
     Args:
         names: of tasks, as from `task_names`.
         tokenizer: of the models.
-        max_questions: of each task, spread evenly; None for all.
+        context_length: most tokens that the models read at once.
+        max_questions: of each task, spread evenly, or of each result of a memory task; None for all.
 
     Raises:
-        UltraMemError: what a task needs is not installed.
+        UltraMemError: what a task needs is not installed, or the context is too short for it.
     """
 
-    def __init__(self, names: Sequence[str], tokenizer: ChosenTokenizer, max_questions: int | None = None) -> None:
-        self.tasks = [LOADERS[name](name, tokenizer, max_questions) for name in names]
+    def __init__(
+        self, names: Sequence[str], tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None = None
+    ) -> None:
+        self.context_length = context_length
+        self.tasks = [_load(name, tokenizer, context_length, max_questions) for name in names]
 
-    def tokens(self, context_length: int) -> int:
-        """How many tokens a model of that context length reads."""
-        return sum(len(request.input(context_length)) for task in self.tasks for request in task.requests)
+    def tokens(self) -> int:
+        """How many tokens a model reads."""
+        return sum(len(request.input(self.context_length)) for task in self.tasks for request in task.requests)
 
     def run(
         self,
         model: MemoryTransformer,
-        context_length: int,
         *,
         batch_tokens: int = BATCH_TOKENS,
         on_tokens: Callable[[int], object] | None = None,
@@ -77,7 +79,7 @@ class TaskSuite:
         """The results of the tasks, then the means of the groups that are complete.
 
         Args:
-            model, context_length, batch_tokens, on_tokens, group: as in `score`.
+            model, batch_tokens, on_tokens, group: as in `score`.
 
         Raises:
             UltraMemError: the model's output is not finite.
@@ -87,7 +89,7 @@ class TaskSuite:
             score(
                 model,
                 requests,
-                context_length=context_length,
+                context_length=self.context_length,
                 batch_tokens=batch_tokens,
                 on_tokens=on_tokens,
                 group=group,
@@ -95,9 +97,16 @@ class TaskSuite:
         )
         results = []
         for task in self.tasks:
-            cut = fmean(len(r.context) + len(r.continuation) - 1 > len(r.input(context_length)) for r in task.requests)
-            results.append(replace(task.result(list(islice(scores, len(task.requests)))), cut=cut))
+            cut = fmean(len(r.input()) > len(r.input(self.context_length)) for r in task.requests)
+            found = task.results(list(islice(scores, len(task.requests))))
+            results += [replace(result, cut=cut) for result in found]
         return with_means(results)
+
+
+def _load(name: str, tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None) -> Task:
+    if name in memory_tasks.QUESTIONS:
+        return memory_tasks.load(name, tokenizer, context_length, max_questions)
+    return table3.load(name, tokenizer, max_questions)
 
 
 def with_means(results: Sequence[TaskResult]) -> list[TaskResult]:

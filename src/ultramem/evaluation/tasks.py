@@ -11,10 +11,10 @@ from ultramem.evaluation.scoring import Request, Score
 
 @dataclass(frozen=True)
 class TaskResult:
-    """How well a model does a task.
+    """How well a model does a task, or a part of one.
 
     Attributes:
-        name: of the task, or of a group of tasks for their mean.
+        name: of the task, followed by that of the part, such as `copying/length64`; of a group of tasks for their mean.
         metric: what is measured, such as `accuracy`.
         value: the metric, a share from 0 to 1.
         standard_error: of the value, had the questions been drawn at random from many of their kind.
@@ -33,13 +33,13 @@ class TaskResult:
 
 
 class Task(Protocol):
-    """A task for one tokenizer."""
+    """A task for one tokenizer and context length."""
 
     @property
     def requests(self) -> Sequence[Request]:
         """What to score."""
         ...
 
-    def result(self, scores: Sequence[Score]) -> TaskResult:
-        """The result of a model that gave these scores to the requests, in their order."""
+    def results(self, scores: Sequence[Score]) -> list[TaskResult]:
+        """Those of a model that gave these scores to the requests, in their order: of the task, and of its parts."""
         ...
