@@ -10,6 +10,7 @@ from pathlib import Path
 
 from olmo_core.distributed.checkpoint import load_state_dict
 from olmo_core.train.checkpoint import Checkpointer
+from rich.markup import escape
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ultramem.device import choose_device
@@ -113,6 +114,8 @@ def load_model(path: str | os.PathLike[str], device: str = "auto") -> tuple[Memo
 
 
 def column_names(checkpoints: Sequence[tuple[Path, str]]) -> list[str]:
-    """Names of run directories and checkpoints in them for a table; whole paths where two would have the same name."""
+    """Headers of a rich table: run directory and checkpoint, with its whole path where two would look the same."""
     names = [f"{run.name}/{checkpoint}" for run, checkpoint in checkpoints]
-    return names if len(set(names)) == len(names) else [f"{run}/{checkpoint}" for run, checkpoint in checkpoints]
+    if len(set(names)) < len(names):
+        names = [f"{run}/{checkpoint}" for run, checkpoint in checkpoints]
+    return [escape(name) for name in names]

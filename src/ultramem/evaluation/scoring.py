@@ -128,5 +128,6 @@ def _score_batch(model: MemoryTransformer, requests: Sequence[Request], context_
     tokens, targets, places = (tensor.to(model.device) for tensor in (tokens, targets, places))
     with autocast(model.device):
         logits = model(tokens, logits_to_keep=places)
-    losses = cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-1, reduction="none")
-    return torch.stack([-losses.double().sum(1), (logits.argmax(-1) == targets).double().sum(1)])
+    losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+    matches = logits.argmax(-1) == targets
+    return torch.stack([-losses.double().view_as(targets).sum(1), matches.double().sum(1)])
