@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.utils import logging
 
 from benchmarks.measurement import DEFAULT_OUTPUT, console, environment, free_memory, number, write_json, write_plot
+from ultramem.data.made_up_words import made_up_words
 from ultramem.device import autocast, choose_device
 from ultramem.errors import UltraMemError
 from ultramem.finetuning.examples import make_examples, mean_loss, read_texts
@@ -46,7 +47,6 @@ LEARNING_RATES = {
     ("lora", "adamw"): (3e-4, 1e-3, 3e-3),
     ("sparse", "sgd"): (30.0, 100.0),
 }
-SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,8 @@ class Facts:
     """
 
     def __init__(self, count: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-        generator, words = random.Random(seed), dict[str, None]()
-        while len(words) < 2 * count:
-            words["".join(generator.choices(SYLLABLES, k=3))] = None
-        self.names, self.values = list(words)[:count], list(words)[count:]
+        words = made_up_words(2 * count, random.Random(seed))
+        self.names, self.values = words[:count], words[count:]
         self.tokenizer = tokenizer
         texts = [
             template.format(name=name, value=value)

@@ -112,7 +112,9 @@ def type_name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return ", ".join(f"`{choice}`" for choice in options)
     if get_origin(hint) is tuple:
-        return "list of paths" if options[-1] is Ellipsis else f"list of {len(options)} numbers"
+        if options[-1] is Ellipsis:
+            return "list of paths" if options[0] is Path else "list of names"
+        return f"list of {len(options)} numbers"
     if options:
         return f"{type_name(options[0])} or `null`"
     if dataclasses.is_dataclass(hint):

@@ -6,12 +6,12 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-from ultramem.errors import UltraMemError
+from ultramem.errors import ConfigError, UltraMemError
 
 try:
     import typer
@@ -118,6 +118,22 @@ def tokenize(
         raise UltraMemError(f"interrupted: {output} was not written; run the same command again") from None
 
 
+@app.command()
+def write_facts(
+    file: Annotated[Path, typer.Argument(help="JSON lines to write, such as facts.jsonl.", metavar="FILE")],
+    text_field: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Write made-up facts to train with, which `evaluate --tasks facts` asks a checkpoint for.
+
+    Each of 2,048 facts is stated 1, 2, 4 ... or 128 times, in several forms of Python, for about 1.1 million tokens
+    in all. The file is always the same. Tokenize it together with the text that the model is to learn.
+    """
+    from ultramem.data.facts import write_facts as run
+
+    typer.echo(f"{run(file, text_field, overwrite):,} documents written to {file}")
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,
@@ -146,9 +162,25 @@ def train(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Run directory, for its latest checkpoint, or RUN/stepN.", metavar="CHECKPOINT")
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Run directories, for their latest checkpoints, or RUN/stepN; several side by side.",
+            metavar="CHECKPOINT",
+        ),
     ],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tasks in place of the loss: table3, memory, or single ones; repeatable or with commas between."
+        ),
+    ] = None,
+    max_questions: Annotated[
+        int | None,
+        typer.Option(
+            help="Most questions of each task, spread evenly, or of each part of a memory task; by default all."
+        ),
+    ] = None,
     data: Annotated[
         list[Path] | None,
         typer.Option(help="Directory of token files, or token files (repeat the option); by default the run's own."),
@@ -160,37 +192,81 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option(help="Most tokens, in whole windows spread evenly over the split; by default all.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows at a time; by default about 4096 tokens.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a window; by default the training's.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Windows at a time; by default about 4096 tokens, for tasks 8192.")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens of a window, or most of a task's text; by default the training's.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     unigram: Annotated[
         bool, typer.Option(help="Compare with a unigram model, for which the train split is read.")
     ] = True,
     output: Annotated[
-        Path | None, typer.Option(help="JSON file to write; for the heldout split by default RUN/evaluation.json.")
+        Path | None,
+        typer.Option(
+            help="JSON file to write, for one checkpoint; by default RUN/tasks.json, or RUN/evaluation.json for the "
+            "heldout split."
+        ),
     ] = None,
 ) -> None:
-    """Measure a checkpoint's loss, perplexity and bits per byte.
+    """Measure a checkpoint's loss, perplexity and bits per byte, or how well it does tasks.
 
     The token files are cut into windows that do not overlap; every token of a window but the first is predicted, once,
     from those before it. The loss is their mean cross-entropy in nats.
     """
     from ultramem.evaluation import evaluate as run
+    from ultramem.evaluation import evaluate_tasks, find_checkpoint, print_losses, print_task_table
 
-    evaluation = run(
-        checkpoint,
-        data or (),
-        split=split,
-        dtype=dtype,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        device=device,
-        unigram=unigram,
-    )
-    evaluation.print_table()
-    if output or evaluation.split == "heldout":
-        typer.echo(f"written to {evaluation.save(output)}")
+    if output is not None and len(checkpoints) > 1:
+        raise ConfigError(f"--output={output}: is for one checkpoint; leave it out, each run gets a file of its own")
+    written: list[Path] = []
+    if tasks:
+        of_data = {"data": data or None, "split": None if split == "heldout" else split, "dtype": dtype}
+        _refuse(of_data, "leave it out with --tasks")
+        _refuse({"max-tokens": max_tokens, "no-unigram": None if unigram else True}, "leave it out with --tasks")
+        results = []
+        for result in evaluate_tasks(
+            checkpoints,
+            tasks,
+            max_questions=max_questions,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            device=device,
+        ):
+            results.append(result)
+            written.append(result.save(output))
+        print_task_table(results)
+    else:
+        _refuse({"max-questions": max_questions}, "it is for --tasks")
+        for checkpoint in checkpoints:
+            find_checkpoint(checkpoint)  # all mistakes come before the work
+        evaluations = []
+        for checkpoint in checkpoints:
+            evaluation = run(
+                checkpoint,
+                data or (),
+                split=split,
+                dtype=dtype,
+                max_tokens=max_tokens,
+                batch_size=batch_size,
+                sequence_length=sequence_length,
+                device=device,
+                unigram=unigram,
+            )
+            evaluations.append(evaluation)
+            if output or evaluation.split == "heldout":
+                written.append(evaluation.save(output))
+        print_losses(evaluations)
+    for path in written:
+        typer.echo(f"written to {path}")
+
+
+def _refuse(options: Mapping[str, object], remedy: str) -> None:
+    """An error about the first option that is given."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"--{name}: has no meaning here; {remedy}")
 
 
 @app.command()

@@ -5,6 +5,7 @@ SUMMARY_NAME = "summary.json"
 METRICS_NAME = "metrics.jsonl"
 TOKENIZER_NAME = "tokenizer.json"
 EVALUATION_NAME = "evaluation.json"
+TASKS_NAME = "tasks.json"
 SAMPLES_NAME = "samples.json"
 REPORT_NAME = "report.html"
 
@@ -18,3 +19,4 @@ HELD_OUT = {
     "perplexity": "eval/heldout/perplexity",
     "bits_per_byte": "eval/heldout/bits per byte",
 }
+TASK_METRICS = "tasks/"  # before the name of a task

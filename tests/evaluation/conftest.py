@@ -14,6 +14,7 @@ from olmo_core.distributed.checkpoint import save_model_and_optim_state
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ultramem.config import MemoryConfig
+from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.hosts.olmo_core import ModelConfig
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 
@@ -80,6 +81,20 @@ def run(tmp_path: Path) -> TinyRun:
     run = TinyRun(path, data, random_model(), train, heldout)
     run.save_checkpoint(7)
     return run
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> ChosenTokenizer:
+    """A token for each byte."""
+    return ChosenTokenizer(byte_level_tokenizer(), "bytes", 0, 1)
+
+
+@pytest.fixture(scope="session")
+def untrained_model() -> MemoryTransformer:
+    """As training begins with."""
+    model = MODEL.build()
+    model.init_weights(max_seq_len=16)
+    return model.eval()
 
 
 def random_model() -> MemoryTransformer:

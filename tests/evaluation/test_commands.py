@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -43,6 +44,36 @@ def test_evaluate_options(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (run.path / "evaluation.json").exists()
 
 
+def test_evaluate_several(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    other = shutil.copytree(run.path, run.path.with_name("other"))
+    (other / "step7").rename(other / "step8")
+    assert call(monkeypatch, "evaluate", run.path, other) == 0
+    printed = capsys.readouterr().out
+    assert "run/step7" in printed
+    assert "other/step8" in printed
+    assert printed.count(f"{evaluate(run.path).loss:.4f}") == 2
+    for path in (run.path, other):
+        assert json.loads((path / "evaluation.json").read_text())["loss"] == evaluate(run.path).loss
+
+
+def test_evaluate_tasks(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    other = shutil.copytree(run.path, run.path.with_name("other"))
+    options = ["--tasks", "openbook_qa,arc_easy", "--tasks", "arc_challenge", "--max-questions", 5, "--device", "cpu"]
+    assert call(monkeypatch, "evaluate", run.path, other, *options) == 0
+    content = json.loads((run.path / "tasks.json").read_text())
+    assert content == json.loads((other / "tasks.json").read_text())
+    assert {result["name"]: result["questions"] for result in content["results"]} == {
+        "openbook_qa": 5,
+        "arc_easy": 5,
+        "arc_challenge": 5,
+    }
+    printed = capsys.readouterr().out
+    assert "run/step7" in printed
+    assert "other/step7" in printed
+    assert printed.count("written to") == 2
+    assert not (run.path / "evaluation.json").exists()
+
+
 def test_generate(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--max-new-tokens", 10, "--temperature", 1.2, "--top-k", 9, "--top-p", 0.9, "--seed", 4, "--save"]
     assert call(monkeypatch, "generate", run.path, "import", *options) == 0
@@ -69,6 +100,12 @@ def test_generate_several(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["evaluate", "RUN/step8"], "step8 does not exist; the complete ones are step7"),
         (["evaluate", "RUN", "--split", "test"], "no split 'test'"),
         (["evaluate", "RUN", "--max-tokens", "0"], "max_tokens=0"),
+        (["evaluate", "RUN", "nothing"], "neither a run directory"),
+        (["evaluate", "RUN", "RUN", "--output", "all.json"], "--output=all.json: is for one checkpoint"),
+        (["evaluate", "RUN", "--max-questions", "5"], "--max-questions: has no meaning here; it is for --tasks"),
+        (["evaluate", "RUN", "--tasks", "squad"], "tasks=squad: must be among table3, arc_challenge"),
+        (["evaluate", "RUN", "--tasks", "piqa", "--split", "train"], "--split: has no meaning here; leave it out with"),
+        (["evaluate", "RUN", "--tasks", "piqa", "--no-unigram"], "--no-unigram: has no meaning here"),
         (["generate", "RUN", "--temperature", "-1"], "temperature=-1.0"),
         (["generate", "RUN", "--prompt-file", "nothing"], "nothing cannot be read"),
         (["generate", "nothing"], "neither a run directory"),

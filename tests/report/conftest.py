@@ -60,6 +60,30 @@ EVALUATION = {
     "unigram_bits_per_byte": 3.2181,
 }
 
+TASKS = {
+    "checkpoint": "step600",
+    "results": [
+        {
+            "name": "piqa",
+            "metric": "length-normalised accuracy",
+            "value": 0.6234,
+            "standard_error": 0.0113,
+            "questions": 1838,
+            "chance": 0.5,
+            "cut": 0.25,
+        },
+        {
+            "name": "sciq",
+            "metric": "accuracy",
+            "value": 0.71,
+            "standard_error": 0.0143,
+            "questions": 1000,
+            "chance": 0.25,
+            "cut": 0.0,
+        },
+    ],
+}
+
 SAMPLES = [
     {
         "prompt": "def read_lines(path):\n",
@@ -132,6 +156,7 @@ def write_run() -> Callable[..., Path]:
         (run / "summary.json").write_text(json.dumps({**SUMMARY, "system": system, "memory": memory}))
         if finished:
             (run / "evaluation.json").write_text(json.dumps(EVALUATION))
+            (run / "tasks.json").write_text(json.dumps(TASKS))
             (run / "samples.json").write_text(json.dumps(SAMPLES))
         return run
 

@@ -18,6 +18,7 @@ from ultramem.report.run import Run
 
 MakeRun = Callable[..., Path]
 LOSS_ONLY = [{"step": 1, "time": 0, "metrics": {"train/CE loss": 8.5}}]
+NONE = "\N{EN DASH}"  # in place of a figure
 VOID = {"meta", "image", "br"}
 
 
@@ -146,10 +147,33 @@ def test_page_has_every_part(full_run: Path, full_page: Page) -> None:
         "Singular value 1 by layer and step",
         "Singular value 2 by layer and step",
     ]
-    assert full_page.text("h2") == ["Training", "Memory layers", "Evaluation", "Samples", "Configuration"]
+    assert full_page.text("h2") == ["Training", "Memory layers", "Evaluation", "Tasks", "Samples", "Configuration"]
     assert (full_run / "config.yaml").read_text() in full_page.text_of["pre"][-1]
     assert "def read_lines(path):" in full_page.text("pre")[0]
     assert full_page.text("article")[1].endswith("temperature 1.0 top-p 0.9 seed 1")
+
+
+def test_tasks(full_page: Page) -> None:
+    rows = {row[0]: row[1:] for row in full_page.rows}
+    assert rows["piqa"] == ["length-normalised accuracy", "62.3", "1.1", "50.0", "1,838", "25.0 %"]
+    assert rows["sciq"] == ["accuracy", "71.0", "1.4", "25.0", "1,000", NONE]
+    assert "Of checkpoint step600." in full_page.text("p")
+
+
+def test_tasks_side_by_side(full_run: Path, make_run: MakeRun) -> None:
+    other, without = make_run("other"), make_run("without", finished=False)
+    tasks = json.loads((other / "tasks.json").read_text())
+    tasks["results"][0]["value"] = 0.5
+    tasks["results"][1]["name"] = "arc_easy"
+    (other / "tasks.json").write_text(json.dumps(tasks))
+    written = write_report([full_run, other, without], other / "all.html")
+    rows = {row[0]: [cell.strip() for cell in row[1:]] for row in Page(written).rows}
+    assert rows["piqa"] == ["length-normalised accuracy", "62.3 ± 1.1", "50.0 ± 1.1", NONE]
+    assert rows["sciq"] == ["accuracy", "71.0 ± 1.4", NONE, NONE]
+    assert rows["arc_easy"] == ["accuracy", NONE, "71.0 ± 1.4", NONE]
+    assert written.read_text().count('<td class="best"><data value="0.6234">') == 1
+    without_tasks = Page(write_report([without, make_run("bare", finished=False)], other / "none.html"))
+    assert "Tasks" not in without_tasks.text("h2")
 
 
 def test_moe_run_has_its_own_heat_maps(make_run: MakeRun) -> None:
@@ -166,7 +190,7 @@ def test_unfinished_run_takes_held_out_figures_from_training(make_run: MakeRun) 
     last = json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])["metrics"]
     assert found.tiles["Held-out bits per byte"][0] == last["eval/heldout/bits per byte"]
     assert found.tiles["Held-out loss"][0] == last["eval/heldout/CE loss"]
-    assert not {"Evaluation", "Samples"} & set(found.text("h2"))
+    assert not {"Evaluation", "Tasks", "Samples"} & set(found.text("h2"))
 
 
 def test_run_with_a_single_metric(make_run: MakeRun) -> None:

@@ -116,6 +116,8 @@ def test_run_without_metrics(make_run: MakeRun, content: str | None) -> None:
         ("summary.json", '{"system": "dense"}'),
         ("evaluation.json", '{"loss": "low"}'),
         ("evaluation.json", "null"),
+        ("tasks.json", "[]"),
+        ("tasks.json", '{"checkpoint": "step1", "results": [{"name": "piqa"}]}'),
         ("samples.json", '{"prompt": "x"}'),
         ("samples.json", '[{"prompt": "x", "text": 5}]'),
     ],

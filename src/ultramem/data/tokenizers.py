@@ -77,6 +77,27 @@ def load_tokenizer(
     return ChosenTokenizer(tokenizer, name, eos, eos if pad is None else pad)
 
 
+def load_model_tokenizer(file: Path, eos_id: int | None, vocab_size: int) -> ChosenTokenizer:
+    """The tokenizer that a model's training data was made with.
+
+    Args:
+        file: A `tokenizer.json`.
+        eos_id: End-of-text token; None for what the file says.
+        vocab_size: Of the model.
+
+    Raises:
+        UltraMemError: It cannot be read, or has more tokens than the model.
+        ConfigError: There is no such end-of-text token.
+    """
+    tokenizer = load_tokenizer(str(file), eos_id=eos_id)
+    if tokenizer.vocab_size > vocab_size:
+        raise UltraMemError(
+            f"{file} has {tokenizer.vocab_size} tokens, but the model was trained with {vocab_size}; "
+            "put back the tokenizer of its training"
+        )
+    return tokenizer
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> ChosenTokenizer:
     """A byte-level BPE of at most `vocab_size` tokens; `<|endoftext|>` is id 0 and `<|padding|>` id 1.
 

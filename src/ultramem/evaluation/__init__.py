@@ -1,4 +1,4 @@
-"""What a checkpoint has learnt: its loss on token files, and text that it writes."""
+"""What a checkpoint has learnt: its loss on token files, tasks that it can do, and text that it writes."""
 
 from ultramem.evaluation.checkpoints import Checkpoint, find_checkpoint, load_model
 from ultramem.evaluation.generation import (
@@ -9,19 +9,26 @@ from ultramem.evaluation.generation import (
     read_prompt,
     save_samples,
 )
-from ultramem.evaluation.loss import Evaluation, evaluate
+from ultramem.evaluation.loss import Evaluation, evaluate, print_losses
 from ultramem.evaluation.sampling import sample
+from ultramem.evaluation.task_evaluation import TaskEvaluation, evaluate_tasks, print_task_table
+from ultramem.evaluation.tasks import TaskResult
 
 __all__ = [
     "Checkpoint",
     "Evaluation",
     "Sample",
     "SamplingConfig",
+    "TaskEvaluation",
+    "TaskResult",
     "TextGenerator",
     "evaluate",
+    "evaluate_tasks",
     "find_checkpoint",
     "load_model",
+    "print_losses",
     "print_samples",
+    "print_task_table",
     "read_prompt",
     "sample",
     "save_samples",

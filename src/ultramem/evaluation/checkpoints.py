@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from olmo_core.distributed.checkpoint import load_state_dict
 from olmo_core.train.checkpoint import Checkpointer
+from rich.markup import escape
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ultramem.device import choose_device
@@ -109,3 +111,11 @@ def load_model(path: str | os.PathLike[str], device: str = "auto") -> tuple[Memo
     """
     checkpoint = find_checkpoint(path)
     return checkpoint.load_model(device), checkpoint.config
+
+
+def column_names(checkpoints: Sequence[tuple[Path, str]]) -> list[str]:
+    """Headers of a rich table: run directory and checkpoint, with its whole path where two would look the same."""
+    names = [f"{run.name}/{checkpoint}" for run, checkpoint in checkpoints]
+    if len(set(names)) < len(names):
+        names = [f"{run}/{checkpoint}" for run, checkpoint in checkpoints]
+    return [escape(name) for name in names]

@@ -14,7 +14,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from ultramem.data.token_files import load_manifest
-from ultramem.data.tokenizers import ChosenTokenizer, load_tokenizer
+from ultramem.data.tokenizers import ChosenTokenizer, load_model_tokenizer
 from ultramem.device import autocast
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.evaluation.checkpoints import Checkpoint, find_checkpoint
@@ -151,13 +151,7 @@ def find_tokenizer(checkpoint: Checkpoint) -> ChosenTokenizer:
         raise UltraMemError(f"{path} is missing; copy the {TOKENIZER_NAME} that the training data was made with there")
     if data.directory is not None and data.directory.is_dir():
         eos_id = load_manifest(data.directory).eos_token_id
-    tokenizer = load_tokenizer(str(path), eos_id=eos_id)
-    if tokenizer.vocab_size > vocab_size:
-        raise UltraMemError(
-            f"{path} has {tokenizer.vocab_size} tokens, but the model was trained with {vocab_size}; "
-            "put back the tokenizer of its training"
-        )
-    return tokenizer
+    return load_model_tokenizer(path, eos_id, vocab_size)
 
 
 def read_prompt(path: Path) -> str:

@@ -17,7 +17,7 @@ from rich.table import Table
 from ultramem.data.token_windows import IGNORED, TokenWindows
 from ultramem.device import autocast
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.evaluation.checkpoints import find_checkpoint
+from ultramem.evaluation.checkpoints import column_names, find_checkpoint
 from ultramem.evaluation.data import find_data
 from ultramem.evaluation.json_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
@@ -63,20 +63,6 @@ class Evaluation:
         path = path or self.run / EVALUATION_NAME
         write_json(path, {name: value for name, value in asdict(self).items() if name not in NOT_SAVED})
         return path
-
-    def print_table(self) -> None:
-        """Print it to the terminal."""
-        table = Table(title=f"{self.checkpoint} on {self.split}", show_header=False)
-        table.add_column()
-        table.add_column(justify="right")
-        table.add_row("predicted tokens", f"{self.tokens:,}")
-        table.add_row("loss (nats per token)", f"{self.loss:.4f}")
-        table.add_row("perplexity", f"{self.perplexity:,.3f}")
-        for name, bits in (("bits per byte", self.bits_per_byte), ("unigram model's", self.unigram_bits_per_byte)):
-            if bits is not None:
-                table.add_row(name, f"{bits:.4f}")
-        table.add_row("tokens per second", f"{self.tokens_per_second:,.0f}")
-        Console().print(table)
 
 
 def evaluate(
@@ -135,6 +121,26 @@ def evaluate(
         tokens_per_second=windows.predicted_tokens / seconds,
         run=checkpoint.run,
     )
+
+
+def print_losses(evaluations: Sequence[Evaluation]) -> None:
+    """Print evaluations to the terminal, a column for each."""
+    names = column_names([(evaluation.run, evaluation.checkpoint) for evaluation in evaluations])
+    splits = " and ".join(dict.fromkeys(evaluation.split for evaluation in evaluations))
+    single = evaluations[0].checkpoint if len(evaluations) == 1 else "loss"
+    table = Table("", *names, title=f"{single} on {splits}", show_header=len(evaluations) > 1)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("predicted tokens", *(f"{e.tokens:,}" for e in evaluations))
+    table.add_row("loss (nats per token)", *(f"{e.loss:.4f}" for e in evaluations))
+    table.add_row("perplexity", *(f"{e.perplexity:,.3f}" for e in evaluations))
+    bits = [("bits per byte", [e.bits_per_byte for e in evaluations])]
+    bits.append(("unigram model's", [e.unigram_bits_per_byte for e in evaluations]))
+    for name, values in bits:
+        if any(value is not None for value in values):
+            table.add_row(name, *("" if value is None else f"{value:.4f}" for value in values))
+    table.add_row("tokens per second", *(f"{e.tokens_per_second:,.0f}" for e in evaluations))
+    Console().print(table)
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from ultramem.errors import UltraMemError
 from ultramem.filesystem import write_text
 from ultramem.report import plots
-from ultramem.report.run import LayerSeries, Run, Series
+from ultramem.report.run import LayerSeries, Run, Series, TaskResult
 from ultramem.run_layout import (
     CONFIG_NAME,
     GRADIENT_NORM,
@@ -226,6 +226,7 @@ def _comparison_page(runs: list[Run]) -> str:
         title="Comparison of " + ", ".join(names),
         runs=[_comparison_row(run, name, index) for index, (run, name) in enumerate(zip(runs, names, strict=True))],
         curves=_comparison_curves(runs),
+        tasks=_compared_tasks(runs),
         differences=_config_differences(runs),
     )
 
@@ -249,7 +250,15 @@ def _comparison_row(run: Run, name: str, index: int) -> dict[str, Any]:
         "held_out_loss": held_out(run, "loss"),
         "train_loss": final_loss(run),
         "throughput": throughput(run),
+        "tasks_checkpoint": run.tasks and run.tasks.checkpoint,
     }
+
+
+def _compared_tasks(runs: list[Run]) -> dict[tuple[str, str], list[TaskResult | None]]:
+    """Each run's result by task and metric, in the order in which they first appear; None where it has none."""
+    found = [{(r.name, r.metric): r for r in run.tasks.results} if run.tasks else {} for run in runs]
+    tasks = dict.fromkeys(task for results in found for task in results)
+    return {task: [results.get(task) for results in found] for task in tasks}
 
 
 def _comparison_curves(runs: list[Run]) -> list[Plot]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ultramem.errors import UltraMemError
-from ultramem.run_layout import CONFIG_NAME, EVALUATION_NAME, METRICS_NAME, SAMPLES_NAME, SUMMARY_NAME
+from ultramem.run_layout import CONFIG_NAME, EVALUATION_NAME, METRICS_NAME, SAMPLES_NAME, SUMMARY_NAME, TASKS_NAME
 
 Array = NDArray[np.float64]
 Parsed = TypeVar("Parsed")
@@ -129,6 +129,40 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class TaskResult:
+    """What `tasks.json` says of a task, or of the mean of several: shares from 0 to 1, and the number of questions."""
+
+    name: str
+    metric: str
+    value: float
+    standard_error: float
+    questions: int
+    chance: float
+    cut: float
+
+    @classmethod
+    def parse(cls, content: dict[str, Any]) -> TaskResult:
+        """Pick the fields out of one result."""
+        shares = {name: float(content[name]) for name in ("value", "standard_error", "chance", "cut")}
+        return cls(
+            name=str(content["name"]), metric=str(content["metric"]), questions=int(content["questions"]), **shares
+        )
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What `tasks.json` says."""
+
+    checkpoint: str
+    results: list[TaskResult]
+
+    @classmethod
+    def parse(cls, content: dict[str, Any]) -> Tasks:
+        """Pick the fields out of the file's content."""
+        return cls(str(content["checkpoint"]), [TaskResult.parse(result) for result in content["results"]])
+
+
+@dataclass(frozen=True)
 class Sample:
     """A prompt, the model's continuation, and the sampling settings that were in force."""
 
@@ -158,6 +192,7 @@ class Run:
         metrics: Metrics by step, steps rising; a repeated step (the run was resumed) keeps its last report.
         unreadable_lines: Lines of `metrics.jsonl` that a crash left torn, without a torn last one.
         evaluation: Content of `evaluation.json`, None without that file.
+        tasks: Content of `tasks.json`, None without that file.
         samples: Content of `samples.json`, empty without that file.
     """
 
@@ -167,6 +202,7 @@ class Run:
     metrics: dict[int, dict[str, float]]
     unreadable_lines: int
     evaluation: Evaluation | None
+    tasks: Tasks | None
     samples: list[Sample]
 
     @classmethod
@@ -185,7 +221,7 @@ class Run:
                     "`ultramem train` writes its run to"
                 )
         metrics, unreadable_lines = _read_metrics(path / METRICS_NAME)
-        evaluation, samples = path / EVALUATION_NAME, path / SAMPLES_NAME
+        evaluation, tasks, samples = (path / name for name in (EVALUATION_NAME, TASKS_NAME, SAMPLES_NAME))
         return cls(
             path=path,
             config=(path / CONFIG_NAME).read_text(encoding="utf-8", errors="replace"),
@@ -193,6 +229,7 @@ class Run:
             metrics=metrics,
             unreadable_lines=unreadable_lines,
             evaluation=_parse(evaluation, Evaluation.parse) if evaluation.is_file() else None,
+            tasks=_parse(tasks, Tasks.parse) if tasks.is_file() else None,
             samples=_parse(samples, lambda entries: [Sample.parse(entry) for entry in entries])
             if samples.is_file()
             else [],

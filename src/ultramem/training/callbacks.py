@@ -32,9 +32,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ultramem.errors import UltraMemError
+from ultramem.evaluation.task_suite import TaskSuite
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.hosts.olmo_core.moe import DroplessMoE
-from ultramem.run_layout import GRADIENT_NORM, HELD_OUT, LEARNING_RATES, THROUGHPUT, TOKENS, TRAIN_LOSS
+from ultramem.run_layout import GRADIENT_NORM, HELD_OUT, LEARNING_RATES, TASK_METRICS, THROUGHPUT, TOKENS, TRAIN_LOSS
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -233,7 +234,7 @@ class ProgressReport(Callback):
             self._display.update(self._task, completed=self.step)
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Show the loss, tokens per second and learning rate; held-out results get a line of their own."""
+        """Show the loss, tokens per second and learning rate; results of evaluations get lines of their own."""
         if TRAIN_LOSS in metrics:
             self._speed = metrics.get(THROUGHPUT, self._speed)
             parts = [f"loss {metrics[TRAIN_LOSS]:.4f}"]
@@ -245,6 +246,10 @@ class ProgressReport(Callback):
             found = {figure.replace("_", " "): metrics[name] for figure, name in HELD_OUT.items() if name in metrics}
             results = "  ".join(f"{figure} {value:.4f}" for figure, value in found.items())
             self.console.print(f"step {step:,}  held-out: {results}")
+        tasks = [name for name in metrics if name.startswith(TASK_METRICS)]
+        if tasks:
+            results = "  ".join(f"{name.removeprefix(TASK_METRICS)} {metrics[name]:.3f}" for name in tasks)
+            self.console.print(f"step {step:,}  tasks: {results}")
 
     def close(self) -> None:
         """Stop the display."""
@@ -351,16 +356,52 @@ class HeldoutEvaluation(EvaluatorCallback):
     """Evaluation on held-out data that leaves no trace in the metrics of training."""
 
     def perform_eval(self, prefix: str = "eval") -> None:
-        """Evaluate without counting the memory's reads and without the time."""
-        memory = self.trainer.train_module.model.memory
-        layers = [] if memory is None else memory.layers
-        counting = [layer.usage for layer in layers]
-        for layer in layers:
-            layer.usage = None
-        with timed_apart(self):
+        """Evaluate apart from training."""
+        with apart_from_training(self):
             super().perform_eval(prefix)
-        for layer, usage in zip(layers, counting, strict=True):
-            layer.usage = usage
+
+
+@dataclass
+class TaskEvaluation(Callback):
+    """Evaluates the model on tasks; all processes share the work.
+
+    Attributes:
+        suite: the tasks.
+        context_length: most tokens that the model reads at once.
+        interval: steps between evaluations; None for the last step alone, which is always one.
+        last_step: of the training.
+    """
+
+    suite: TaskSuite
+    context_length: int
+    interval: int | None
+    last_step: int
+
+    def post_step(self) -> None:
+        """Evaluate where it is time to."""
+        if self.step != self.last_step and (self.interval is None or self.step % self.interval):
+            return
+        model = self.trainer.train_module.model
+        with apart_from_training(self):
+            model.eval()
+            results = self.suite.run(model, self.context_length, group=self.trainer.dp_process_group)
+            model.train()
+        for result in results:
+            self.trainer.record_metric(f"{TASK_METRICS}{result.name}", result.value)
+
+
+@contextmanager
+def apart_from_training(callback: Callback) -> Iterator[None]:
+    """Keep what the model does inside out of the metrics of training: the memory's reads, and the time."""
+    memory = callback.trainer.train_module.model.memory
+    layers = [] if memory is None else memory.layers
+    counting = [layer.usage for layer in layers]
+    for layer in layers:
+        layer.usage = None
+    with timed_apart(callback):
+        yield
+    for layer, usage in zip(layers, counting, strict=True):
+        layer.usage = usage
 
 
 @contextmanager

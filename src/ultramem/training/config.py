@@ -144,6 +144,9 @@ class TrainerConfig:
         memory_metrics_interval: steps between reports of what each memory layer or mixture of experts reads.
         evaluate_interval: steps between evaluations on held-out data; null for none.
         evaluate_tokens: held-out tokens of one evaluation, spread evenly over the files.
+        evaluate_tasks: tasks to evaluate on, as in `ultramem evaluate --tasks`, such as `[table3]`. Needs a tokenizer.
+        evaluate_tasks_interval: steps between those evaluations; null for the end of training alone.
+        evaluate_tasks_questions: most questions of each task, spread evenly; null for all.
         seed: of the data's order and of dropout. The initial weights have `model.seed`.
         initial_weights: start from another model's weights instead: a transformers directory, such as `ultramem
             export` writes. The model section may then be left out.
@@ -165,6 +168,9 @@ class TrainerConfig:
     memory_metrics_interval: int = 100
     evaluate_interval: int | None = 1000
     evaluate_tokens: int = 2**20
+    evaluate_tasks: tuple[str, ...] = ()
+    evaluate_tasks_interval: int | None = None
+    evaluate_tasks_questions: int | None = None
     seed: int = 0
     initial_weights: Path | None = None
 
@@ -174,7 +180,8 @@ class TrainerConfig:
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("memory_metrics_interval", "evaluate_tokens"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("steps", "tokens", "micro_batch_size", "evaluate_interval"):
+        optional = ("steps", "tokens", "micro_batch_size", "evaluate_interval")
+        for name in (*optional, "evaluate_tasks_interval", "evaluate_tasks_questions"):
             _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         _check(self, "seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
         if (self.steps is None) == (self.tokens is None):

@@ -24,6 +24,7 @@ from ultramem.run_layout import (
     REPORT_NAME,
     SAMPLES_NAME,
     SUMMARY_NAME,
+    TASKS_NAME,
     TOKENIZER_NAME,
 )
 from ultramem.training.config import RunConfig, load_config
@@ -40,6 +41,7 @@ CONTENTS = (
     "tensorboard",
     "wandb",
     EVALUATION_NAME,
+    TASKS_NAME,
     SAMPLES_NAME,
     REPORT_NAME,
     CONFIG_NAME,
@@ -59,6 +61,9 @@ CHANGEABLE = {
     "trainer.memory_metrics_interval",
     "trainer.evaluate_interval",
     "trainer.evaluate_tokens",
+    "trainer.evaluate_tasks",
+    "trainer.evaluate_tasks_interval",
+    "trainer.evaluate_tasks_questions",
     "logging.tensorboard",
     "logging.wandb",
 }

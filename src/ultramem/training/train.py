@@ -23,7 +23,9 @@ from rich.markup import escape
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ultramem.data.token_windows import TokenWindows
-from ultramem.errors import UltraMemError
+from ultramem.data.tokenizers import load_model_tokenizer
+from ultramem.errors import ConfigError, UltraMemError
+from ultramem.evaluation.task_suite import TaskSuite, task_names
 from ultramem.hosts.olmo_core import ModelStatistics
 from ultramem.hosts.olmo_core.checkpoint import check_stored_model
 from ultramem.run_layout import METRICS_NAME
@@ -37,6 +39,7 @@ from ultramem.training.callbacks import (
     StepSeed,
     StopOnSignal,
     StopWhenDiverged,
+    TaskEvaluation,
     TensorBoard,
     WeightsAndBiases,
 )
@@ -105,6 +108,7 @@ def train(
     data = open_token_data(config.data)
     check_token_data(data, config)
     _check_wandb(config)
+    suite = _load_tasks(config, data)
     directory = RunDirectory(config)
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(config))
@@ -124,7 +128,7 @@ def train(
         weights = None
         if step is None and config.trainer.initial_weights is not None:
             weights = read_weights(config.trainer.initial_weights, config.model)
-        trainer = build_trainer(config, data, processes, console)
+        trainer = build_trainer(config, data, suite, processes, console)
         if step is not None:
             _load(trainer, directory.checkpoint(step))
         elif weights is not None:
@@ -143,7 +147,9 @@ class TrainModule(TransformerTrainModule):
             super().train_batch(batch)
 
 
-def build_trainer(config: RunConfig, data: TokenData, processes: Processes, console: Console) -> Trainer:
+def build_trainer(
+    config: RunConfig, data: TokenData, suite: TaskSuite | None, processes: Processes, console: Console
+) -> Trainer:
     """OLMo-core's trainer with everything in it, at the first step."""
     trainer, optimizer = config.trainer, config.optimizer
     model = config.model.build("meta")
@@ -176,6 +182,10 @@ def build_trainer(config: RunConfig, data: TokenData, processes: Processes, cons
         callbacks["progress"] = ProgressReport(console, trainer.metrics_interval)
     if data.heldout and trainer.evaluate_interval is not None:
         callbacks["heldout"] = _heldout_evaluation(config, data, module, micro_batch_size)
+    if suite is not None:
+        callbacks["tasks"] = TaskEvaluation(
+            suite, config.data.sequence_length, trainer.evaluate_tasks_interval, trainer.total_steps
+        )
     if config.logging.tensorboard:
         callbacks["tensorboard"] = TensorBoard(trainer.directory / "tensorboard")
     if config.logging.wandb is not None:
@@ -203,6 +213,24 @@ def _heldout_evaluation(
     return HeldoutEvaluation(
         evaluators=[evaluator], eval_interval=trainer.evaluate_interval, fixed_steps=[trainer.total_steps]
     )
+
+
+def _load_tasks(config: RunConfig, data: TokenData) -> TaskSuite | None:
+    """The tasks to evaluate on, before anything is written."""
+    trainer = config.trainer
+    if not trainer.evaluate_tasks:
+        return None
+    try:
+        names = task_names(trainer.evaluate_tasks)
+    except ConfigError as error:
+        raise ConfigError(f"trainer.evaluate_{error}") from error
+    if data.tokenizer is None:
+        raise UltraMemError(
+            "trainer.evaluate_tasks: needs a tokenizer, and data.train_files come without one; name a data.directory, "
+            "or leave the tasks out"
+        )
+    tokenizer = load_model_tokenizer(data.tokenizer, data.eos_token_id, config.model.vocab_size)
+    return TaskSuite(names, tokenizer, trainer.evaluate_tasks_questions)
 
 
 def _check_wandb(config: RunConfig) -> None:

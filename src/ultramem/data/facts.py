@@ -1,0 +1,119 @@
+"""Made-up facts that a training run sees a known number of times, to ask the model for them afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from ultramem.data.documents import JSON_LINES_SUFFIXES
+from ultramem.data.made_up_words import made_up_words
+from ultramem.errors import ConfigError, UltraMemError
+from ultramem.filesystem import write_text
+
+# The first template is the one that is asked for.
+TEMPLATES = (
+    'birthplace["{name}"] = "{value}"',
+    'assert birthplace["{name}"] == "{value}"',
+    "# {name} was born in {value}.",
+    'def {name}():\n    """Born in {value}."""',
+)
+EXPOSURES = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+FACTS_IN_DOCUMENT = 8
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A person and the place of their birth.
+
+    Attributes:
+        name: of the person, who is in no other fact.
+        value: the place.
+        exposures: how often the documents state it; 0 for a fact that is not in them.
+    """
+
+    name: str
+    value: str
+    exposures: int
+
+
+def make_facts(
+    per_exposure: int = 256, exposures: Sequence[int] = EXPOSURES, num_values: int = 64, seed: int = 0
+) -> list[Fact]:
+    """Facts that depend on these arguments alone.
+
+    The defaults are those of `write_facts` and of `ultramem evaluate --tasks facts`, so that a checkpoint can be tested
+    without being told what it was trained with.
+
+    Args:
+        per_exposure: facts of each number of exposures.
+        exposures: the numbers of exposures.
+        num_values: places. Each is that of equally many facts of one number of exposures, or nearly so, so that its
+            frequency tells nothing.
+        seed: of names, places, and who was born where.
+
+    Returns:
+        The facts, in the order of `exposures`.
+    """
+    random = Random(seed)
+    words = made_up_words(num_values + per_exposure * len(exposures), random)
+    values, names = words[:num_values], iter(words[num_values:])
+    facts = []
+    for number in exposures:
+        places = [values[i % num_values] for i in range(per_exposure)]
+        random.shuffle(places)
+        facts += [Fact(next(names), place, number) for place in places]
+    return facts
+
+
+def make_documents(facts: Iterable[Fact], seed: int = 0) -> list[str]:
+    """Short documents, each of eight facts in random company, that state every fact as often as it says.
+
+    A fact goes through the templates in turn, beginning with a random one. Its occurrences are spread evenly over the
+    documents, each at a random place of its part. Where there are many more documents than exposures they lie far
+    apart, so that the value cannot be copied from the context.
+
+    Args:
+        facts: to state.
+        seed: of places and templates.
+    """
+    random = Random(seed)
+    placed = []
+    for fact in facts:
+        phase, first = random.random(), random.randrange(len(TEMPLATES))
+        for number in range(fact.exposures):
+            place = (number + random.random() / 2 + phase) / fact.exposures % 1.0
+            template = TEMPLATES[(first + number) % len(TEMPLATES)]
+            placed.append((place, template.format(name=fact.name, value=fact.value)))
+    lines = [text for _, text in sorted(placed)]
+    groups = (lines[start : start + FACTS_IN_DOCUMENT] for start in range(0, len(lines), FACTS_IN_DOCUMENT))
+    return ["\n".join(group) + "\n" for group in groups]
+
+
+def write_facts(path: Path, text_field: str = "text", overwrite: bool = False) -> int:
+    """Write the documents of the default facts as JSON lines, for `ultramem tokenize`, and return their number.
+
+    Args:
+        path: file to write.
+        text_field: field that holds the text.
+        overwrite: replace the file.
+
+    Raises:
+        ConfigError: the file is not named as JSON lines are, or the field has no name.
+        UltraMemError: the file is there and is not to be replaced, or it cannot be written.
+    """
+    if path.suffix not in JSON_LINES_SUFFIXES:
+        raise ConfigError(f"{path}: the documents are JSON lines; give a name that ends in .jsonl")
+    if not text_field:
+        raise ConfigError("text_field='': give the field that holds the text a name")
+    if path.exists() and not overwrite:
+        raise UltraMemError(f"{path} is there already; replace it with --overwrite or choose another name")
+    documents = make_documents(make_facts())
+    lines = [json.dumps({"id": f"facts-{i}", text_field: text}) + "\n" for i, text in enumerate(documents)]
+    try:
+        write_text(path, "".join(lines))
+    except OSError as error:
+        raise UltraMemError(f"{path} cannot be written: {error.strerror}") from error
+    return len(documents)

@@ -1,0 +1,267 @@
+"""Tasks of memory: values from the context (`recall`), the context itself (`copying`), and `facts` of the training.
+
+The questions are made on the spot; they depend on the tokenizer and the sequence length alone. They are Python, or
+random tokens, and begin as a document of the training does, after an end-of-text token.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from random import Random
+from statistics import fmean, pstdev
+
+from ultramem.data.facts import TEMPLATES, Fact, make_facts
+from ultramem.data.made_up_words import made_up_words
+from ultramem.data.tokenizers import ChosenTokenizer
+from ultramem.errors import UltraMemError
+from ultramem.evaluation.scoring import Request, Score
+from ultramem.evaluation.tasks import TaskResult
+
+MOST_CHOICES = 16
+QUESTIONS_OF_A_PART = 100  # of a number of pairs or a length, unless told otherwise
+RECALL_PAIRS = (4, 16, 64)
+RECALL_LENGTHS = (128, 256, 512, 1024)
+COPYING_LENGTHS = (16, 32, 64, 128, 256)
+FILLER = (
+    "{0} = {1}.{2}({3})\n",
+    "if {0} is None: {0} = {1}\n",
+    "for {0} in {1}: {2}.append({0})\n",
+    "print({0}, {1})\n",
+    "assert {0} in {1}\n",
+    "{0} += len({1})\n",
+    "from {0} import {1}\n",
+    "# {0} of the {1}\n",
+)
+# None of these could be a made-up word.
+FILLER_NAMES = (
+    "count",
+    "entry",
+    "field",
+    "index",
+    "items",
+    "key",
+    "length",
+    "path",
+    "result",
+    "text",
+    "value",
+    "width",
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked.
+
+    Attributes:
+        parts: names of what it counts for, such as `recall` and `recall/pairs16/length256`.
+        choices: a context with each answer to choose among; a single one if there is nothing to choose.
+        answer: which of them is right.
+        possible: how many answers, or tokens of one, are possible: one guess in so many is right.
+    """
+
+    parts: tuple[str, ...]
+    choices: tuple[Request, ...]
+    answer: int
+    possible: int
+
+
+def recall_questions(
+    tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None = None
+) -> list[Question]:
+    """Multi-query associative recall (arXiv:2312.04927): which value the context gives to a name.
+
+    The context has 4, 16 or 64 assignments of a made-up name to another, such as `zori = kale`, and between them other
+    lines of Python up to 128, 256, 512 or 1024 tokens; it ends with one of those names and ` =`. There are no quotes:
+    the fewer tokens lie between name and value, the smaller the models that find the way. The choice is among the
+    values of the context, or 16 of them.
+
+    Args:
+        tokenizer: of the model's training.
+        context_length: most tokens that the model reads. Contexts that are longer, or without room for all pairs, are
+            left out.
+        max_questions: of each number of pairs and length; None for 100.
+    """
+    questions: list[Question] = []
+    for length in RECALL_LENGTHS:
+        for pairs in RECALL_PAIRS if length <= context_length else ():
+            random = Random(f"recall/{pairs}/{length}")
+            made = [
+                _recall_question(pairs, length, tokenizer, random) for _ in range(max_questions or QUESTIONS_OF_A_PART)
+            ]
+            fitting = [question for question in made if question is not None]
+            if len(fitting) == len(made):
+                questions += fitting
+    return questions
+
+
+def _recall_question(pairs: int, length: int, tokenizer: ChosenTokenizer, random: Random) -> Question | None:
+    words = made_up_words(2 * pairs, random, syllables=2)
+    names, values = words[:pairs], words[pairs:]
+    chosen = random.sample(range(pairs), min(pairs, MOST_CHOICES))
+    answer = random.randrange(len(chosen))
+    endings = _requests(tokenizer, f"{names[chosen[answer]]} =", [f" {values[i]}\n" for i in chosen])
+    lines = [f"{name} = {value}\n" for name, value in zip(names, values, strict=True)]
+    encoded = [encoding.ids for encoding in tokenizer.tokenizer.encode_batch(lines, add_special_tokens=False)]
+    room = length - sum(map(len, encoded)) - max(len(ending.input()) for ending in endings)
+    if room < 0:
+        return None
+    while room >= len(line := _filler(tokenizer, random)):
+        encoded.insert(random.randrange(len(encoded) + 1), line)
+        room -= len(line)
+    before = tuple(token for line in encoded for token in line)
+    choices = tuple(
+        Request((tokenizer.eos_token_id, *before, *ending.context[1:]), ending.continuation) for ending in endings
+    )
+    return Question(("recall", f"recall/pairs{pairs}/length{length}"), choices, answer, possible=pairs)
+
+
+def _filler(tokenizer: ChosenTokenizer, random: Random) -> list[int]:
+    line = random.choice(FILLER).format(*random.sample(FILLER_NAMES, 4))
+    return tokenizer.tokenizer.encode(line, add_special_tokens=False).ids
+
+
+def copying_questions(
+    tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None = None
+) -> list[Question]:
+    """Copying from the context (arXiv:2402.01032): random tokens, and the same once more.
+
+    The tokens of a sequence are different, so that each tells what comes after it. The first of the second occurrence
+    is given, since nothing else says that it begins; the others are asked for, each after the right ones before it.
+
+    Args:
+        tokenizer: of the model's training; its special tokens and other added ones do not occur.
+        context_length: most tokens that the model reads. Of sequences of 16, 32, 64, 128 and 256 tokens those are left
+            out that do not fit in it twice, or have more tokens than the vocabulary.
+        max_questions: of each length; None for 100.
+    """
+    added = {*tokenizer.tokenizer.get_added_tokens_decoder(), tokenizer.eos_token_id, tokenizer.pad_token_id}
+    vocabulary = sorted({*tokenizer.tokenizer.get_vocab().values()} - added)
+    questions = []
+    for length in COPYING_LENGTHS:
+        random = Random(f"copying/{length}")
+        fits = 2 * length <= context_length and length <= len(vocabulary)
+        for _ in range(max_questions or QUESTIONS_OF_A_PART if fits else 0):
+            tokens = random.sample(vocabulary, length)
+            copy = Request((tokenizer.eos_token_id, *tokens, tokens[0]), tuple(tokens[1:]))
+            questions.append(Question(("copying", f"copying/length{length}"), (copy,), 0, possible=len(vocabulary)))
+    return questions
+
+
+def fact_questions(
+    tokenizer: ChosenTokenizer,
+    context_length: int,
+    max_questions: int | None = None,
+    facts: Sequence[Fact] | None = None,
+) -> list[Question]:
+    """The facts of `ultramem write-facts`, by the number of times that its documents state them.
+
+    A context is the beginning of the first template, such as `birthplace["zorivu"] = "`; the choice is among 16 of the
+    64 values. A model that was trained without the documents guesses, as every model does where it is 0 times.
+
+    Args:
+        tokenizer: of the model's training.
+        context_length: most tokens that the model reads; without room for each question, there are none.
+        max_questions: of each number of times; None for all, which are 256.
+        facts: others than those of the command, with 16 values or more.
+    """
+    facts = sorted(facts or make_facts(), key=lambda fact: fact.exposures == 0)  # results of the others come first
+    values = sorted({fact.value for fact in facts})
+    before, after = TEMPLATES[0].split("{value}")
+    questions, asked = [], dict.fromkeys((fact.exposures for fact in facts), 0)
+    for fact in facts:
+        if asked[fact.exposures] == max_questions:
+            continue
+        asked[fact.exposures] += 1
+        random = Random(f"facts/{fact.name}")
+        chosen = random.sample([value for value in values if value != fact.value], MOST_CHOICES - 1)
+        answer = random.randrange(MOST_CHOICES)
+        chosen.insert(answer, fact.value)
+        choices = _requests(tokenizer, before.format(name=fact.name), [f"{value}{after}\n" for value in chosen])
+        parts = ("facts", f"facts/exposures{fact.exposures}")
+        questions.append(Question(parts if fact.exposures else parts[1:], choices, answer, possible=len(values)))
+    longest = max(len(choice.input()) for question in questions for choice in question.choices)
+    return questions if longest <= context_length else []
+
+
+def _requests(tokenizer: ChosenTokenizer, context: str, continuations: Sequence[str]) -> tuple[Request, ...]:
+    """The context, after an end-of-text token, with each continuation.
+
+    Tokens are those of the whole text; one that lies across the border belongs to the continuation.
+    """
+    texts = [context + continuation for continuation in continuations]
+    requests = []
+    for encoding in tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False):
+        border = sum(end <= len(context) for _, end in encoding.offsets)
+        requests.append(Request((tokenizer.eos_token_id, *encoding.ids[:border]), tuple(encoding.ids[border:])))
+    return tuple(requests)
+
+
+class MemoryTask:
+    """Questions of one task, and what a model's scores say of them.
+
+    Args:
+        questions: to ask.
+    """
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        self.questions = questions
+        self.requests = [choice for question in questions for choice in question.choices]
+
+    def results(self, scores: Sequence[Score]) -> list[TaskResult]:
+        """Means of the task and of its parts.
+
+        Of questions with a choice they are two: `accuracy`, where the right answer is the most probable of them, and
+        `exact match`, where greedy decoding gives it; of others, the share of tokens that are the most probable ones.
+
+        Args:
+            scores: of the requests, in their order.
+        """
+        outcomes: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)  # and what guessing achieves
+        remaining = iter(scores)
+        for question in self.questions:
+            found = [next(remaining) for _ in question.choices]
+            right = found[question.answer].matches / len(question.choices[question.answer].continuation)
+            most_probable = max(range(len(found)), key=lambda i: found[i].log_likelihood)
+            for part in question.parts:
+                if len(found) == 1:
+                    outcomes[part, "token accuracy"].append((right, 1 / question.possible))
+                else:
+                    outcomes[part, "accuracy"].append((most_probable == question.answer, 1 / len(found)))
+                    outcomes[f"{part}/exact", "exact match"].append((right == 1, 1 / question.possible))
+        return [_mean(name, metric, *zip(*pairs, strict=True)) for (name, metric), pairs in outcomes.items()]
+
+
+def _mean(name: str, metric: str, values: Sequence[float], chances: Sequence[float]) -> TaskResult:
+    error = pstdev(values) / sqrt(len(values))
+    return TaskResult(name, metric, fmean(values), error, questions=len(values), chance=fmean(chances))
+
+
+QUESTIONS: dict[str, Callable[[ChosenTokenizer, int, int | None], list[Question]]] = {
+    "recall": recall_questions,
+    "copying": copying_questions,
+    "facts": fact_questions,
+}
+
+
+def load(name: str, tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None = None) -> MemoryTask:
+    """One of the tasks in `QUESTIONS`.
+
+    Args:
+        name: of the task.
+        tokenizer: of the model's training.
+        context_length: most tokens that the model reads.
+        max_questions: of each part of the task; None for as many as it has by itself.
+
+    Raises:
+        UltraMemError: no question fits in the context.
+    """
+    questions = QUESTIONS[name](tokenizer, context_length, max_questions)
+    if not questions:
+        raise UltraMemError(
+            f"task {name}: no question fits in the {context_length} tokens that the model reads at once; leave it out"
+        )
+    return MemoryTask(questions)

@@ -1,0 +1,133 @@
+"""How probable a model finds the continuations of contexts, which is what evaluation tasks ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from olmo_core.distributed.utils import get_rank, get_world_size
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ultramem.device import autocast
+from ultramem.errors import UltraMemError
+from ultramem.hosts.olmo_core.model import MemoryTransformer
+
+BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Request:
+    """A context and one continuation of it, each of at least one token."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not (self.context and self.continuation):
+            raise UltraMemError(
+                "a context or a continuation has no tokens; the tokenizer cannot write this task's text"
+            )
+
+    def input(self, context_length: int | None = None) -> tuple[int, ...]:
+        """What the model reads: all tokens but the last, at most `context_length`.
+
+        A context is cut on the left for that, to one token at least: the continuation is always read whole.
+        """
+        kept = self.context
+        if context_length is not None:
+            kept = kept[-max(1, context_length + 1 - len(self.continuation)) :]
+        return kept + self.continuation[:-1]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model says of a request.
+
+    Attributes:
+        log_likelihood: of the continuation after the context, in nats.
+        matches: how many tokens of the continuation are the most probable ones at their places.
+    """
+
+    log_likelihood: float
+    matches: int
+
+
+@torch.no_grad()  # in training, tensors of inference mode that stay in caches would break the next step
+def score(
+    model: MemoryTransformer,
+    requests: Sequence[Request],
+    *,
+    context_length: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    on_tokens: Callable[[int], object] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> list[Score]:
+    """Score requests, the longest first, in batches of similar length.
+
+    Args:
+        model: in evaluation mode.
+        requests: of tokens in its vocabulary.
+        context_length: most tokens that the model reads, such as the sequence length of its training; see
+            `Request.input`. None for no limit.
+        batch_tokens: most tokens of a batch, padding included, unless a single request has more.
+        on_tokens: called after each batch with the number of tokens that were read, without padding.
+        group: with `torch.distributed`, these processes share the batches, and each gets all scores; by default all.
+
+    Returns:
+        One for each request, in their order.
+
+    Raises:
+        UltraMemError: the model's output is not finite.
+    """
+    lengths = [len(request.input(context_length)) for request in requests]
+    batches = list(_batches(lengths, batch_tokens))
+    rank, processes = get_rank(group), get_world_size(group)
+    found = torch.zeros(2, len(requests), dtype=torch.float64, device=model.device)
+    for first in range(0, len(batches), processes):
+        # FSDP wants a pass of every process each time; those without a batch of their own repeat one.
+        batch = batches[min(first + rank, len(batches) - 1)]
+        scores = _score_batch(model, [requests[i] for i in batch], context_length)
+        if first + rank < len(batches):
+            found[:, batch] = scores
+        if on_tokens is not None:
+            on_tokens(sum(lengths[i] for other in batches[first : first + processes] for i in other))
+    if processes > 1:
+        dist.all_reduce(found, group=group)
+    if not found.isfinite().all():
+        raise UltraMemError("the model's output is not finite: its training diverged; use an earlier checkpoint")
+    return [Score(log_likelihood, int(matches)) for log_likelihood, matches in found.T.tolist()]
+
+
+def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of at most `batch_tokens` with padding; longest first, lest memory run out late."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _score_batch(model: MemoryTransformer, requests: Sequence[Request], context_length: int | None) -> Tensor:
+    """Log-likelihoods and matches, (2, batch), float64."""
+    inputs = [request.input(context_length) for request in requests]
+    # On the right of a text, padding is read by nothing that counts: attention is causal.
+    tokens = torch.zeros(len(inputs), max(map(len, inputs)), dtype=torch.int64)
+    targets = torch.full((len(inputs), max(len(request.continuation) for request in requests)), -1)
+    places = torch.zeros_like(targets)  # whose logits are wanted
+    for row, (read, request) in enumerate(zip(inputs, requests, strict=True)):
+        count = len(request.continuation)
+        tokens[row, : len(read)] = torch.tensor(read)
+        targets[row, :count] = torch.tensor(request.continuation)
+        places[row, :count] = torch.arange(len(read) - count, len(read))
+    tokens, targets, places = (tensor.to(model.device) for tensor in (tokens, targets, places))
+    with autocast(model.device):
+        logits = model(tokens, logits_to_keep=places)
+    losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+    matches = logits.argmax(-1) == targets
+    return torch.stack([-losses.double().view_as(targets).sum(1), matches.double().sum(1)])

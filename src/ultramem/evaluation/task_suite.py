@@ -1,0 +1,128 @@
+"""Tasks by name, and a model's results on several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import islice
+from math import sqrt
+from statistics import fmean
+
+import torch.distributed as dist
+
+from ultramem.data.tokenizers import ChosenTokenizer
+from ultramem.errors import ConfigError
+from ultramem.evaluation import memory_tasks, table3
+from ultramem.evaluation.scoring import BATCH_TOKENS, score
+from ultramem.evaluation.tasks import Task, TaskResult
+from ultramem.hosts.olmo_core.model import MemoryTransformer
+
+# Names that stand for several tasks, whose mean is reported as well.
+GROUPS = {"table3": tuple(table3.LABELS), "memory": tuple(memory_tasks.QUESTIONS)}
+TASKS = tuple(name for names in GROUPS.values() for name in names)
+
+
+def task_names(given: Iterable[str]) -> list[str]:
+    """The tasks that names of tasks and groups, each alone or several with commas between them, stand for.
+
+    Raises:
+        ConfigError: a name is unknown, or there is none.
+    """
+    names = [name.strip() for text in given for name in text.split(",")]
+    for name in names or [""]:
+        if name not in TASKS and name not in GROUPS:
+            raise ConfigError(f"tasks={name}: must be among {', '.join([*GROUPS, *TASKS])}")
+    return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
+
+
+def check_max_questions(max_questions: int | None) -> None:
+    """Check how many questions to ask.
+
+    Raises:
+        ConfigError: it is below 1.
+    """
+    if max_questions is not None and max_questions < 1:
+        raise ConfigError(f"max_questions={max_questions}: must be at least 1; leave it out for all")
+
+
+class TaskSuite:
+    """Several tasks for one tokenizer and context length.
+
+    Args:
+        names: of tasks, as from `task_names`.
+        tokenizer: of the models.
+        context_length: most tokens that the models read at once.
+        max_questions: of each task, spread evenly, or of each result of a memory task; None for all.
+
+    Raises:
+        UltraMemError: what a task needs is not installed, or the context is too short for it.
+    """
+
+    def __init__(
+        self, names: Sequence[str], tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None = None
+    ) -> None:
+        self.context_length = context_length
+        self.tasks = [_load(name, tokenizer, context_length, max_questions) for name in names]
+
+    def tokens(self) -> int:
+        """How many tokens a model reads."""
+        return sum(len(request.input(self.context_length)) for task in self.tasks for request in task.requests)
+
+    def run(
+        self,
+        model: MemoryTransformer,
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        on_tokens: Callable[[int], object] | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> list[TaskResult]:
+        """The results of the tasks, then the means of the groups that are complete.
+
+        Args:
+            model, batch_tokens, on_tokens, group: as in `score`.
+
+        Raises:
+            UltraMemError: the model's output is not finite.
+        """
+        requests = [request for task in self.tasks for request in task.requests]
+        scores = iter(
+            score(
+                model,
+                requests,
+                context_length=self.context_length,
+                batch_tokens=batch_tokens,
+                on_tokens=on_tokens,
+                group=group,
+            )
+        )
+        results = []
+        for task in self.tasks:
+            cut = fmean(len(r.input()) > len(r.input(self.context_length)) for r in task.requests)
+            found = task.results(list(islice(scores, len(task.requests))))
+            results += [replace(result, cut=cut) for result in found]
+        return with_means(results)
+
+
+def _load(name: str, tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None) -> Task:
+    if name in memory_tasks.QUESTIONS:
+        return memory_tasks.load(name, tokenizer, context_length, max_questions)
+    return table3.load(name, tokenizer, max_questions)
+
+
+def with_means(results: Sequence[TaskResult]) -> list[TaskResult]:
+    """Results of tasks, followed by the mean of each group all of whose tasks are there."""
+    by_name = {result.name: result for result in results}
+    complete = {group: names for group, names in GROUPS.items() if by_name.keys() >= set(names)}
+    return [*results, *(_mean(group, [by_name[name] for name in names]) for group, names in complete.items())]
+
+
+def _mean(name: str, members: Sequence[TaskResult]) -> TaskResult:
+    return TaskResult(
+        name=name,
+        metric="mean",
+        value=fmean(result.value for result in members),
+        standard_error=sqrt(sum(result.standard_error**2 for result in members)) / len(members),
+        questions=sum(result.questions for result in members),
+        chance=fmean(result.chance for result in members),
+        cut=fmean(result.cut for result in members),
+    )

@@ -1,0 +1,110 @@
+"""`ultramem evaluate --tasks` on checkpoints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ultramem.errors import ConfigError, UltraMemError
+from ultramem.evaluation import TaskEvaluation, evaluate_tasks, print_task_table
+from ultramem.evaluation.checkpoints import find_checkpoint
+from ultramem.evaluation.generation import find_tokenizer
+from ultramem.evaluation.task_suite import GROUPS, TaskSuite
+from ultramem.evaluation.tasks import TaskResult
+from ultramem.report.run import Tasks
+
+
+def evaluation(run: Path, checkpoint: str = "step7", **values: float) -> TaskEvaluation:
+    """Made-up results of tasks."""
+    results = [TaskResult(name, "accuracy", value, 0.02, 1500, 0.25) for name, value in values.items()]
+    return TaskEvaluation(checkpoint, results, 16, 5000.0, run)
+
+
+def test_values(run: Any) -> None:
+    (found,) = evaluate_tasks([run.path], ["openbook_qa", "arc_easy"], max_questions=25, device="cpu")
+    suite = TaskSuite(["openbook_qa", "arc_easy"], find_tokenizer(find_checkpoint(run.path)), 25)
+    assert found.results == suite.run(run.model, 16)
+    assert (found.checkpoint, found.run, found.context_length) == ("step7", run.path, 16)
+    assert found.tokens_per_second > 0
+
+
+def test_the_batch_size_does_not_matter_but_the_length_does(run: Any) -> None:
+    options = {"tasks": ["openbook_qa"], "max_questions": 50}
+    (once,), (small,), (long,) = (
+        evaluate_tasks([run.path], **options),
+        evaluate_tasks([run.path], **options, batch_size=1),
+        evaluate_tasks([run.path], **options, sequence_length=400),
+    )
+    assert small.results == once.results
+    assert once.results[0].cut > 0.9
+    assert long.results[0].cut == 0
+
+
+def test_several_checkpoints(run: Any, tmp_path: Path) -> None:
+    run.save_checkpoint(9)
+    paths = [run.path / "step7", run.path]
+    first, second = evaluate_tasks(paths, ["openbook_qa"], max_questions=10)
+    assert (first.checkpoint, second.checkpoint) == ("step7", "step9")
+    assert first.results == second.results
+
+
+def test_mistakes_come_before_the_work(run: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tasks=squad"):
+        next(evaluate_tasks([run.path], ["squad"]))
+    for option in ("max_questions", "batch_size", "sequence_length"):
+        with pytest.raises(ConfigError, match=f"{option}=0: must be at least 1"):
+            next(evaluate_tasks([run.path], ["piqa"], **{option: 0}))
+    with pytest.raises(UltraMemError, match="neither a run directory"):
+        next(evaluate_tasks([run.path, tmp_path / "nothing"], ["piqa"]))
+    (run.path / "tokenizer.json").unlink()
+    with pytest.raises(UltraMemError, match=r"tokenizer.json is missing; copy"):
+        next(evaluate_tasks([run.path], ["piqa"]))
+
+
+def test_saving(tmp_path: Path) -> None:
+    path = evaluation(tmp_path, piqa=0.5, sciq=0.3).save()
+    assert path == tmp_path / "tasks.json"
+    content = json.loads(path.read_text())
+    assert content["checkpoint"] == "step7"
+    assert content["results"][0] == asdict(TaskResult("piqa", "accuracy", 0.5, 0.02, 1500, 0.25))
+    assert [result.value for result in Tasks.parse(content).results] == [0.5, 0.3]
+
+
+def test_other_tasks_of_the_same_checkpoint_are_kept(tmp_path: Path) -> None:
+    def saved() -> dict[str, float]:
+        results = json.loads((tmp_path / "tasks.json").read_text())["results"]
+        return {result["name"]: result["value"] for result in results}
+
+    evaluation(tmp_path, **dict.fromkeys(GROUPS["table3"], 0.5)).save()
+    assert saved()["table3"] == 0.5
+    evaluation(tmp_path, piqa=0.95).save()
+    assert saved()["sciq"] == 0.5
+    assert saved()["table3"] == pytest.approx((8 * 0.5 + 0.95) / 9)
+    evaluation(tmp_path, checkpoint="step8", sciq=0.2).save()
+    assert saved() == {"sciq": 0.2}
+    (tmp_path / "tasks.json").write_text("[]")
+    evaluation(tmp_path, piqa=0.4).save()
+    assert saved() == {"piqa": 0.4}
+
+
+def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    one, other = evaluation(tmp_path / "[one]", piqa=0.5), evaluation(tmp_path / "other", piqa=0.4321)
+    cut = TaskResult("sciq", "length-normalised accuracy", 0.25, 0.0137, 1000, 0.25, cut=0.125)
+    one.results.append(cut)
+    other.results.append(TaskResult("sciq", "length-normalised accuracy", 0.5, 0.0158, 1000, 0.25))
+    print_task_table([one, other])
+    printed = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "│" in line]
+    assert rows[0] == ["piqa", "1,500", "25.0", "50.0 ± 2.0", "43.2 ± 2.0"]
+    assert rows[1] == ["sciq", "1,000", "25.0", "25.0 ± 1.4", "50.0 ± 1.6"]
+    assert rows[2] == ["tokens per second", "", "", "5,000", "5,000"]
+    assert "[one]/step7" in printed
+    assert "accuracy: piqa" in printed
+    assert "length-normalised accuracy: sciq" in printed
+    assert "[one]/step7: contexts cut on the left, to read 16 tokens at most: sciq 12.5 %" in printed
+    assert "other/step7:" not in printed

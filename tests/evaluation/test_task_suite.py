@@ -1,0 +1,72 @@
+"""Names of tasks, and several tasks at once."""
+
+from __future__ import annotations
+
+from math import sqrt
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from ultramem.data.tokenizers import ChosenTokenizer
+from ultramem.errors import ConfigError
+from ultramem.evaluation import table3
+from ultramem.evaluation.scoring import score
+from ultramem.evaluation.task_suite import LOADERS, TaskSuite, check_max_questions, task_names, with_means
+from ultramem.evaluation.tasks import TaskResult
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["piqa"], ["piqa"]),
+        (["piqa, sciq", "piqa", "hellaswag"], ["piqa", "sciq", "hellaswag"]),
+        (["sciq", "table3"], ["sciq", *(name for name in table3.LABELS if name != "sciq")]),
+    ],
+)
+def test_names(given: list[str], expected: list[str]) -> None:
+    assert task_names(given) == expected
+
+
+@pytest.mark.parametrize("given", [["piqa", "squad"], [""], [], ["piqa,"]])
+def test_unknown_names(given: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"^tasks=(squad)?: must be among table3, arc_challenge, ") as caught:
+        task_names(given)
+    assert all(name in str(caught.value) for name in LOADERS)
+
+
+def test_max_questions() -> None:
+    check_max_questions(None)
+    check_max_questions(1)
+    with pytest.raises(ConfigError, match="max_questions=0: must be at least 1"):
+        check_max_questions(0)
+
+
+def test_several_tasks_are_what_each_is_alone(run: Any, byte_tokenizer: ChosenTokenizer) -> None:
+    names = ["openbook_qa", "arc_easy"]
+    suite = TaskSuite(names, byte_tokenizer, max_questions=20)
+    read: list[int] = []
+    results = suite.run(run.model, 100, on_tokens=read.append)
+    assert [result.name for result in results] == names
+    assert sum(read) == suite.tokens(100)
+    for name, result in zip(names, results, strict=True):
+        task = table3.load(name, byte_tokenizer, 20)
+        alone = task.result(score(run.model, task.requests, context_length=100))
+        assert (result.value, result.standard_error) == (alone.value, alone.standard_error)
+        too_long = [len(request.context + request.continuation[:-1]) > 100 for request in task.requests]
+        assert 0 < result.cut == fmean(too_long) < 1
+    assert suite.run(run.model, 10_000)[0].cut == 0
+
+
+def test_means() -> None:
+    results = [
+        TaskResult(name, "accuracy", value=0.1 * i, standard_error=0.01 * i, questions=10 + i, chance=0.25, cut=0.5)
+        for i, name in enumerate(table3.LABELS)
+    ]
+    *kept, mean = with_means(results)
+    assert kept == results
+    assert (mean.name, mean.metric, mean.questions) == ("table3", "mean", 9 * 10 + 36)
+    assert mean.value == pytest.approx(0.4)
+    assert mean.standard_error == pytest.approx(0.01 * sqrt(sum(i * i for i in range(9))) / 9)
+    assert (mean.chance, mean.cut) == pytest.approx((0.25, 0.5))
+    assert with_means(results[1:]) == results[1:]
