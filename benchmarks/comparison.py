@@ -22,6 +22,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.measurement import console, environment, write_json
+from ultramem.device import choose_device
 from ultramem.errors import UltraMemError
 from ultramem.evaluation import evaluate, evaluate_tasks
 from ultramem.report import write_report
@@ -85,7 +86,7 @@ def main() -> None:
     for row in arguments.rows:
         path = results / f"{row.name}.json"
         if not path.is_file():
-            console.rule(row.name)
+            console().rule(row.name)
             overrides = [*row.overrides(arguments.size), *replaced]
             write_json(path, run(row, arguments.config, overrides, arguments.directory / row.name, arguments.tasks))
         found.append(json.loads(path.read_text(encoding="utf-8")))
@@ -128,7 +129,7 @@ def run(row: Row, config: Path, overrides: Sequence[str], directory: Path, tasks
             "train": [losses.steps.tolist(), losses.values.tolist()],
         },
         "tasks": scores,
-        "environment": environment(),
+        "environment": environment(choose_device("auto")),
     }
 
 
@@ -150,7 +151,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             f"{heldout['loss']:.4f}",
             f"{heldout['bits_per_byte']:.4f}",
         )
-    console.print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":
