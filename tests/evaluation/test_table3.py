@@ -53,7 +53,7 @@ def test_accuracy_is_that_of_olmo_eval(
             theirs.update(batch, run.model(batch["input_ids"]))
     ours = load(name, byte_tokenizer)
     ours = MultipleChoice(name, ours.metric, [ours.groups[0][:40]])
-    result = ours.result(score(run.model, ours.requests, context_length=256))
+    (result,) = ours.results(score(run.model, ours.requests, context_length=256))
     assert result.value == pytest.approx(float(theirs.compute()[f"{metric}_v2"]))
     assert result.questions == 40
 
@@ -72,7 +72,7 @@ def test_an_untrained_model_guesses(
     untrained_model: MemoryTransformer, load_some: Callable[[str], MultipleChoice], name: str
 ) -> None:
     task = load_some(name)
-    result = task.result(score(untrained_model, task.requests, context_length=64))
+    (result,) = task.results(score(untrained_model, task.requests, context_length=64))
     choices = [len(question[0].requests) for questions in task.groups for question in questions]
     assert result.questions == len(choices) <= 300
     assert result.chance == pytest.approx(fmean(1 / count for count in choices))
@@ -87,7 +87,7 @@ def test_without_normalisation_short_choices_win(byte_tokenizer: ChosenTokenizer
     (questions,) = task.groups
     lengths = [[len(request.continuation) for request in question[0].requests] for question in questions]
     right = [counts.index(min(counts)) == 3 for counts in lengths]  # which is where SciQ's right choices are
-    assert task.result(scores).value == fmean(right) < 0.2
+    assert task.results(scores)[0].value == fmean(right) < 0.2
 
 
 def test_mmlu_is_the_mean_of_four_groups_of_questions_asked_seven_times(
@@ -118,7 +118,7 @@ def test_result() -> None:
     assert len(task.requests) == 12
     # right; wrong; -2/2 ties with -1/1 and the first counts, wrong; -2/2 < -1/4, right; right
     likelihoods = [-3, -2, -3, -2, -2, -1, -2, -1, -9, -8, -1, -7]
-    result = task.result([Score(value, 0) for value in likelihoods])
+    (result,) = task.results([Score(value, 0) for value in likelihoods])
     assert result.value == pytest.approx((fmean([0.5, 0.5]) + 1) / 2)
     assert result.standard_error == 0
     assert (result.questions, result.metric) == (3, "accuracy")
@@ -131,7 +131,7 @@ def test_standard_error_over_questions() -> None:
     right, wrong = (Prompt((request, request), (1, 1), answer) for answer in (0, 1))
     groups = [[(right, right), (right, wrong), (wrong, wrong), (wrong, wrong)], [(right,), (wrong,), (wrong,)]]
     task = MultipleChoice("name", "accuracy", groups)
-    result = task.result([Score(0, 0)] * len(task.requests))  # the first choice each time
+    (result,) = task.results([Score(0, 0)] * len(task.requests))  # the first choice each time
     first, second = pvariance([1, 0.5, 0, 0]) / 4, pvariance([1, 0, 0]) / 3
     assert second == pytest.approx((1 / 3) * (2 / 3) / 3)  # binomial
     assert result.standard_error == pytest.approx(sqrt(first + second) / 2)

@@ -26,8 +26,8 @@ def evaluation(run: Path, checkpoint: str = "step7", **values: float) -> TaskEva
 
 def test_values(run: Any) -> None:
     (found,) = evaluate_tasks([run.path], ["openbook_qa", "arc_easy"], max_questions=25, device="cpu")
-    suite = TaskSuite(["openbook_qa", "arc_easy"], find_tokenizer(find_checkpoint(run.path)), 25)
-    assert found.results == suite.run(run.model, 16)
+    suite = TaskSuite(["openbook_qa", "arc_easy"], find_tokenizer(find_checkpoint(run.path)), 16, 25)
+    assert found.results == suite.run(run.model)
     assert (found.checkpoint, found.run, found.context_length) == ("step7", run.path, 16)
     assert found.tokens_per_second > 0
 
@@ -108,3 +108,23 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert "length-normalised accuracy: sciq" in printed
     assert "[one]/step7: contexts cut on the left, to read 16 tokens at most: sciq 12.5 %" in printed
     assert "other/step7:" not in printed
+
+
+def test_parts_that_only_some_models_have_room_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = "copying", "copying/length16", "copying/length32"
+    results = [TaskResult(name, "token accuracy", 0.5, 0.01, 100, 0.001) for name in names]
+    short, long = (TaskEvaluation(f"step{n}", results[:n], 16, 5000.0, tmp_path) for n in (2, 3))
+    print_task_table([short, long])
+    printed = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "│" in line]
+    assert [row[0] for row in rows[:3]] == [*names]
+    assert [row[3:] for row in rows[1:3]] == [["50.0 ± 1.0", "50.0 ± 1.0"], ["", "50.0 ± 1.0"]]
+    assert "token accuracy: copying\n" in printed
+
+
+def test_memory_tasks_depend_on_the_length(run: Any) -> None:
+    once, again = (list(evaluate_tasks([run.path], ["copying"], max_questions=1, sequence_length=n)) for n in (40, 80))
+    names = [[result.name for result in evaluation.results] for (evaluation,) in (once, again)]
+    assert names == [["copying", "copying/length16"], ["copying", "copying/length16", "copying/length32"]]
+    with pytest.raises(UltraMemError, match="task copying: no question fits in the 16 tokens"):
+        next(evaluate_tasks([run.path], ["copying"]))

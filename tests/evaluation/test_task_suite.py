@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from ultramem.data.tokenizers import ChosenTokenizer
-from ultramem.errors import ConfigError
-from ultramem.evaluation import table3
+from ultramem.errors import ConfigError, UltraMemError
+from ultramem.evaluation import memory_tasks, table3
 from ultramem.evaluation.scoring import score
-from ultramem.evaluation.task_suite import LOADERS, TaskSuite, check_max_questions, task_names, with_means
+from ultramem.evaluation.task_suite import TASKS, TaskSuite, check_max_questions, task_names, with_means
 from ultramem.evaluation.tasks import TaskResult
 
 
@@ -21,6 +21,7 @@ from ultramem.evaluation.tasks import TaskResult
     [
         (["piqa"], ["piqa"]),
         (["piqa, sciq", "piqa", "hellaswag"], ["piqa", "sciq", "hellaswag"]),
+        (["memory", "piqa"], ["recall", "copying", "facts", "piqa"]),
         (["sciq", "table3"], ["sciq", *(name for name in table3.LABELS if name != "sciq")]),
     ],
 )
@@ -30,9 +31,9 @@ def test_names(given: list[str], expected: list[str]) -> None:
 
 @pytest.mark.parametrize("given", [["piqa", "squad"], [""], [], ["piqa,"]])
 def test_unknown_names(given: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"^tasks=(squad)?: must be among table3, arc_challenge, ") as caught:
+    with pytest.raises(ConfigError, match=r"^tasks=(squad)?: must be among table3, memory, arc_challenge, ") as caught:
         task_names(given)
-    assert all(name in str(caught.value) for name in LOADERS)
+    assert all(name in str(caught.value) for name in TASKS)
 
 
 def test_max_questions() -> None:
@@ -44,18 +45,34 @@ def test_max_questions() -> None:
 
 def test_several_tasks_are_what_each_is_alone(run: Any, byte_tokenizer: ChosenTokenizer) -> None:
     names = ["openbook_qa", "arc_easy"]
-    suite = TaskSuite(names, byte_tokenizer, max_questions=20)
+    suite = TaskSuite(names, byte_tokenizer, 100, max_questions=20)
     read: list[int] = []
-    results = suite.run(run.model, 100, on_tokens=read.append)
+    results = suite.run(run.model, on_tokens=read.append)
     assert [result.name for result in results] == names
-    assert sum(read) == suite.tokens(100)
+    assert sum(read) == suite.tokens()
     for name, result in zip(names, results, strict=True):
         task = table3.load(name, byte_tokenizer, 20)
-        alone = task.result(score(run.model, task.requests, context_length=100))
+        (alone,) = task.results(score(run.model, task.requests, context_length=100))
         assert (result.value, result.standard_error) == (alone.value, alone.standard_error)
         too_long = [len(request.context + request.continuation[:-1]) > 100 for request in task.requests]
         assert 0 < result.cut == fmean(too_long) < 1
-    assert suite.run(run.model, 10_000)[0].cut == 0
+    assert TaskSuite(names, byte_tokenizer, 10_000, max_questions=20).run(run.model)[0].cut == 0
+
+
+def test_a_task_with_parts(run: Any, byte_tokenizer: ChosenTokenizer) -> None:
+    suite = TaskSuite(["copying", "openbook_qa"], byte_tokenizer, 70, max_questions=2)
+    results = suite.run(run.model)
+    assert [result.name for result in results] == ["copying", "copying/length16", "copying/length32", "openbook_qa"]
+    assert [result.questions for result in results] == [4, 2, 2, 2]
+    copying = memory_tasks.load("copying", byte_tokenizer, 70, 2)
+    assert results[:3] == copying.results(score(run.model, copying.requests))
+    assert results[3].cut > 0
+
+
+def test_a_context_that_is_too_short(byte_tokenizer: ChosenTokenizer) -> None:
+    for name in ("recall", "copying", "facts"):
+        with pytest.raises(UltraMemError, match=f"task {name}: no question fits in the 31 tokens"):
+            TaskSuite([name], byte_tokenizer, 31)
 
 
 def test_means() -> None:

@@ -94,7 +94,9 @@ def test_two_processes_share_the_work(make, in_children, metrics_of, parallel):
 
 
 def test_mistakes_come_before_training(make, monkeypatch):
-    with pytest.raises(ConfigError, match=r"^trainer.evaluate_tasks=squad: must be among table3, arc_challenge"):
+    with pytest.raises(
+        ConfigError, match=r"^trainer.evaluate_tasks=squad: must be among table3, memory, arc_challenge"
+    ):
         train(make(evaluate_tasks=("squad",)))
     config = make()
     files = {"train_files": tuple((config.data.directory / "train").glob("*.npy")), "dtype": "uint16"}
@@ -103,5 +105,23 @@ def test_mistakes_come_before_training(make, monkeypatch):
         train(replace(config, data=data))
     monkeypatch.setitem(sys.modules, "olmo_eval", None)
     with pytest.raises(UltraMemError, match=r"pip install 'ultramem\[eval\]'"):
+        train(config)
+    assert not config.trainer.directory.exists()
+
+
+def test_parts_of_tasks_are_metrics_but_not_printed(make, metrics_of, capsys):
+    config = make(steps=1, evaluate_tasks=("copying",), evaluate_tasks_questions=1)
+    config = replace(config, data=replace(config.data, sequence_length=64))
+    train(config)
+    names = ["tasks/copying", "tasks/copying/length16", "tasks/copying/length32"]
+    assert [*of_tasks(metrics_of(config.trainer.directory))[1]] == names
+    printed = capsys.readouterr().out
+    assert "step 1  tasks: copying 0." in printed
+    assert "length16" not in printed
+
+
+def test_a_sequence_too_short_for_a_task(make):
+    config = make(evaluate_tasks=("recall",))
+    with pytest.raises(UltraMemError, match="task recall: no question fits in the 16 tokens"):
         train(config)
     assert not config.trainer.directory.exists()

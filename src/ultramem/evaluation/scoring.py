@@ -83,7 +83,7 @@ def score(
         UltraMemError: the model's output is not finite.
     """
     lengths = [len(request.input(context_length)) for request in requests]
-    batches = list(_batches(lengths, batch_tokens))
+    batches = list(_batches(requests, lengths, batch_tokens))
     rank, processes = get_rank(group), get_world_size(group)
     found = torch.zeros(2, len(requests), dtype=torch.float64, device=model.device)
     for first in range(0, len(batches), processes):
@@ -101,10 +101,11 @@ def score(
     return [Score(log_likelihood, int(matches)) for log_likelihood, matches in found.T.tolist()]
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def _batches(requests: Sequence[Request], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices in batches of at most `batch_tokens` with padding; longest first, lest memory run out late."""
     batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    # Among equally long ones by their continuations, since the logits of a batch are padded to the longest.
+    for i in sorted(range(len(requests)), key=lambda i: (-lengths[i], -len(requests[i].continuation))):
         if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
             yield batch
             batch = []

@@ -246,9 +246,10 @@ class ProgressReport(Callback):
             found = {figure.replace("_", " "): metrics[name] for figure, name in HELD_OUT.items() if name in metrics}
             results = "  ".join(f"{figure} {value:.4f}" for figure, value in found.items())
             self.console.print(f"step {step:,}  held-out: {results}")
-        tasks = [name for name in metrics if name.startswith(TASK_METRICS)]
+        tasks = {n.removeprefix(TASK_METRICS): value for n, value in metrics.items() if n.startswith(TASK_METRICS)}
         if tasks:
-            results = "  ".join(f"{name.removeprefix(TASK_METRICS)} {metrics[name]:.3f}" for name in tasks)
+            # Not those of parts, which are many.
+            results = "  ".join(f"{name} {value:.3f}" for name, value in tasks.items() if "/" not in name)
             self.console.print(f"step {step:,}  tasks: {results}")
 
     def close(self) -> None:
@@ -367,13 +368,11 @@ class TaskEvaluation(Callback):
 
     Attributes:
         suite: the tasks.
-        context_length: most tokens that the model reads at once.
         interval: steps between evaluations; None for the last step alone, which is always one.
         last_step: of the training.
     """
 
     suite: TaskSuite
-    context_length: int
     interval: int | None
     last_step: int
 
@@ -384,7 +383,7 @@ class TaskEvaluation(Callback):
         model = self.trainer.train_module.model
         with apart_from_training(self):
             model.eval()
-            results = self.suite.run(model, self.context_length, group=self.trainer.dp_process_group)
+            results = self.suite.run(model, group=self.trainer.dp_process_group)
             model.train()
         for result in results:
             self.trainer.record_metric(f"{TASK_METRICS}{result.name}", result.value)

@@ -144,9 +144,10 @@ class TrainerConfig:
         memory_metrics_interval: steps between reports of what each memory layer or mixture of experts reads.
         evaluate_interval: steps between evaluations on held-out data; null for none.
         evaluate_tokens: held-out tokens of one evaluation, spread evenly over the files.
-        evaluate_tasks: tasks to evaluate on, as in `ultramem evaluate --tasks`, such as `[table3]`. Needs a tokenizer.
+        evaluate_tasks: tasks to evaluate on, as in `ultramem evaluate --tasks`, such as `[table3, memory]`. Needs a
+            tokenizer.
         evaluate_tasks_interval: steps between those evaluations; null for the end of training alone.
-        evaluate_tasks_questions: most questions of each task, spread evenly; null for all.
+        evaluate_tasks_questions: most questions of each task, or of each part of a memory task; null for all.
         seed: of the data's order and of dropout. The initial weights have `model.seed`.
         initial_weights: start from another model's weights instead: a transformers directory, such as `ultramem
             export` writes. The model section may then be left out.

@@ -183,9 +183,7 @@ def build_trainer(
     if data.heldout and trainer.evaluate_interval is not None:
         callbacks["heldout"] = _heldout_evaluation(config, data, module, micro_batch_size)
     if suite is not None:
-        callbacks["tasks"] = TaskEvaluation(
-            suite, config.data.sequence_length, trainer.evaluate_tasks_interval, trainer.total_steps
-        )
+        callbacks["tasks"] = TaskEvaluation(suite, trainer.evaluate_tasks_interval, trainer.total_steps)
     if config.logging.tensorboard:
         callbacks["tensorboard"] = TensorBoard(trainer.directory / "tensorboard")
     if config.logging.wandb is not None:
@@ -230,7 +228,7 @@ def _load_tasks(config: RunConfig, data: TokenData) -> TaskSuite | None:
             "or leave the tasks out"
         )
     tokenizer = load_model_tokenizer(data.tokenizer, data.eos_token_id, config.model.vocab_size)
-    return TaskSuite(names, tokenizer, trainer.evaluate_tasks_questions)
+    return TaskSuite(names, tokenizer, config.data.sequence_length, trainer.evaluate_tasks_questions)
 
 
 def _check_wandb(config: RunConfig) -> None:
