@@ -1,9 +1,9 @@
 """Train models of several systems on the same tokens, in the same order, and compare them.
 
 `python -m benchmarks.comparison dense ultramem_v2 ultramem_v2:1` trains the presets `SYSTEM_medium`, of equal active
-parameters, with seed 0 or the one named; `ultramem_v2-matched` is one of the variants below. Each run is evaluated on all
-held-out text and on the tasks of `--tasks`, and its results are written to `--results`, one JSON file a run, of which
-`benchmarks.comparison_page` makes docs/comparison.md. A run that was interrupted goes on; one whose results are there is
+parameters, with seed 0 or the one named; `ultramem_v2-matched` is one of the variants. Each run is evaluated on all
+held-out text and on the tasks of `--tasks`; its results are written to `--results`, one JSON file a run, of which
+`benchmarks.comparison_page` makes docs/comparison.md. An interrupted run goes on; one whose results are there is
 not repeated. `--size small` trains the presets `SYSTEM_small`. What else is given replaces values of the configuration.
 """
 

@@ -187,6 +187,7 @@ def test_relative_paths_start_at_the_working_directory(write, monkeypatch, tmp_p
         ("--data.dtype=int8", "data.dtype='int8': must be one of uint16, uint32"),
         ("--data.train_files=[a.npy]", "data.train_files: directory="),
         ("--data.heldout_files=[a.npy]", "data.heldout_files: directory="),
+        ("--data.more_directories=3", "data.more_directories=3: must be"),
         ("--data.directory=null", "data.directory is missing: name one written by `ultramem tokenize`, or train_files"),
         ("--model.num_heads=3", "model.num_heads=3: must divide d_model=32"),
         ("--model.memory.top_k=0", "model.memory.top_k=0: must be"),

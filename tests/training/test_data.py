@@ -1,5 +1,7 @@
 """Finding and checking token files, and dividing held-out windows between processes."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from ultramem.data.token_windows import TokenWindows
-from ultramem.errors import UltraMemError
+from ultramem.errors import ConfigError, UltraMemError
 from ultramem.training import DataConfig
 from ultramem.training.data import (
     HeldoutBatches,
@@ -38,6 +40,24 @@ def test_directory(token_directory):
     assert data.train == (token_directory / "train" / "part-00000.npy",)
     assert (data.dtype, data.vocab_size, data.train_bytes_per_token) == ("uint16", 100, 3)
     assert data.tokenizer == token_directory / "tokenizer.json"
+
+
+def test_more_directories(token_directory, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(token_directory, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    for part in manifest["splits"]["train"]["files"]:
+        part["bytes"] *= 3
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    alone, data = (open_token_data(DataConfig(token_directory, more)) for more in ((), (other,)))
+    assert data.train == (*alone.train, other / "train" / "part-00000.npy")
+    assert data.heldout == alone.heldout
+    assert data.train_bytes_per_token == 2 * alone.train_bytes_per_token
+    (other / "tokenizer.json").write_text("{}")
+    with pytest.raises(UltraMemError, match=r"data.more_directories: .*other has another tokenizer than .*--tokenizer"):
+        open_token_data(DataConfig(token_directory, more_directories=(other,)))
+    with pytest.raises(ConfigError, match="more_directories: go with directory"):
+        DataConfig(more_directories=(other,), train_files=(tmp_path / "a.npy",))
 
 
 def test_files(files, make_config):

@@ -32,6 +32,8 @@ class DataConfig:
     Attributes:
         directory: directory written by `ultramem tokenize`.
         sequence_length: tokens of one training sequence. Documents are joined and cut into such sequences.
+        more_directories: with `directory`: others, written with the same tokenizer, to train on as well. What they hold
+            out is not used.
         train_files: instead of `directory`: headerless little-endian token files.
         heldout_files: token files to evaluate on, with `train_files`.
         vocab_size: with `train_files`: one more than the largest token id.
@@ -41,6 +43,7 @@ class DataConfig:
 
     directory: Path | None = None
     sequence_length: int = 1024
+    more_directories: tuple[Path, ...] = ()
     train_files: tuple[Path, ...] = ()
     heldout_files: tuple[Path, ...] = ()
     vocab_size: int | None = None
@@ -48,7 +51,7 @@ class DataConfig:
     dtype: Literal["uint16", "uint32"] | None = None
 
     def __post_init__(self) -> None:
-        _make_absolute(self, "directory", "train_files", "heldout_files")
+        _make_absolute(self, "directory", "more_directories", "train_files", "heldout_files")
         if self.sequence_length < 2:
             raise ConfigError(f"sequence_length={self.sequence_length}: must be at least 2")
         for_files = {name: getattr(self, name) for name in ("vocab_size", "eos_token_id", "dtype")}
@@ -59,6 +62,8 @@ class DataConfig:
                 raise ConfigError(f"{given[0]}: directory={self.directory} says it already; leave out one of them")
         elif not self.train_files:
             raise ConfigError("directory is missing: name one written by `ultramem tokenize`, or train_files")
+        elif self.more_directories:
+            raise ConfigError("more_directories: go with directory; name all token files in train_files")
         else:
             for name, value in for_files.items():
                 if value is None:

@@ -17,7 +17,7 @@ from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.eval import Evaluator
 from torch import Tensor
 
-from ultramem.data.token_files import check_token_files, load_manifest
+from ultramem.data.token_files import Manifest, check_token_files, load_manifest
 from ultramem.data.token_windows import TokenWindows
 from ultramem.errors import UltraMemError
 
@@ -61,18 +61,28 @@ def open_token_data(config: DataConfig) -> TokenData:
         assert config.vocab_size is not None
         assert config.eos_token_id is not None
         return TokenData(config.train_files, config.heldout_files, config.dtype, config.vocab_size, config.eos_token_id)
-    manifest = load_manifest(config.directory)
-    train, heldout = manifest.split("train"), manifest.splits["heldout"]
+    manifest, *others = (load_manifest(directory) for directory in (config.directory, *config.more_directories))
+    for other in others:
+        if other.eos_token_id != manifest.eos_token_id or not _same_tokenizer(other, manifest):
+            raise UltraMemError(
+                f"data.more_directories: {other.directory} has another tokenizer than {manifest.directory}; write "
+                f"it with --tokenizer {manifest.tokenizer_path}"
+            )
+    train, heldout = [part.split("train") for part in (manifest, *others)], manifest.splits["heldout"]
     return TokenData(
-        tuple(train.paths),
+        tuple(path for split in train for path in split.paths),
         tuple(heldout.paths),
         manifest.dtype,
         manifest.vocab_size,
         manifest.eos_token_id,
-        train.bytes / train.tokens,
+        sum(split.bytes for split in train) / sum(split.tokens for split in train),
         heldout.bytes / heldout.tokens if heldout.tokens else None,
         manifest.tokenizer_path,
     )
+
+
+def _same_tokenizer(first: Manifest, second: Manifest) -> bool:
+    return first.tokenizer_path.read_bytes() == second.tokenizer_path.read_bytes()
 
 
 def check_token_data(data: TokenData, config: RunConfig) -> None:
