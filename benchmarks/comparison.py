@@ -26,7 +26,7 @@ from ultramem.device import choose_device
 from ultramem.errors import UltraMemError
 from ultramem.evaluation import evaluate, evaluate_tasks
 from ultramem.report import write_report
-from ultramem.report.run import Run
+from ultramem.report.run import Run, Series
 from ultramem.run_layout import HELD_OUT, REPORT_NAME, SUMMARY_NAME, THROUGHPUT, TRAIN_LOSS
 from ultramem.training import load_config, train
 
@@ -35,6 +35,7 @@ VARIANTS = {
     "ultramem_v2-matched": ("model.memory.init=matched",),
 }
 EVALUATION_WINDOWS = 32  # at a time
+STEPS_OF_A_POINT = 20  # of the training curve
 
 
 @dataclass(frozen=True)
@@ -117,20 +118,25 @@ def run(row: Row, config: Path, overrides: Sequence[str], directory: Path, tasks
         "parameters": summary["parameters"],
         "flops_per_token": summary["flops_per_token"],
         "train_tokens": summary["train_tokens"],
-        "tokens_per_second": statistics.median(speeds.values),
+        "tokens_per_second": round(statistics.median(speeds.values)),
         "heldout": {
             "tokens": evaluation.tokens,
             "loss": evaluation.loss,
             "bits_per_byte": evaluation.bits_per_byte,
             "unigram_bits_per_byte": evaluation.unigram_bits_per_byte,
         },
-        "curves": {
-            "heldout": [heldout.steps.tolist(), heldout.values.tolist()],
-            "train": [losses.steps.tolist(), losses.values.tolist()],
-        },
+        "curves": {"heldout": curve(heldout, 1), "train": curve(losses, STEPS_OF_A_POINT)},
         "tasks": scores,
         "environment": environment(choose_device("auto")),
     }
+
+
+def curve(series: Series, width: int) -> list[list[float]]:
+    """[step, value] of a metric: the last step and the mean of each `width` reports; an incomplete rest is left out."""
+    points = len(series.steps) // width
+    steps = series.steps[: points * width].reshape(points, width)[:, -1]
+    values = series.values[: points * width].reshape(points, width).mean(1)
+    return [[step, round(value, 5)] for step, value in zip(steps.tolist(), values.tolist(), strict=True)]
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:

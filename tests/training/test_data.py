@@ -49,11 +49,11 @@ def test_more_directories(token_directory, tmp_path):
     for part in manifest["splits"]["train"]["files"]:
         part["bytes"] *= 3
     (other / "manifest.json").write_text(json.dumps(manifest))
-    alone, data = (open_token_data(DataConfig(token_directory, more)) for more in ((), (other,)))
+    alone, data = (open_token_data(DataConfig(token_directory, more_directories=more)) for more in ((), (other,)))
     assert data.train == (*alone.train, other / "train" / "part-00000.npy")
     assert data.heldout == alone.heldout
     assert data.train_bytes_per_token == 2 * alone.train_bytes_per_token
-    (other / "tokenizer.json").write_text("{}")
+    (other / "tokenizer.json").write_text("[]")
     with pytest.raises(UltraMemError, match=r"data.more_directories: .*other has another tokenizer than .*--tokenizer"):
         open_token_data(DataConfig(token_directory, more_directories=(other,)))
     with pytest.raises(ConfigError, match="more_directories: go with directory"):

@@ -120,13 +120,21 @@ PRESETS: dict[str, ModelConfig] = {
             top_k=32,
             insertion="1:2/3:4/5:6",
             init="published",
+            value_lr_multiplier=8.0,
         ),
     ),
     "ultramem_v2_medium": replace(
         _DENSE_MEDIUM,
         feed_forward_size=1096,
         memory=MemoryConfig(
-            num_keys=264, key_dim=128, value_dim=192, pre_value_dim=64, top_k=32, share_ratio=0.5, init="published"
+            num_keys=264,
+            key_dim=128,
+            value_dim=192,
+            pre_value_dim=64,
+            top_k=32,
+            share_ratio=0.5,
+            init="published",
+            value_lr_multiplier=8.0,
         ),
     ),
     "dense_small": _DENSE_SMALL,
