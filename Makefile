@@ -17,7 +17,8 @@ quickstart: $(TOKENS)/manifest.json  ## train a small UltraMemV2 on Python's sta
 	$(BIN)/ultramem report runs/quickstart
 
 compare-small: $(TOKENS)/manifest.json  ## train small models of SYSTEMS on the same tokens and print a table
-	$(BIN)/python -m benchmarks.compare_small --systems $(SYSTEMS)
+	$(BIN)/python -m benchmarks.comparison $(SYSTEMS) --size small --config configs/quickstart.yaml \
+		--directory runs/compare-small
 
 $(TOKENS)/manifest.json: | $(VENV)/installed
 	$(BIN)/ultramem tokenize '$(LIBRARY)' --include '*.py' --exclude 'site-packages/*' --train-bpe 4096 \

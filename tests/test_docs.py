@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import runpy
 import shlex
@@ -13,6 +14,7 @@ import pytest
 import torch
 import typer
 import yaml
+from benchmarks.comparison_page import fill, read_runs
 from transformers import PreTrainedTokenizerFast
 
 from ultramem.cli import app
@@ -55,6 +57,14 @@ def code(document: Path) -> list[str]:
     text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks(document)).replace("\\\n", " ").splitlines()
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)] + lines
+
+
+def test_tables_of_the_comparison_are_those_of_its_data() -> None:
+    page = (ROOT / "docs" / "comparison.md").read_text()
+    assert fill(page, read_runs(ROOT / "docs" / "comparison")) == page
+    for name in ("dense", "olmoe", "pkm", "memory_plus", "ultramem", "ultramem_v2"):
+        result = json.loads((ROOT / "docs" / "comparison" / f"{name}-seed0.json").read_text())
+        assert f"| {result['heldout']['loss']:.4f} |" in page
 
 
 def test_configuration_reference_is_up_to_date(generator: dict) -> None:

@@ -135,7 +135,8 @@ class Memory(nn.Module):
     def prepare(self) -> None:
         """Call before a forward pass whose layers run in compiled programs that were compiled piece by piece.
 
-        A program of the whole pass, or none, needs no preparation.
+        A program of the whole pass, or none, needs no preparation, unless the table's parameters were replaced by
+        assignment since their last pass.
         """
         for table in {layer.table for layer in self.layers}:
             table.shared.renew()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -70,8 +70,8 @@ class ValueTable(nn.Module):
         assert self._shared is not None
         return self._shared
 
-    # What a compiler traces must find the object there: hence it is made as soon as the parameters are there, and made
-    # anew when they are moved, replaced (as when a model is loaded) or copied.
+    # What a compiler traces must find the object there: hence it is made on construction, and made anew after a move,
+    # a copy, and where loading replaces the parameters. FSDP replaces them too, in passes that must keep theirs.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _share(self) -> None:
         self._shared: SharedTable | None = SharedTable(self.values, self.pre_values)
@@ -81,9 +81,11 @@ class ValueTable(nn.Module):
         self._share()
         return self
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if isinstance(value, nn.Parameter) and "_shared" in self.__dict__:
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+        if local_metadata.get("assign_to_params_buffers"):
             self._share()
 
     def refresh(self) -> None:

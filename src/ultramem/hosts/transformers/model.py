@@ -63,8 +63,16 @@ class UltraMemConfig(Qwen3Config):
         return config
 
 
-class _WithCode:
-    """Saves the code by which `trust_remote_code=True` finds the classes beside the model."""
+class _Saved:
+    """Saves, beside the model, the code by which `trust_remote_code=True` finds the classes, and loads it."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+        """As in transformers."""
+        loaded = super().from_pretrained(*args, **options)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.memory.prepare()  # its parameters were replaced, and the first pass may be a compiled one
+        return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
         """As in transformers."""
@@ -74,7 +82,7 @@ class _WithCode:
         super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
 
 
-class UltraMemModel(_WithCode, Qwen3Model):
+class UltraMemModel(_Saved, Qwen3Model):
     """The decoder without its output layer.
 
     Attributes:
@@ -118,7 +126,7 @@ class UltraMemModel(_WithCode, Qwen3Model):
             raise UltraMemError(f"the checkpoint lacks memory.{missing}, though it has memory.{loaded[0]}")
 
 
-class UltraMemForCausalLM(_WithCode, Qwen3ForCausalLM):
+class UltraMemForCausalLM(_Saved, Qwen3ForCausalLM):
     """The decoder with its output layer: loads, generates, trains and is saved as other models of transformers are."""
 
     config_class = UltraMemConfig
