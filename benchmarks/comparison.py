@@ -33,6 +33,7 @@ from ultramem.training import load_config, train
 SYSTEMS = ("dense", "olmoe", "pkm", "memory_plus", "ultramem", "ultramem_v2")
 VARIANTS = {
     "ultramem_v2-matched": ("model.memory.init=matched",),
+    "ultramem_v2-constant": ("model.memory.value_lr=1e-3",),
 }
 EVALUATION_WINDOWS = 32  # at a time
 STEPS_OF_A_POINT = 20  # of the training curve

@@ -32,6 +32,7 @@ LABELS = {
     "ultramem": "UltraMem",
     "ultramem_v2": "UltraMemV2",
     "ultramem_v2-matched": "UltraMemV2, `matched`",
+    "ultramem_v2-constant": "UltraMemV2, constant rate of the values",
 }
 FIRST_STEP_SHOWN = 400  # before it the curves fall too steeply to be told apart
 EXPOSURES = (0, 1, 2, 4, 8, 16, 32, 64, 128)
