@@ -87,21 +87,29 @@ def main() -> None:
     found = []
     for row in arguments.rows:
         path = results / f"{row.name}.json"
+        values = [override.removeprefix("--") for override in replaced]
+        given = [*row.overrides(arguments.size), *values, f"trainer.directory={arguments.directory / row.name}"]
         if not path.is_file():
             console().rule(row.name)
-            overrides = [*row.overrides(arguments.size), *replaced]
-            write_json(path, run(row, arguments.config, overrides, arguments.directory / row.name, arguments.tasks))
-        found.append(json.loads(path.read_text(encoding="utf-8")))
+            write_json(path, run(row, arguments.config, given, arguments.tasks))
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if (result["command"], result["evaluated_on"]) != (command(arguments.config, given), arguments.tasks):
+            raise UltraMemError(f"{path} is of another command or other tasks; choose other --results, or remove it")
+        found.append(result)
     show(found)
     runs = [arguments.directory / row.name for row in arguments.rows]
     if all(run.is_dir() for run in runs):
         print(f"report written to {write_report(runs, arguments.directory / REPORT_NAME)}")
 
 
-def run(row: Row, config: Path, overrides: Sequence[str], directory: Path, tasks: Sequence[str]) -> dict[str, Any]:
+def command(config: Path, overrides: Sequence[str]) -> str:
+    """What trains a row alone."""
+    return f"ultramem train {config} " + " ".join(f"--{override}" for override in overrides)
+
+
+def run(row: Row, config: Path, overrides: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
     """Train, evaluate on all held-out text and on tasks; everything that the comparison tells of the run."""
-    given = [*overrides, f"trainer.directory={directory}"]
-    train(load_config(config, given))
+    directory = train(load_config(config, overrides)).directory
     evaluation = evaluate(directory, batch_size=EVALUATION_WINDOWS)
     evaluation.save()
     scores: list[Any] = []
@@ -115,7 +123,8 @@ def run(row: Row, config: Path, overrides: Sequence[str], directory: Path, tasks
     return {
         "model": row.model,
         "seed": row.seed,
-        "command": f"ultramem train {config} " + " ".join(f"--{override}" for override in given),
+        "command": command(config, overrides),
+        "evaluated_on": list(tasks),
         "parameters": summary["parameters"],
         "flops_per_token": summary["flops_per_token"],
         "train_tokens": summary["train_tokens"],

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.comparison import SYSTEMS, VARIANTS
 from benchmarks.measurement import write_plot
+from ultramem.data.facts import EXPOSURES
 from ultramem.errors import UltraMemError
 from ultramem.filesystem import write_text
 
@@ -35,7 +36,6 @@ LABELS = {
     "ultramem_v2-constant": "UltraMemV2, constant rate of the values",
 }
 FIRST_STEP_SHOWN = 400  # before it the curves fall too steeply to be told apart
-EXPOSURES = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def read_runs(directory: Path) -> Runs:
@@ -152,7 +152,13 @@ def _loss(run: dict[str, Any]) -> float:
 
 
 def _task(name: str) -> Callable[[dict[str, Any]], float]:
-    return lambda run: 100 * next(float(task["value"]) for task in run["tasks"] if task["name"] == name)
+    def percent(run: dict[str, Any]) -> float:
+        values = {task["name"]: float(task["value"]) for task in run["tasks"]}
+        if name not in values:
+            raise UltraMemError(f"{run['model']}, seed {run['seed']}: no result of {name}; make it with --tasks memory")
+        return 100 * values[name]
+
+    return percent
 
 
 def _mean(runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> float:

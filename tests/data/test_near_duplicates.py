@@ -53,6 +53,7 @@ def test_found_by_their_similarity(tmp_path: Path, processes: int) -> None:
 def test_white_space_and_short_texts(tmp_path: Path) -> None:
     texts = ["def f(x):\n    return x", "def f(x): return (x)", "short", "shorter", "short", "?", "!"]
     assert near_duplicates(documents(texts, tmp_path), 0.9, 1) == {1, 4, 6}
+    assert near_duplicates(documents(texts, tmp_path), 1.0, 1) == {1, 4, 6}
 
 
 def test_a_chain_keeps_what_resembles_only_left_out_ones(tmp_path: Path) -> None:

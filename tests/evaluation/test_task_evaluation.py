@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,18 @@ def test_other_tasks_of_the_same_checkpoint_are_kept(tmp_path: Path) -> None:
     evaluation(tmp_path, piqa=0.95).save()
     assert saved()["sciq"] == 0.5
     assert saved()["table3"] == pytest.approx((8 * 0.5 + 0.95) / 9)
+    parts = {"recall": 0.5, "recall/pairs4/length128": 0.5}
+    evaluation(tmp_path, **parts).save()
+    evaluation(tmp_path, recall=0.25).save()  # of a shorter context, which has no such part
+    assert saved()["recall"] == 0.25
+    assert "recall/pairs4/length128" not in saved()
+    few = replace(evaluation(tmp_path, sciq=0.1), max_questions=10)
+    few.save()
+    assert saved() == {"sciq": 0.1}
+    few.save(tmp_path / "elsewhere.json")
+    evaluation(tmp_path, piqa=0.3).save(tmp_path / "elsewhere.json")
+    elsewhere = json.loads((tmp_path / "elsewhere.json").read_text())["results"]
+    assert [result["name"] for result in elsewhere] == ["piqa"]
     evaluation(tmp_path, checkpoint="step8", sciq=0.2).save()
     assert saved() == {"sciq": 0.2}
     (tmp_path / "tasks.json").write_text("[]")

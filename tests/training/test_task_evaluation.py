@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ultramem.data.token_files import load_manifest, save_manifest
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.evaluation import evaluate_tasks
+from ultramem.evaluation import evaluate_tasks, find_checkpoint
 from ultramem.training import LoggingConfig, train
 
 TASKS = ("openbook_qa", "arc_easy")
@@ -107,6 +107,17 @@ def test_mistakes_come_before_training(make, monkeypatch):
     with pytest.raises(UltraMemError, match=r"pip install 'ultramem\[eval\]'"):
         train(config)
     assert not config.trainer.directory.exists()
+
+
+def test_a_failure_in_the_last_evaluation_costs_no_steps(make, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError("no room")
+
+    config = make(steps=7, checkpoint_interval=5)
+    monkeypatch.setattr("ultramem.evaluation.task_suite.TaskSuite.run", fail)
+    with pytest.raises(MemoryError):
+        train(config)
+    assert find_checkpoint(config.trainer.directory).step == 7
 
 
 def test_parts_of_tasks_are_metrics_but_not_printed(make, metrics_of, capsys):

@@ -113,6 +113,7 @@ def write_facts(path: Path, text_field: str = "text", overwrite: bool = False) -
     documents = make_documents(make_facts())
     lines = [json.dumps({"id": f"facts-{i}", text_field: text}) + "\n" for i, text in enumerate(documents)]
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, "".join(lines))
     except OSError as error:
         raise UltraMemError(f"{path} cannot be written: {error.strerror}") from error

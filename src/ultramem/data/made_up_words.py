@@ -1,4 +1,7 @@
-"""Words that no text holds, so that whatever is known about them was learnt from what we wrote."""
+"""Made-up words, so that whatever is known about them was learnt from what we wrote.
+
+Of three syllables hardly any is in use; of two some are, such as `data` and `name`.
+"""
 
 from __future__ import annotations
 

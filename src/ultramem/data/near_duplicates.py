@@ -12,6 +12,7 @@ from ultramem.data.worker_processes import map_documents
 
 WORDS = 5  # of a sequence
 PERMUTATIONS = 128
+LARGEST_OF_INDEX = 0.95  # similarity for which an index of so many permutations can be made
 
 
 class Signature:
@@ -39,7 +40,7 @@ def near_duplicates(documents: Iterable[Document], similarity: float, processes:
             document counts as a near-duplicate; above 0, at most 1.
         processes: to compute the signatures in; the result does not depend on it.
     """
-    index = MinHashLSH(similarity, PERMUTATIONS)
+    index = MinHashLSH(min(similarity, LARGEST_OF_INDEX), PERMUTATIONS)
     kept: dict[int, LeanMinHash] = {}
     found: set[int] = set()
     for number, (_, signature) in enumerate(map_documents(documents, Signature, (), processes)):

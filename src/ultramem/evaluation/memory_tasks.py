@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from random import Random
-from statistics import fmean, pstdev
+from statistics import fmean, pvariance
 
 from ultramem.data.facts import TEMPLATES, Fact, make_facts
 from ultramem.data.made_up_words import made_up_words
@@ -190,14 +190,16 @@ def fact_questions(
 def _requests(tokenizer: ChosenTokenizer, context: str, continuations: Sequence[str]) -> tuple[Request, ...]:
     """The context, after an end-of-text token, with each continuation.
 
-    Tokens are those of the whole text; one that lies across the border belongs to the continuation.
+    Tokens are those of the whole text. Where one lies across the border, the continuations begin with the first token
+    that does so in any of them: their probabilities can be compared only after the same tokens.
     """
     texts = [context + continuation for continuation in continuations]
-    requests = []
-    for encoding in tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False):
-        border = sum(end <= len(context) for _, end in encoding.offsets)
-        requests.append(Request((tokenizer.eos_token_id, *encoding.ids[:border]), tuple(encoding.ids[border:])))
-    return tuple(requests)
+    encodings = tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
+    border = min(sum(end <= len(context) for _, end in encoding.offsets) for encoding in encodings)
+    while len({tuple(encoding.ids[:border]) for encoding in encodings}) > 1:
+        border -= 1
+    ids = [encoding.ids for encoding in encodings]
+    return tuple(Request((tokenizer.eos_token_id, *own[:border]), tuple(own[border:])) for own in ids)
 
 
 class MemoryTask:
@@ -220,24 +222,28 @@ class MemoryTask:
         Args:
             scores: of the requests, in their order.
         """
-        outcomes: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)  # and what guessing achieves
+        # By result and by part: the values, and what guessing achieves.
+        outcomes: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
         remaining = iter(scores)
         for question in self.questions:
             found = [next(remaining) for _ in question.choices]
             right = found[question.answer].matches / len(question.choices[question.answer].continuation)
             most_probable = max(range(len(found)), key=lambda i: found[i].log_likelihood)
-            for part in question.parts:
+            part = question.parts[-1]
+            for name in question.parts:
                 if len(found) == 1:
-                    outcomes[part, "token accuracy"].append((right, 1 / question.possible))
+                    outcomes[name, "token accuracy"][part].append((right, 1 / question.possible))
                 else:
-                    outcomes[part, "accuracy"].append((most_probable == question.answer, 1 / len(found)))
-                    outcomes[f"{part}/exact", "exact match"].append((right == 1, 1 / question.possible))
-        return [_mean(name, metric, *zip(*pairs, strict=True)) for (name, metric), pairs in outcomes.items()]
+                    outcomes[name, "accuracy"][part].append((most_probable == question.answer, 1 / len(found)))
+                    outcomes[f"{name}/exact", "exact match"][part].append((right == 1, 1 / question.possible))
+        return [_mean(name, metric, list(parts.values())) for (name, metric), parts in outcomes.items()]
 
 
-def _mean(name: str, metric: str, values: Sequence[float], chances: Sequence[float]) -> TaskResult:
-    error = pstdev(values) / sqrt(len(values))
-    return TaskResult(name, metric, fmean(values), error, questions=len(values), chance=fmean(chances))
+def _mean(name: str, metric: str, parts: Sequence[Sequence[tuple[float, float]]]) -> TaskResult:
+    """The mean over parts, whose sizes are fixed, so that only the questions of each differ by chance."""
+    values, chances = zip(*(pair for part in parts for pair in part), strict=True)
+    variance = sum(len(part) * pvariance([value for value, _ in part]) for part in parts) / len(values) ** 2
+    return TaskResult(name, metric, fmean(values), sqrt(variance), questions=len(values), chance=fmean(chances))
 
 
 QUESTIONS: dict[str, Callable[[ChosenTokenizer, int, int | None], list[Question]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,9 +30,10 @@ class TaskEvaluation:
     Attributes:
         checkpoint: its name, such as `step600`.
         results: of the tasks, then the means of the groups that are complete.
-        context_length: most tokens that the model read at once; not saved.
+        context_length: most tokens that the model read at once.
         tokens_per_second: how fast they were read, padding aside; not saved.
         run: the run directory; not saved.
+        max_questions: as in `evaluate_tasks`.
     """
 
     checkpoint: str
@@ -40,20 +41,23 @@ class TaskEvaluation:
     context_length: int
     tokens_per_second: float
     run: Path
+    max_questions: int | None = None
 
     def save(self, path: Path | None = None) -> Path:
         """Write the results to a JSON file, by default the run's `tasks.json`, which `ultramem report` shows.
 
-        What a file that is there says about other tasks of the same checkpoint is kept.
+        What the run's file says about other tasks of the same checkpoint, asked in the same way, is kept.
 
         Raises:
             UltraMemError: the file cannot be written.
         """
+        settings = {name: getattr(self, name) for name in ("checkpoint", "context_length", "max_questions")}
+        earlier = _saved_results(self.run / TASKS_NAME, settings) if path is None else []
+        new = {_task(result) for result in self.results}
+        results = [*(result for result in earlier if _task(result) not in new), *self.results]
+        tasks = [result for result in results if result.name not in GROUPS]
         path = path or self.run / TASKS_NAME
-        results = {result.name: result for result in [*_saved_results(path, self.checkpoint), *self.results]}
-        tasks = [result for name, result in results.items() if name not in GROUPS]
-        content = {"checkpoint": self.checkpoint, "results": [asdict(result) for result in with_means(tasks)]}
-        write_json(path, content)
+        write_json(path, {**settings, "results": [asdict(result) for result in with_means(tasks)]})
         return path
 
 
@@ -88,10 +92,10 @@ def evaluate_tasks(
             raise ConfigError(f"{name}={value}: must be at least 1")
     checkpoints = [find_checkpoint(path) for path in paths]
     tokenizers = [find_tokenizer(checkpoint) for checkpoint in checkpoints]
-    suites: dict[tuple[str, int], TaskSuite] = {}
+    suites: dict[tuple[str, int, int], TaskSuite] = {}
     for checkpoint, tokenizer in zip(checkpoints, tokenizers, strict=True):
         length = sequence_length or checkpoint.config.data.sequence_length
-        key = tokenizer.tokenizer.to_str(), length
+        key = tokenizer.tokenizer.to_str(), tokenizer.eos_token_id, length
         if key not in suites:
             suites = {key: TaskSuite(names, tokenizer, length, max_questions)}  # no more than one: they take memory
         batch_tokens = BATCH_TOKENS if batch_size is None else batch_size * length
@@ -107,7 +111,9 @@ def _evaluate(checkpoint: Checkpoint, suite: TaskSuite, batch_tokens: int, devic
         started = time.perf_counter()
         results = suite.run(model, batch_tokens=batch_tokens, on_tokens=lambda count: progress.advance(bar, count))
         seconds = time.perf_counter() - started
-    return TaskEvaluation(checkpoint.name, results, suite.context_length, tokens / seconds, checkpoint.run)
+    return TaskEvaluation(
+        checkpoint.name, results, suite.context_length, tokens / seconds, checkpoint.run, suite.max_questions
+    )
 
 
 def print_task_table(evaluations: Sequence[TaskEvaluation]) -> None:
@@ -149,10 +155,16 @@ def _figure(result: TaskResult | None) -> str:
     return "" if result is None else f"{100 * result.value:.1f} ± {100 * result.standard_error:.1f}"
 
 
-def _saved_results(path: Path, checkpoint: str) -> list[TaskResult]:
-    """What the file says of the checkpoint; nothing where it cannot be understood."""
+def _task(result: TaskResult) -> str:
+    """The task that the result is of, or of a part of which it is."""
+    return result.name.partition("/")[0]
+
+
+def _saved_results(path: Path, settings: Mapping[str, object]) -> list[TaskResult]:
+    """What the file says if it was made with these settings; nothing where it cannot be understood."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return [TaskResult(**result) for result in content["results"] if content["checkpoint"] == checkpoint]
+        same = all(content[name] == value for name, value in settings.items())
+        return [TaskResult(**result) for result in content["results"] if same]
     except (OSError, ValueError, TypeError, KeyError):
         return []

@@ -61,7 +61,7 @@ class TaskSuite:
     def __init__(
         self, names: Sequence[str], tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None = None
     ) -> None:
-        self.context_length = context_length
+        self.context_length, self.max_questions = context_length, max_questions
         self.tasks = [_load(name, tokenizer, context_length, max_questions) for name in names]
 
     def tokens(self) -> int:

@@ -71,7 +71,7 @@ class ValueTable(nn.Module):
         return self._shared
 
     # What a compiler traces must find the object there: hence it is made on construction, and made anew after a move,
-    # a copy, and where loading replaces the parameters. FSDP replaces them too, in passes that must keep theirs.
+    # a copy, and where loading replaces the parameters. Not at every assignment of one: FSDP assigns in mid-pass.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _share(self) -> None:
         self._shared: SharedTable | None = SharedTable(self.values, self.pre_values)

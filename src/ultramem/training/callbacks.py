@@ -370,16 +370,20 @@ class TaskEvaluation(Callback):
         suite: the tasks.
         interval: steps between evaluations; None for the last step alone, which is always one.
         last_step: of the training.
+        checkpoints: what saves the last one before its evaluation.
     """
 
     suite: TaskSuite
     interval: int | None
     last_step: int
+    checkpoints: Checkpoints
 
     def post_step(self) -> None:
         """Evaluate where it is time to."""
         if self.step != self.last_step and (self.interval is None or self.step % self.interval):
             return
+        if self.step == self.last_step:  # a failure from here on must not cost the steps
+            self.checkpoints.post_train()
         model = self.trainer.train_module.model
         with apart_from_training(self):
             model.eval()

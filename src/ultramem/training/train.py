@@ -168,10 +168,9 @@ def build_trainer(
         scheduler=build_scheduler(config.schedule, optimizer.learning_rate, trainer.total_steps, config.model.memory),
         device=processes.device,
     )
+    checkpoints = Checkpoints(save_interval=trainer.checkpoint_interval, max_checkpoints=trainer.keep_checkpoints)
     callbacks: dict[str, Callback] = {
-        "checkpointer": Checkpoints(
-            save_interval=trainer.checkpoint_interval, max_checkpoints=trainer.keep_checkpoints
-        ),
+        "checkpointer": checkpoints,
         "layer_metrics": LayerMetrics(module.model, trainer.memory_metrics_interval),
         "metrics_file": MetricsFile(trainer.directory / METRICS_NAME),
         "step_seed": StepSeed(trainer.seed),
@@ -183,7 +182,7 @@ def build_trainer(
     if data.heldout and trainer.evaluate_interval is not None:
         callbacks["heldout"] = _heldout_evaluation(config, data, module, micro_batch_size)
     if suite is not None:
-        callbacks["tasks"] = TaskEvaluation(suite, trainer.evaluate_tasks_interval, trainer.total_steps)
+        callbacks["tasks"] = TaskEvaluation(suite, trainer.evaluate_tasks_interval, trainer.total_steps, checkpoints)
     if config.logging.tensorboard:
         callbacks["tensorboard"] = TensorBoard(trainer.directory / "tensorboard")
     if config.logging.wandb is not None:

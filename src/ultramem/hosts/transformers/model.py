@@ -63,8 +63,8 @@ class UltraMemConfig(Qwen3Config):
         return config
 
 
-class _Saved:
-    """Saves, beside the model, the code by which `trust_remote_code=True` finds the classes, and loads it."""
+class _SavedAndLoaded:
+    """Saves the code by which `trust_remote_code=True` finds the classes, and loads models ready for compilers."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
@@ -82,7 +82,7 @@ class _Saved:
         super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
 
 
-class UltraMemModel(_Saved, Qwen3Model):
+class UltraMemModel(_SavedAndLoaded, Qwen3Model):
     """The decoder without its output layer.
 
     Attributes:
@@ -126,7 +126,7 @@ class UltraMemModel(_Saved, Qwen3Model):
             raise UltraMemError(f"the checkpoint lacks memory.{missing}, though it has memory.{loaded[0]}")
 
 
-class UltraMemForCausalLM(_Saved, Qwen3ForCausalLM):
+class UltraMemForCausalLM(_SavedAndLoaded, Qwen3ForCausalLM):
     """The decoder with its output layer: loads, generates, trains and is saved as other models of transformers are."""
 
     config_class = UltraMemConfig
