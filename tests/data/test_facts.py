@@ -144,8 +144,10 @@ def test_mistakes(tmp_path: Path) -> None:
         write_facts(tmp_path / "facts.txt")
     with pytest.raises(ConfigError, match="text_field=''"):
         write_facts(tmp_path / "other.jsonl", text_field="")
-    with pytest.raises(UltraMemError, match=r"facts\.jsonl cannot be written: No such file or directory"):
-        write_facts(tmp_path / "missing" / "facts.jsonl")
+    with pytest.raises(UltraMemError, match=r"other\.jsonl cannot be written: File exists"):
+        write_facts(path / "other.jsonl")
+    write_facts(tmp_path / "new" / "facts.jsonl")
+    assert (tmp_path / "new" / "facts.jsonl").read_text() == path.read_text()
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
