@@ -280,13 +280,19 @@ START = "import sys; from ultramem.cli import main; sys.argv[0] = 'ultramem'; ma
 
 def start_command(corpus: Path, prepare: Callable[[], None] | None = None, *options: str) -> subprocess.Popen[str]:
     """`ultramem tokenize` in a process group of its own, as in a terminal."""
+
+    def set_up() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells have it ignored by what they start in the background
+        if prepare is not None:
+            prepare()
+
     command = [sys.executable, "-c", START, "tokenize", str(corpus), "-o", str(corpus.parent / "tokens"), *options]
     return subprocess.Popen(
         [*command, "--tokenizer", str(corpus.parent / "tokenizer.json")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=prepare,
+        preexec_fn=set_up,
         start_new_session=True,
     )
 
