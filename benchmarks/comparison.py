@@ -28,7 +28,7 @@ from ultramem.evaluation import evaluate, evaluate_tasks
 from ultramem.report import write_report
 from ultramem.report.run import Run, Series
 from ultramem.run_layout import HELD_OUT, REPORT_NAME, SUMMARY_NAME, THROUGHPUT, TRAIN_LOSS
-from ultramem.training import load_config, train
+from ultramem.training import RunConfig, load_config, train
 
 SYSTEMS = ("dense", "olmoe", "pkm", "memory_plus", "ultramem", "ultramem_v2")
 VARIANTS = {
@@ -89,11 +89,13 @@ def main() -> None:
         path = results / f"{row.name}.json"
         values = [override.removeprefix("--") for override in replaced]
         given = [*row.overrides(arguments.size), *values, f"trainer.directory={arguments.directory / row.name}"]
+        command = f"ultramem train {arguments.config} " + " ".join(f"--{override}" for override in given)
         if not path.is_file():
             console().rule(row.name)
-            write_json(path, run(row, arguments.config, given, arguments.tasks))
+            result = run(row, load_config(arguments.config, given), arguments.tasks)
+            write_json(path, {"command": command, **result})
         result = json.loads(path.read_text(encoding="utf-8"))
-        if (result["command"], result["evaluated_on"]) != (command(arguments.config, given), arguments.tasks):
+        if (result["command"], result["evaluated_on"]) != (command, arguments.tasks):
             raise UltraMemError(f"{path} is of another command or other tasks; choose other --results, or remove it")
         found.append(result)
     show(found)
@@ -102,14 +104,9 @@ def main() -> None:
         print(f"report written to {write_report(runs, arguments.directory / REPORT_NAME)}")
 
 
-def command(config: Path, overrides: Sequence[str]) -> str:
-    """What trains a row alone."""
-    return f"ultramem train {config} " + " ".join(f"--{override}" for override in overrides)
-
-
-def run(row: Row, config: Path, overrides: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
+def run(row: Row, config: RunConfig, tasks: Sequence[str]) -> dict[str, Any]:
     """Train, evaluate on all held-out text and on tasks; everything that the comparison tells of the run."""
-    directory = train(load_config(config, overrides)).directory
+    directory = train(config).directory
     evaluation = evaluate(directory, batch_size=EVALUATION_WINDOWS)
     evaluation.save()
     scores: list[Any] = []
@@ -123,7 +120,6 @@ def run(row: Row, config: Path, overrides: Sequence[str], tasks: Sequence[str]) 
     return {
         "model": row.model,
         "seed": row.seed,
-        "command": command(config, overrides),
         "evaluated_on": list(tasks),
         "parameters": summary["parameters"],
         "flops_per_token": summary["flops_per_token"],
