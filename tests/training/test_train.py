@@ -406,6 +406,31 @@ def test_activation_checkpointing_changes_nothing(system, make_config, losses_of
     assert losses_of(plain.trainer.directory) == losses_of(checkpointed.trainer.directory)
 
 
+def test_deterministic_while_training(make_config, monkeypatch):
+    def settings():
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return deterministic, torch.utils.deterministic.fill_uninitialized_memory, os.environ.get(name)
+
+    name, seen, before = "CUBLAS_WORKSPACE_CONFIG", [], (False, True, None)
+    assert settings() == before
+    at_step(monkeypatch, 1, lambda: seen.append(settings()))
+    train(make_config(steps=1, deterministic=True))
+    assert seen == [(True, False, ":4096:8")]
+    assert settings() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("system", ["dense", "moe", "memory_plus", "ultramem", "ultramem_v2"])
+def test_deterministic_on_a_gpu(system, make_config, losses_of):
+    """With everything that training does, some of it not deterministic otherwise."""
+    options = {"steps": 12, "compile": True, "deterministic": True}
+    once, again = (make_config(system, directory, **options) for directory in ("once", "again"))
+    train(once)
+    train(again)
+    assert losses_of(once.trainer.directory) == losses_of(again.trainer.directory)
+    assert_same_model(once.trainer.directory, again.trainer.directory)
+
+
 def test_bfloat16_stays_close(make_config, losses_of):
     wide, narrow = (
         make_config(directory="wide", precision="float32"),

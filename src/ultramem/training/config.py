@@ -141,6 +141,8 @@ class TrainerConfig:
         parallel: with several processes (torchrun): `fsdp` (FSDP2: parameters are divided between them) or `ddp`
             (each holds all). `auto` is `fsdp` there and `none` for a single process.
         compile: whether to compile the model (CUDA only).
+        deterministic: use deterministic algorithms, so that the same run on the same kind of machine gives the same
+            bits. On a GPU a little slower; a CPU needs OMP_NUM_THREADS=1 besides.
         activation_checkpointing: whether to recompute the blocks' activations in the backward pass instead of
             keeping them.
         checkpoint_interval: steps from one checkpoint to the next; there is also one at the end.
@@ -167,6 +169,7 @@ class TrainerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     compile: bool = False
+    deterministic: bool = False
     activation_checkpointing: bool = False
     checkpoint_interval: int = 1000
     keep_checkpoints: int = 2

@@ -54,6 +54,7 @@ CHANGEABLE = {
     "trainer.device",
     "trainer.parallel",
     "trainer.compile",
+    "trainer.deterministic",
     "trainer.activation_checkpointing",
     "trainer.checkpoint_interval",
     "trainer.keep_checkpoints",

@@ -53,6 +53,7 @@ from ultramem.training.data import (
     open_token_data,
 )
 from ultramem.training.decoding import encode
+from ultramem.training.deterministic import deterministic_algorithms, environment_variable
 from ultramem.training.initial_weights import load_weights, read_weights
 from ultramem.training.optimizer import build_scheduler, optimizer_config
 from ultramem.training.processes import Processes, join_processes
@@ -113,6 +114,8 @@ def train(
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(config))
         stack.enter_context(_quiet_engine(verbose))
+        if config.trainer.deterministic:
+            stack.enter_context(deterministic_algorithms())
 
         def claim() -> tuple[int | None, ModelStatistics]:
             stack.enter_context(directory.locked())
@@ -275,7 +278,9 @@ def _announce(
 def _load(trainer: Trainer, checkpoint: Path) -> None:
     """Load a checkpoint; trainer state is unpickled with plain types only."""
     try:
-        with _weights_only(), torch.serialization.safe_globals(_STATE_TYPES):
+        # Every `torch.load`, OLMo-core's too, shall refuse pickles that hold more than data.
+        weights_only = environment_variable("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+        with weights_only, torch.serialization.safe_globals(_STATE_TYPES):
             trainer.load_checkpoint(checkpoint, load_trainer_state=True, load_optim_state=True)
     except (Exception, CheckpointException) as error:
         if "fingerprint" in str(error):
@@ -287,20 +292,6 @@ def _load(trainer: Trainer, checkpoint: Path) -> None:
         raise UltraMemError(
             f"{checkpoint} is damaged ({reason}); remove that directory to go on from the checkpoint before it"
         ) from error
-
-
-@contextmanager
-def _weights_only() -> Iterator[None]:
-    """Have every `torch.load`, OLMo-core's too, refuse pickles that hold more than data."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
 
 
 def _fit(trainer: Trainer, directory: RunDirectory) -> None:

@@ -1,0 +1,42 @@
+"""Training that gives the same bits every time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Have PyTorch choose algorithms without a run-dependent order of additions, and its compiler choose none by time.
+
+    An operation that has no such algorithm raises `RuntimeError` (see `torch.use_deterministic_algorithms`).
+    """
+    settings: Any = torch.utils.deterministic
+    before, filled = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # which helps to find errors, and writes every new tensor twice
+    try:
+        # cuBLAS is deterministic with a workspace of its own for each stream.
+        with environment_variable("CUBLAS_WORKSPACE_CONFIG", ":4096:8"):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = filled
+
+
+@contextmanager
+def environment_variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable of this process for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
