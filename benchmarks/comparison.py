@@ -1,7 +1,7 @@
 """Train models of several systems on the same tokens, in the same order, and compare them.
 
 `python -m benchmarks.comparison dense ultramem_v2 ultramem_v2:1` trains the presets `SYSTEM_medium`, of equal active
-parameters, with seed 0 or the one named; `ultramem_v2-matched` is one of the variants. Each run is evaluated on all
+parameters, with seed 0 or the one named; `ultramem_v2-decaying` is one of the variants. Each run is evaluated on all
 held-out text and on the tasks of `--tasks`; its results are written to `--results`, one JSON file a run, of which
 `benchmarks.comparison_page` makes docs/comparison.md. An interrupted run goes on; one whose results are there is
 not repeated. `--size small` trains the presets `SYSTEM_small`. What else is given replaces values of the configuration.
@@ -31,9 +31,13 @@ from ultramem.run_layout import HELD_OUT, REPORT_NAME, SUMMARY_NAME, THROUGHPUT,
 from ultramem.training import RunConfig, load_config, train
 
 SYSTEMS = ("dense", "olmoe", "pkm", "memory_plus", "ultramem", "ultramem_v2")
+# The values' learning rate as published: eight times the model's to begin with, and with it to its end.
+DECAYING = ("model.memory.value_lr=null", "model.memory.value_lr_multiplier=8")
 VARIANTS = {
-    "ultramem_v2-matched": ("model.memory.init=matched",),
-    "ultramem_v2-constant": ("model.memory.value_lr=1e-3",),
+    "dense-nondeterministic": ("trainer.deterministic=false",),
+    "ultramem_v2-nondeterministic": ("trainer.deterministic=false",),
+    "ultramem_v2-decaying": DECAYING,
+    "ultramem_v2-decaying-matched": (*DECAYING, "model.memory.init=matched"),
 }
 EVALUATION_WINDOWS = 32  # at a time
 STEPS_OF_A_POINT = 20  # of the training curve
@@ -120,11 +124,12 @@ def run(row: Row, config: RunConfig, tasks: Sequence[str]) -> dict[str, Any]:
     return {
         "model": row.model,
         "seed": row.seed,
+        "deterministic": config.trainer.deterministic,
         "evaluated_on": list(tasks),
         "parameters": summary["parameters"],
         "flops_per_token": summary["flops_per_token"],
         "train_tokens": summary["train_tokens"],
-        "tokens_per_second": round(statistics.median(speeds.values)),
+        "tokens_per_second": round(statistics.median(speeds.values)) if len(speeds.values) else None,
         "heldout": {
             "tokens": evaluation.tokens,
             "loss": evaluation.loss,
@@ -159,7 +164,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             f"{counts['active_without_embeddings']:,}",
             f"{counts['total_without_embeddings']:,}",
             f"{row['train_tokens']:,}",
-            f"{row['tokens_per_second']:,.0f}",
+            "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
             f"{heldout['loss']:.4f}",
             f"{heldout['bits_per_byte']:.4f}",
         )

@@ -32,9 +32,12 @@ LABELS = {
     "memory_plus": "Memory+",
     "ultramem": "UltraMem",
     "ultramem_v2": "UltraMemV2",
-    "ultramem_v2-matched": "UltraMemV2, `matched`",
-    "ultramem_v2-constant": "UltraMemV2, constant rate of the values",
+    "dense-nondeterministic": "dense, not deterministic",
+    "ultramem_v2-nondeterministic": "UltraMemV2, not deterministic",
+    "ultramem_v2-decaying": "UltraMemV2, values' rate falling, not deterministic",
+    "ultramem_v2-decaying-matched": "the same with initial values `matched`",
 }
+MEMORY_TASKS = ("recall", "copying", "facts")
 FIRST_STEP_SHOWN = 400  # before it the curves fall too steeply to be told apart
 
 
@@ -54,21 +57,21 @@ def read_runs(directory: Path) -> Runs:
 
 
 def losses(runs: Runs) -> str:
-    """Table of the models' sizes, final losses and speeds."""
+    """Table of the systems' sizes, final losses and speeds."""
     dense = _mean(runs["dense"], _loss) if "dense" in runs else None
     rows = []
-    for model, seeds in runs.items():
-        counts, loss = seeds[0]["parameters"], _mean(seeds, _loss)
+    for system, seeds in _systems(runs).items():
+        counts, loss, speed = seeds[0]["parameters"], _mean(seeds, _loss), _speed(runs, system)
         rows.append(
             [
-                LABELS[model],
+                LABELS[system],
                 f"{counts['active_without_embeddings'] / 1e6:.1f} M",
                 f"{counts['total_without_embeddings'] / 1e6:.1f} M",
                 ", ".join(str(run["seed"]) for run in seeds),
                 _spread(seeds, _loss, 4),
                 "" if dense is None else f"{loss - dense:+.4f}",
                 f"{_mean(seeds, lambda run: run['heldout']['bits_per_byte']):.4f}",
-                f"{_mean(seeds, lambda run: run['tokens_per_second']) / 1e3:,.0f} k",
+                "" if speed is None else f"{speed / 1e3:,.0f} k",
             ]
         )
     head = ["", "active", "total", "seeds", "held-out loss", "against dense", "bits per byte", "tokens/s"]
@@ -77,30 +80,40 @@ def losses(runs: Runs) -> str:
 
 def tasks(runs: Runs) -> str:
     """Table of the memory tasks, in percent."""
-    rows = []
-    for model, seeds in runs.items():
-        rows.append([LABELS[model], *(_spread(seeds, _task(name), 1) for name in ("recall", "copying", "facts"))])
-    return _table(["", "recall", "copying", "facts"], rows)
+    rows = [[LABELS[system], *_on_tasks(seeds)] for system, seeds in _systems(runs).items()]
+    return _table(["", *MEMORY_TASKS], rows)
 
 
 def facts(runs: Runs) -> str:
     """Table of the facts known by the number of times that they were seen, in percent."""
-    names = [f"facts/exposures{number}" for number in EXPOSURES]
-    rows = [[LABELS[model], *(f"{_mean(seeds, _task(name)):.0f}" for name in names)] for model, seeds in runs.items()]
+    tasks = [_task(f"facts/exposures{number}") for number in EXPOSURES]
+    rows = [
+        [LABELS[system], *(f"{_mean(seeds, task):.0f}" for task in tasks)] for system, seeds in _systems(runs).items()
+    ]
     return _table(["times seen", *map(str, EXPOSURES)], rows)
 
 
-TABLES: dict[str, Callable[[Runs], str]] = {"losses": losses, "tasks": tasks, "facts": facts}
+def variants(runs: Runs) -> str:
+    """Table of the variants, each system's after the system itself, all of seed 0."""
+    rows = []
+    for model in sorted(runs, key=lambda name: SYSTEMS.index(_system(name))):
+        seeds = [run for run in runs[model] if run["seed"] == 0]
+        if seeds and any(_system(name) == _system(model) for name in VARIANTS):
+            rows.append([LABELS[model], _spread(seeds, _loss, 4), *_on_tasks(seeds)])
+    return _table(["", "held-out loss", *MEMORY_TASKS], rows)
+
+
+TABLES: dict[str, Callable[[Runs], str]] = {"losses": losses, "tasks": tasks, "facts": facts, "variants": variants}
 
 
 def draw_losses(runs: Runs) -> Figure:
     """Held-out loss over training, and by how much it is below that of the dense model; means over the seeds."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     whole, against = figure.subplots(1, 2)
-    curves = {model: _curve(seeds) for model, seeds in runs.items()}
-    for number, (model, curve) in enumerate(curves.items()):
+    curves = {system: _curve(seeds) for system, seeds in _systems(runs).items()}
+    for number, (system, curve) in enumerate(curves.items()):
         steps = [step for step in curve if step >= FIRST_STEP_SHOWN]
-        style = {"color": f"C{number}", "label": LABELS[model].replace("`", "")}
+        style = {"color": f"C{number}", "label": LABELS[system]}
         whole.plot(steps, [curve[step] for step in steps], **style)
         if "dense" in curves:
             against.plot(steps, [curve[step] - curves["dense"][step] for step in steps], **style)
@@ -118,9 +131,9 @@ def draw_facts(runs: Runs) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     seen = EXPOSURES[1:]
-    for number, (model, seeds) in enumerate(runs.items()):
+    for number, (system, seeds) in enumerate(_systems(runs).items()):
         values = [_mean(seeds, _task(f"facts/exposures{count}")) for count in seen]
-        axes.plot(seen, values, color=f"C{number}", marker="o", markersize=3, label=LABELS[model].replace("`", ""))
+        axes.plot(seen, values, color=f"C{number}", marker="o", markersize=3, label=LABELS[system])
     axes.axhline(100 / 16, color="gray", linestyle=":", label="chance")
     axes.set_xscale("log", base=2)
     axes.set_xticks(seen, list(map(str, seen)))
@@ -145,6 +158,27 @@ def fill(page: str, runs: Runs) -> str:
             raise UltraMemError(f"the page needs a line {start.strip()} and a line {end} after it")
         page = before + start + make(runs) + end + after
     return page
+
+
+def _systems(runs: Runs) -> Runs:
+    return {system: runs[system] for system in SYSTEMS if system in runs}
+
+
+def _system(model: str) -> str:
+    return model.partition("-")[0]
+
+
+def _speed(runs: Runs, system: str) -> float | None:
+    """Mean tokens per second, where there are such, of the runs that did not have to be deterministic."""
+    known = [
+        run for model, seeds in runs.items() if _system(model) == system for run in seeds if run["tokens_per_second"]
+    ]
+    fast = [run for run in known if not run["deterministic"]] or known
+    return _mean(fast, lambda run: float(run["tokens_per_second"])) if fast else None
+
+
+def _on_tasks(seeds: Sequence[dict[str, Any]]) -> list[str]:
+    return [_spread(seeds, _task(name), 1) for name in MEMORY_TASKS]
 
 
 def _loss(run: dict[str, Any]) -> float:

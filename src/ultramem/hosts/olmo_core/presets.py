@@ -134,7 +134,7 @@ PRESETS: dict[str, ModelConfig] = {
             top_k=32,
             share_ratio=0.5,
             init="published",
-            value_lr_multiplier=8.0,
+            value_lr=1e-3,
         ),
     ),
     "dense_small": _DENSE_SMALL,
