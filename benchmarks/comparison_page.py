@@ -35,7 +35,7 @@ LABELS = {
     "dense-nondeterministic": "dense, not deterministic",
     "ultramem_v2-nondeterministic": "UltraMemV2, not deterministic",
     "ultramem_v2-decaying": "UltraMemV2, values' rate falling, not deterministic",
-    "ultramem_v2-decaying-matched": "the same with initial values `matched`",
+    "ultramem_v2-decaying-matched": "UltraMemV2, values' rate falling, `matched`, not deterministic",
 }
 MEMORY_TASKS = ("recall", "copying", "facts")
 FIRST_STEP_SHOWN = 400  # before it the curves fall too steeply to be told apart
@@ -58,10 +58,11 @@ def read_runs(directory: Path) -> Runs:
 
 def losses(runs: Runs) -> str:
     """Table of the systems' sizes, final losses and speeds."""
-    dense = _mean(runs["dense"], _loss) if "dense" in runs else None
+    dense = {run["seed"]: _loss(run) for run in runs.get("dense", [])}
     rows = []
     for system, seeds in _systems(runs).items():
-        counts, loss, speed = seeds[0]["parameters"], _mean(seeds, _loss), _speed(runs, system)
+        counts, speed = seeds[0]["parameters"], _speed(runs, system)
+        differences = [_loss(run) - dense[run["seed"]] for run in seeds if run["seed"] in dense]
         rows.append(
             [
                 LABELS[system],
@@ -69,7 +70,7 @@ def losses(runs: Runs) -> str:
                 f"{counts['total_without_embeddings'] / 1e6:.1f} M",
                 ", ".join(str(run["seed"]) for run in seeds),
                 _spread(seeds, _loss, 4),
-                "" if dense is None else f"{loss - dense:+.4f}",
+                f"{statistics.fmean(differences):+.4f}" if differences else "",
                 f"{_mean(seeds, lambda run: run['heldout']['bits_per_byte']):.4f}",
                 "" if speed is None else f"{speed / 1e3:,.0f} k",
             ]
@@ -107,18 +108,19 @@ TABLES: dict[str, Callable[[Runs], str]] = {"losses": losses, "tasks": tasks, "f
 
 
 def draw_losses(runs: Runs) -> Figure:
-    """Held-out loss over training, and by how much it is below that of the dense model; means over the seeds."""
+    """Held-out loss over training, and less that of dense of the same seeds; means over the seeds."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     whole, against = figure.subplots(1, 2)
-    curves = {system: _curve(seeds) for system, seeds in _systems(runs).items()}
-    for number, (system, curve) in enumerate(curves.items()):
+    for number, (system, seeds) in enumerate(_systems(runs).items()):
+        same = {run["seed"] for run in seeds}
+        curve, dense = _curve(seeds), _curve([run for run in runs.get("dense", []) if run["seed"] in same])
         steps = [step for step in curve if step >= FIRST_STEP_SHOWN]
         style = {"color": f"C{number}", "label": LABELS[system]}
         whole.plot(steps, [curve[step] for step in steps], **style)
-        if "dense" in curves:
-            against.plot(steps, [curve[step] - curves["dense"][step] for step in steps], **style)
+        if dense:
+            against.plot(steps, [curve[step] - dense[step] for step in steps], **style)
     whole.set_ylabel("held-out loss (nats per token)")
-    against.set_ylabel("less that of dense")
+    against.set_ylabel("minus that of dense")
     for axes in (whole, against):
         axes.set_xlabel("step of 65,536 tokens")
         axes.grid(alpha=0.3)

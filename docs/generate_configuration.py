@@ -53,6 +53,9 @@ uses: of a memory's table the rows that it reads, of the experts those chosen. T
 counted once where they are tied, which they are in all but the `1b` presets. Operations are those of a forward pass for
 one token at a sequence length of {SEQUENCE_LENGTH}. Bytes are those of weights and rows that one token reads at batch
 size 1 in bfloat16.
+
+The `medium` presets with memory start with the initial values `published`, and train the values at rates of their own:
+UltraMemV2 at a constant 1e-3, UltraMem with a multiplier of 8; see [the comparison](comparison.md).
 """
 
 

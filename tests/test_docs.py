@@ -71,6 +71,13 @@ def test_tables_of_the_comparison_are_those_of_its_data() -> None:
         assert re.search(rf"\| {sum(seeds) / len(seeds):.4f} [|±]", page)
 
 
+def test_a_row_of_the_comparison_is_the_same_when_it_is_repeated() -> None:
+    results = ROOT / "docs" / "comparison"
+    first, again = (json.loads((path / "dense-seed0.json").read_text()) for path in (results, results / "repeated"))
+    for part in ("command", "heldout", "curves"):
+        assert first[part] == again[part]
+
+
 def test_configuration_reference_is_up_to_date(generator: dict) -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == generator["page"](), "run `make docs`"
 

@@ -154,10 +154,11 @@ def train(
 
     result = run(load_config(config, context.args), overwrite=overwrite, verbose=verbose)
     if int(os.environ.get("RANK", 0)) == 0:
-        typer.echo(
-            f"{result.status} at step {result.step}: {result.directory}"
-            + ("; the same command goes on from here" if result.status == "interrupted" else "")
-        )
+        hints = {
+            "interrupted": "; the same command goes on from here",
+            "already finished": "; evaluate it with `ultramem evaluate`, or train it anew with --overwrite",
+        }
+        typer.echo(f"{result.status} at step {result.step}: {result.directory}{hints.get(result.status, '')}")
 
 
 @app.command()

@@ -30,7 +30,8 @@ def test_trains_once(command, tmp_path):
     assert output.splitlines()[0].startswith("ultramem_v2: 0.0 M active of 0.0 M parameters; 12 steps of 128 tokens on")
     assert output.splitlines()[-1] == f"finished at step 12: {tmp_path / 'run'}"
     status, output, _ = command("--optimizer.learning_rate=1e-4")
-    assert (status, output) == (0, f"already finished at step 12: {tmp_path / 'run'}\n")
+    hint = "evaluate it with `ultramem evaluate`, or train it anew with --overwrite"
+    assert (status, output) == (0, f"already finished at step 12: {tmp_path / 'run'}; {hint}\n")
     status, output, _ = command("--overwrite", "--trainer.steps=2")
     assert (status, output.splitlines()[-1]) == (0, f"finished at step 2: {tmp_path / 'run'}")
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config as inductor
 from olmo_core.distributed.checkpoint.filesystem import RemoteFileSystemWriter
 from olmo_core.train import Checkpointer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -408,15 +409,20 @@ def test_activation_checkpointing_changes_nothing(system, make_config, losses_of
 
 def test_deterministic_while_training(make_config, monkeypatch):
     def settings():
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        return deterministic, torch.utils.deterministic.fill_uninitialized_memory, os.environ.get(name)
+        filled = torch.utils.deterministic.fill_uninitialized_memory
+        return torch.get_deterministic_debug_mode(), filled, inductor.deterministic, os.environ.get(name)
 
-    name, seen, before = "CUBLAS_WORKSPACE_CONFIG", [], (False, True, None)
-    assert settings() == before
+    name, seen = "CUBLAS_WORKSPACE_CONFIG", []
+    monkeypatch.delenv(name, raising=False)
     at_step(monkeypatch, 1, lambda: seen.append(settings()))
-    train(make_config(steps=1, deterministic=True))
-    assert seen == [(True, False, ":4096:8")]
-    assert settings() == before
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        before = settings()
+        train(make_config(steps=1, deterministic=True))
+        assert settings() == before
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [(2, False, True, ":4096:8")]  # 2: an error
 
 
 @pytest.mark.gpu

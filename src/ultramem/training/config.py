@@ -142,7 +142,7 @@ class TrainerConfig:
             (each holds all). `auto` is `fsdp` there and `none` for a single process.
         compile: whether to compile the model (CUDA only).
         deterministic: use deterministic algorithms, so that the same run on the same kind of machine gives the same
-            bits. On a GPU a little slower; a CPU needs OMP_NUM_THREADS=1 besides.
+            bits. Slower on a GPU; a CPU needs OMP_NUM_THREADS=1 besides.
         activation_checkpointing: whether to recompute the blocks' activations in the backward pass instead of
             keeping them.
         checkpoint_interval: steps from one checkpoint to the next; there is also one at the end.

@@ -12,12 +12,13 @@ import torch
 
 @contextmanager
 def deterministic_algorithms() -> Iterator[None]:
-    """Have PyTorch choose algorithms without a run-dependent order of additions, and its compiler choose none by time.
+    """Have PyTorch choose algorithms whose additions have a fixed order, and its compiler choose none by timing them.
 
     An operation that has no such algorithm raises `RuntimeError` (see `torch.use_deterministic_algorithms`).
     """
     settings: Any = torch.utils.deterministic
-    before, filled = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    enabled, filled = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     settings.fill_uninitialized_memory = False  # which helps to find errors, and writes every new tensor twice
     try:
@@ -25,7 +26,7 @@ def deterministic_algorithms() -> Iterator[None]:
         with environment_variable("CUBLAS_WORKSPACE_CONFIG", ":4096:8"):
             yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         settings.fill_uninitialized_memory = filled
 
 
