@@ -31,7 +31,7 @@ from ultramem.run_layout import HELD_OUT, REPORT_NAME, SUMMARY_NAME, THROUGHPUT,
 from ultramem.training import RunConfig, load_config, train
 
 SYSTEMS = ("dense", "olmoe", "pkm", "memory_plus", "ultramem", "ultramem_v2")
-# The values' learning rate as published: eight times the model's to begin with, and with it to its end.
+# The values' learning rate falls to the model's, as in the papers, here from eight times it.
 DECAYING = ("model.memory.value_lr=null", "model.memory.value_lr_multiplier=8")
 VARIANTS = {
     "dense-nondeterministic": ("trainer.deterministic=false",),

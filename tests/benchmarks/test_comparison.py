@@ -58,7 +58,7 @@ def test_results(compare, capsys):
     assert "dense-seed0" in capsys.readouterr().out
 
 
-def test_goes_on_where_it_was(compare, monkeypatch):
+def test_goes_on_where_it_was(compare):
     compare("dense")
     path = Path("runs/results/dense-seed0.json")
     written = path.stat().st_mtime_ns

@@ -14,7 +14,8 @@ import torch
 def deterministic_algorithms() -> Iterator[None]:
     """Have PyTorch choose algorithms whose additions have a fixed order, and its compiler choose none by timing them.
 
-    An operation that has no such algorithm raises `RuntimeError` (see `torch.use_deterministic_algorithms`).
+    The one setting does both since PyTorch 2.10. An operation that has no such algorithm raises `RuntimeError` (see
+    `torch.use_deterministic_algorithms`).
     """
     settings: Any = torch.utils.deterministic
     enabled, filled = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
