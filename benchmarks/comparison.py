@@ -43,6 +43,11 @@ EVALUATION_WINDOWS = 32  # at a time
 STEPS_OF_A_POINT = 20  # of the training curve
 
 
+def system_of(model: str) -> str:
+    """The system of which a model, as in `SYSTEMS` or `VARIANTS`, is a variant, or which it is."""
+    return model.partition("-")[0]
+
+
 @dataclass(frozen=True)
 class Row:
     """A run of the comparison: a system or a variant of one, and a seed.
@@ -72,9 +77,8 @@ class Row:
 
     def overrides(self, size: str) -> list[str]:
         """What the run adds to the configuration that all share."""
-        system = self.model.partition("-")[0]
         seeds = [f"model.seed={self.seed}", f"trainer.seed={self.seed}"] if self.seed else []
-        return [f"model.preset={system}_{size}", *VARIANTS.get(self.model, ()), *seeds]
+        return [f"model.preset={system_of(self.model)}_{size}", *VARIANTS.get(self.model, ()), *seeds]
 
 
 def main() -> None:

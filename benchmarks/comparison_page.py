@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.comparison import SYSTEMS, VARIANTS
+from benchmarks.comparison import SYSTEMS, VARIANTS, system_of
 from benchmarks.measurement import write_plot
 from ultramem.data.facts import EXPOSURES
 from ultramem.errors import UltraMemError
@@ -58,11 +59,10 @@ def read_runs(directory: Path) -> Runs:
 
 def losses(runs: Runs) -> str:
     """Table of the systems' sizes, final losses and speeds."""
-    dense = {run["seed"]: _loss(run) for run in runs.get("dense", [])}
     rows = []
     for system, seeds in _systems(runs).items():
         counts, speed = seeds[0]["parameters"], _speed(runs, system)
-        differences = [_loss(run) - dense[run["seed"]] for run in seeds if run["seed"] in dense]
+        differences = [_loss(run) - _loss(dense) for run, dense in _beside_dense(runs, seeds)]
         rows.append(
             [
                 LABELS[system],
@@ -87,19 +87,19 @@ def tasks(runs: Runs) -> str:
 
 def facts(runs: Runs) -> str:
     """Table of the facts known by the number of times that they were seen, in percent."""
-    tasks = [_task(f"facts/exposures{number}") for number in EXPOSURES]
     rows = [
-        [LABELS[system], *(f"{_mean(seeds, task):.0f}" for task in tasks)] for system, seeds in _systems(runs).items()
+        [LABELS[system], *(f"{known:.0f}" for known in _facts_known(seeds, EXPOSURES))]
+        for system, seeds in _systems(runs).items()
     ]
     return _table(["times seen", *map(str, EXPOSURES)], rows)
 
 
 def variants(runs: Runs) -> str:
     """Table of the variants, each system's after the system itself, all of seed 0."""
-    rows = []
-    for model in sorted(runs, key=lambda name: SYSTEMS.index(_system(name))):
+    rows, varied = [], {system_of(variant) for variant in VARIANTS}
+    for model in sorted(runs, key=lambda name: SYSTEMS.index(system_of(name))):
         seeds = [run for run in runs[model] if run["seed"] == 0]
-        if seeds and any(_system(name) == _system(model) for name in VARIANTS):
+        if seeds and system_of(model) in varied:
             rows.append([LABELS[model], _spread(seeds, _loss, 4), *_on_tasks(seeds)])
     return _table(["", "held-out loss", *MEMORY_TASKS], rows)
 
@@ -112,13 +112,12 @@ def draw_losses(runs: Runs) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     whole, against = figure.subplots(1, 2)
     for number, (system, seeds) in enumerate(_systems(runs).items()):
-        same = {run["seed"] for run in seeds}
-        curve, dense = _curve(seeds), _curve([run for run in runs.get("dense", []) if run["seed"] in same])
-        steps = [step for step in curve if step >= FIRST_STEP_SHOWN]
         style = {"color": f"C{number}", "label": LABELS[system]}
-        whole.plot(steps, [curve[step] for step in steps], **style)
-        if dense:
-            against.plot(steps, [curve[step] - dense[step] for step in steps], **style)
+        _plot_curve(whole, _curve(seeds), style)
+        pairs = _beside_dense(runs, seeds)
+        if pairs:
+            curve, dense = (_curve(paired) for paired in zip(*pairs, strict=True))
+            _plot_curve(against, {step: curve[step] - dense[step] for step in curve}, style)
     whole.set_ylabel("held-out loss (nats per token)")
     against.set_ylabel("minus that of dense")
     for axes in (whole, against):
@@ -134,8 +133,7 @@ def draw_facts(runs: Runs) -> Figure:
     axes = figure.subplots()
     seen = EXPOSURES[1:]
     for number, (system, seeds) in enumerate(_systems(runs).items()):
-        values = [_mean(seeds, _task(f"facts/exposures{count}")) for count in seen]
-        axes.plot(seen, values, color=f"C{number}", marker="o", markersize=3, label=LABELS[system])
+        axes.plot(seen, _facts_known(seeds, seen), color=f"C{number}", marker="o", markersize=3, label=LABELS[system])
     axes.axhline(100 / 16, color="gray", linestyle=":", label="chance")
     axes.set_xscale("log", base=2)
     axes.set_xticks(seen, list(map(str, seen)))
@@ -166,14 +164,16 @@ def _systems(runs: Runs) -> Runs:
     return {system: runs[system] for system in SYSTEMS if system in runs}
 
 
-def _system(model: str) -> str:
-    return model.partition("-")[0]
+def _beside_dense(runs: Runs, seeds: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Pairs of a run and the dense one of its seed, where there is such."""
+    dense = {run["seed"]: run for run in runs.get("dense", [])}
+    return [(run, dense[run["seed"]]) for run in seeds if run["seed"] in dense]
 
 
 def _speed(runs: Runs, system: str) -> float | None:
     """Mean tokens per second, where there are such, of the runs that did not have to be deterministic."""
     known = [
-        run for model, seeds in runs.items() if _system(model) == system for run in seeds if run["tokens_per_second"]
+        run for model, seeds in runs.items() if system_of(model) == system for run in seeds if run["tokens_per_second"]
     ]
     fast = [run for run in known if not run["deterministic"]] or known
     return _mean(fast, lambda run: float(run["tokens_per_second"])) if fast else None
@@ -181,6 +181,10 @@ def _speed(runs: Runs, system: str) -> float | None:
 
 def _on_tasks(seeds: Sequence[dict[str, Any]]) -> list[str]:
     return [_spread(seeds, _task(name), 1) for name in MEMORY_TASKS]
+
+
+def _facts_known(seeds: Sequence[dict[str, Any]], exposures: Sequence[int]) -> list[float]:
+    return [_mean(seeds, _task(f"facts/exposures{count}")) for count in exposures]
 
 
 def _loss(run: dict[str, Any]) -> float:
@@ -214,6 +218,11 @@ def _curve(runs: Sequence[dict[str, Any]]) -> dict[float, float]:
         for step, value in run["curves"]["heldout"]:
             points[step].append(value)
     return {step: statistics.fmean(values) for step, values in points.items()}
+
+
+def _plot_curve(axes: Axes, curve: Mapping[float, float], style: Mapping[str, Any]) -> None:
+    steps = [step for step in curve if step >= FIRST_STEP_SHOWN]
+    axes.plot(steps, [curve[step] for step in steps], **style)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -53,7 +53,8 @@ from ultramem.training.data import (
     open_token_data,
 )
 from ultramem.training.decoding import encode
-from ultramem.training.deterministic import deterministic_algorithms, environment_variable
+from ultramem.training.deterministic import deterministic_algorithms
+from ultramem.training.environment import environment_variable
 from ultramem.training.initial_weights import load_weights, read_weights
 from ultramem.training.optimizer import build_scheduler, optimizer_config
 from ultramem.training.processes import Processes, join_processes
