@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ultramem.ops.launch import Launcher
-from ultramem.ops.sizes import ceil_div, next_power_of_2
+from ultramem.ops.kernels.launching import Launcher
+from ultramem.ops.kernels.sizes import ceil_div, next_power_of_2
 
 MAX_KEYS = 8192  # an index of 13 bits is packed with the score when candidates are put in order
 MAX_CANDIDATES = 256

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultramem.ops.backend import FusedOperator, autocast_dtype, can_run_kernels
+from ultramem.ops.backend import autocast_dtype, can_run_kernels
 from ultramem.ops.grid_topk import (
     MAX_CANDIDATES,
     MAX_KEYS,
@@ -18,6 +18,7 @@ from ultramem.ops.grid_topk import (
     best_cells_backward,
     pad_keys,
 )
+from ultramem.ops.kernels.operators import FusedOperator
 
 _MAX_RANK = 4
 

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ultramem.ops.backend import FusedOperator, autocast_dtype, can_run_kernels
-from ultramem.ops.launch import Launcher
-from ultramem.ops.sizes import next_power_of_2
+from ultramem.ops.backend import autocast_dtype, can_run_kernels
+from ultramem.ops.kernels.launching import Launcher
+from ultramem.ops.kernels.operators import FusedOperator
+from ultramem.ops.kernels.sizes import next_power_of_2
 from ultramem.ops.weighted_lookup.shared_table import Products, SharedTable, TableState
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ultramem.ops.launch import Launcher
-from ultramem.ops.sizes import ceil_div, next_power_of_2
+from ultramem.ops.kernels.launching import Launcher
+from ultramem.ops.kernels.sizes import ceil_div, next_power_of_2
 from ultramem.ops.weighted_lookup.shared_table import Products
 
 _CHUNK = 128
