@@ -30,7 +30,7 @@ from ultramem.data.made_up_words import made_up_words
 from ultramem.device import autocast, choose_device
 from ultramem.errors import UltraMemError
 from ultramem.finetuning.examples import make_examples, mean_loss, read_texts
-from ultramem.finetuning.finetune import FinetuneConfig, Finetuning, load_model, read_background
+from ultramem.finetuning.run import FinetuneConfig, Finetuning, load_model, read_background
 from ultramem.hosts.transformers.modes import evaluation_mode
 from ultramem.hosts.transformers.sparse_finetuning import Background
 

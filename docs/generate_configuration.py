@@ -13,9 +13,9 @@ import yaml
 
 from ultramem import MemoryConfig, UltraMemError
 from ultramem.config import Kind
+from ultramem.configuration.decoding import encode
 from ultramem.hosts.olmo_core import PRESETS, model_statistics
 from ultramem.training import RunConfig
-from ultramem.training.decoding import encode
 
 PAGE = Path(__file__).with_name("configuration.md")
 SEQUENCE_LENGTH = 4096  # of the papers, for counting the attention's operations

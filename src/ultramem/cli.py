@@ -311,7 +311,7 @@ def export(
 ) -> None:
     """Write a checkpoint as a directory that transformers loads."""
     with _needing("train,hf"):
-        from ultramem.interop.export import export as run
+        from ultramem.convert.export import export as run
 
     result = run(checkpoint, directory, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
     typer.echo(f"step {result.step} written to {result.directory}")
@@ -337,7 +337,7 @@ def import_olmo(
 ) -> None:
     """Turn a checkpoint of the published UltraMem code into a directory that transformers loads."""
     with _needing("train,hf"):
-        from ultramem.interop.export import import_published
+        from ultramem.convert.export import import_published
 
     import_published(
         checkpoint, directory, tokenizer=tokenizer, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite
@@ -429,7 +429,7 @@ def import_flags(
     ],
 ) -> None:
     """Print the run configuration that flags of the published UltraMem code describe."""
-    from ultramem.interop.published_flags import translate_flags
+    from ultramem.convert.published_flags import translate_flags
 
     typer.echo(translate_flags(flags[0] if len(flags) == 1 else shlex.join(flags)), nl=False)
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from ultramem.configuration.field_types import check_types
 from ultramem.errors import ConfigError
-from ultramem.field_types import check_types
 
 Kind = Literal["pkm", "memory_plus", "ultramem", "ultramem_v2"]
 Sharing = Literal["ring", "no_ring", "block"]

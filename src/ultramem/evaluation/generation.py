@@ -17,11 +17,11 @@ from ultramem.data.token_files import load_manifest
 from ultramem.data.tokenizers import ChosenTokenizer, load_model_tokenizer
 from ultramem.device import autocast
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.evaluation.checkpoints import Checkpoint, find_checkpoint
-from ultramem.evaluation.json_files import write_json
 from ultramem.evaluation.sampling import check_sampling, sample
+from ultramem.files.json_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
-from ultramem.run_layout import SAMPLES_NAME, TOKENIZER_NAME
+from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
+from ultramem.runs.layout import SAMPLES_NAME, TOKENIZER_NAME
 
 
 @dataclass(frozen=True)

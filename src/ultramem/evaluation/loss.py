@@ -17,11 +17,11 @@ from rich.table import Table
 from ultramem.data.token_windows import IGNORED, TokenWindows
 from ultramem.device import autocast
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.evaluation.checkpoints import column_names, find_checkpoint
 from ultramem.evaluation.data import find_data
-from ultramem.evaluation.json_files import write_json
+from ultramem.files.json_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
-from ultramem.run_layout import EVALUATION_NAME
+from ultramem.runs.checkpoints import column_names, find_checkpoint
+from ultramem.runs.layout import EVALUATION_NAME
 
 BATCH_TOKENS = 4096  # of a batch, if its size is not given; the memory that logits take grows with it
 NOT_SAVED = ("tokens_per_second", "run")

@@ -14,13 +14,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from ultramem.errors import ConfigError
-from ultramem.evaluation.checkpoints import Checkpoint, column_names, find_checkpoint
 from ultramem.evaluation.generation import find_tokenizer
-from ultramem.evaluation.json_files import write_json
 from ultramem.evaluation.scoring import BATCH_TOKENS
 from ultramem.evaluation.task_suite import GROUPS, TaskSuite, check_max_questions, task_names, with_means
 from ultramem.evaluation.tasks import TaskResult
-from ultramem.run_layout import TASKS_NAME
+from ultramem.files.json_files import write_json
+from ultramem.runs.checkpoints import Checkpoint, column_names, find_checkpoint
+from ultramem.runs.layout import TASKS_NAME
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Fine-tuning of models with memory layers."""
 
-from ultramem.finetuning.finetune import FinetuneConfig, FinetuneResult, finetune
+from ultramem.finetuning.run import FinetuneConfig, FinetuneResult, finetune
 
 __all__ = ["FinetuneConfig", "FinetuneResult", "finetune"]

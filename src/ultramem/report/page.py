@@ -14,10 +14,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ultramem.errors import UltraMemError
-from ultramem.filesystem import write_text
+from ultramem.files.whole_files import write_text
 from ultramem.report import plots
 from ultramem.report.run import LayerSeries, Run, Series, TaskResult
-from ultramem.run_layout import (
+from ultramem.runs.layout import (
     CONFIG_NAME,
     GRADIENT_NORM,
     HELD_OUT,

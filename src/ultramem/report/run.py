@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ultramem.errors import UltraMemError
-from ultramem.run_layout import CONFIG_NAME, EVALUATION_NAME, METRICS_NAME, SAMPLES_NAME, SUMMARY_NAME, TASKS_NAME
+from ultramem.runs.layout import CONFIG_NAME, EVALUATION_NAME, METRICS_NAME, SAMPLES_NAME, SUMMARY_NAME, TASKS_NAME
 
 Array = NDArray[np.float64]
 Parsed = TypeVar("Parsed")

@@ -1,6 +1,6 @@
 """Training: configuration, and runs that can be interrupted."""
 
-from ultramem.training.config import (
+from ultramem.runs.config import (
     DataConfig,
     LoggingConfig,
     OptimizerConfig,
@@ -10,7 +10,7 @@ from ultramem.training.config import (
     WandbConfig,
     load_config,
 )
-from ultramem.training.train import RunResult, train
+from ultramem.training.run import RunResult, train
 
 __all__ = [
     "DataConfig",

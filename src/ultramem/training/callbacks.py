@@ -35,7 +35,7 @@ from ultramem.errors import UltraMemError
 from ultramem.evaluation.task_suite import TaskSuite
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.hosts.olmo_core.moe import DroplessMoE
-from ultramem.run_layout import GRADIENT_NORM, HELD_OUT, LEARNING_RATES, TASK_METRICS, THROUGHPUT, TOKENS, TRAIN_LOSS
+from ultramem.runs.layout import GRADIENT_NORM, HELD_OUT, LEARNING_RATES, TASK_METRICS, THROUGHPUT, TOKENS, TRAIN_LOSS
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -12,8 +12,8 @@ from olmo_core.nn.lm_head import LMHeadConfig
 from olmo_core.nn.rope import RoPEConfig
 
 from ultramem.config import MemoryConfig
+from ultramem.configuration.field_types import check_types
 from ultramem.errors import ConfigError
-from ultramem.field_types import check_types
 from ultramem.hosts.olmo_core.model import MemoryBlockConfig, MemoryTransformer
 from ultramem.hosts.olmo_core.moe import ROW_ALIGNMENT, MoEConfig
 from ultramem.layers import HostScheme

@@ -16,8 +16,8 @@ from olmo_core.ops import attach_auxiliary_loss
 from olmo_core.train.common import ReduceType
 from torch import Tensor, nn
 
+from ultramem.configuration.field_types import check_types
 from ultramem.errors import ConfigError
-from ultramem.field_types import check_types
 
 # Grouped GEMM kernels read rows whose length is a multiple of 16 bytes, which is this many bfloat16 elements.
 ROW_ALIGNMENT = 8
