@@ -70,6 +70,21 @@ def token_directory(tmp_path_factory):
 
 
 @pytest.fixture
+def token_files(tmp_path):
+    """A configuration of two training files and a held-out one, named one by one."""
+    for name, count in (("a", 100), ("b", 70), ("heldout", 50)):
+        np.arange(count, dtype="<u4").tofile(tmp_path / f"{name}.npy")
+    return DataConfig(
+        train_files=(tmp_path / "a.npy", tmp_path / "b.npy"),
+        heldout_files=(tmp_path / "heldout.npy",),
+        sequence_length=16,
+        vocab_size=100,
+        eos_token_id=0,
+        dtype="uint32",
+    )
+
+
+@pytest.fixture
 def make_config(token_directory, tmp_path):
     """Makes configurations of tiny runs; arguments as in `RunConfig`, or of its trainer section."""
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from olmo_core.train import Checkpointer
 
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.evaluation import find_checkpoint, load_model
+from ultramem.runs.checkpoints import complete_steps, find_checkpoint, load_model
 
 
 def test_everything_comes_from_the_checkpoint(run: Any) -> None:
@@ -68,6 +69,17 @@ def test_a_run_means_its_latest_complete_checkpoint(run: Any) -> None:
     (run.save_checkpoint(900) / ".metadata.json").unlink()
     assert find_checkpoint(run.path).name == "step101"
     assert find_checkpoint(run.path / "step12").name == "step12"
+
+
+@pytest.mark.parametrize("lacks", [None, "train/rank0.pt", "model_and_optim/.metadata", ".metadata.json"])
+def test_complete_is_what_the_trainer_takes_for_complete(run: Any, lacks: str | None) -> None:
+    directory = run.save_checkpoint(12)
+    (run.path / "step13-tmp").mkdir()
+    (run.path / "step14").touch()
+    if lacks is not None:
+        (directory / lacks).unlink()
+    assert complete_steps(run.path) == sorted(step for step, _ in Checkpointer.find_checkpoints(run.path))
+    assert complete_steps(run.path) == ([7, 12] if lacks is None else [7])
 
 
 def test_relative_paths(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from ultramem.errors import UltraMemError
+from ultramem.runs.config import LoggingConfig
 from ultramem.runs.directory import RunDirectory
-from ultramem.training import LoggingConfig
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ from ultramem.convert.transformers_models import to_transformers
 from ultramem.data.documents import parse_size
 from ultramem.data.tokenizers import ChosenTokenizer, load_tokenizer
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.evaluation.generation import find_tokenizer
-from ultramem.files.output_directory import partial_directory
+from ultramem.files.whole_directories import partial_directory
 from ultramem.files.whole_files import write_text
 from ultramem.hosts.olmo_core import model_statistics
 from ultramem.hosts.transformers.files import MODEL_CONFIG_NAME, MODEL_CONTENTS, save_model_file
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
 from ultramem.runs.layout import EVALUATION_NAME, SUMMARY_NAME, TOKENIZER_NAME
+from ultramem.runs.tokenizer import find_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 

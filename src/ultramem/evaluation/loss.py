@@ -18,9 +18,10 @@ from ultramem.data.token_windows import IGNORED, TokenWindows
 from ultramem.device import autocast
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.evaluation.data import find_data
-from ultramem.files.json_files import write_json
+from ultramem.evaluation.table_columns import column_names
+from ultramem.files.whole_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
-from ultramem.runs.checkpoints import column_names, find_checkpoint
+from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import EVALUATION_NAME
 
 BATCH_TOKENS = 4096  # of a batch, if its size is not given; the memory that logits take grows with it

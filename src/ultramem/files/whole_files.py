@@ -1,13 +1,11 @@
-"""Files that are written whole or not at all, and directories that one process at a time writes to."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
-import shutil
-from collections.abc import Iterator
+import json
 from pathlib import Path
+from typing import Any
 
 from ultramem.errors import UltraMemError
 
@@ -28,32 +26,13 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-@contextlib.contextmanager
-def locked(directory: Path, busy: str) -> Iterator[None]:
-    """Hold a lock on a directory, which the system releases however the process ends.
-
-    Args:
-        directory: to lock.
-        busy: what to say where another process holds it.
+def write_json(path: Path, content: Any) -> None:
+    """Write the content as indented JSON.
 
     Raises:
-        UltraMemError: another process holds it.
-        OSError: the directory cannot be opened.
+        UltraMemError: the file cannot be written.
     """
-    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UltraMemError(busy) from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a link, or a directory with all that is in it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+        write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UltraMemError(f"{path} cannot be written: {error.strerror}") from error

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from ultramem.device import autocast, choose_device, has_fast_bfloat16
 from ultramem.errors import ConfigError, UltraMemError, first_line
-from ultramem.files.output_directory import partial_directory
+from ultramem.files.whole_directories import partial_directory
 from ultramem.files.whole_files import write_text
 from ultramem.finetuning.examples import background_batches, collate, make_examples, mean_loss, read_texts
 from ultramem.hosts.transformers import detach_memory, load_memory, save_memory

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from olmo_core.distributed.checkpoint import load_state_dict
-from olmo_core.train.checkpoint import Checkpointer
-from rich.markup import escape
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ultramem.device import choose_device
 from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core.checkpoint import check_stored_model
 from ultramem.hosts.olmo_core.model import MemoryTransformer
-from ultramem.runs.config import RunConfig, load_config
+from ultramem.runs.config import RunConfig
+from ultramem.runs.config_files import load_config
 from ultramem.runs.layout import CONFIG_NAME
+
+# What OLMo-core's trainer writes into a checkpoint, the last of it when all else is there.
+MODEL_NAME = "model_and_optim"
+_PARTS = ("train/rank0.pt", f"{MODEL_NAME}/.metadata", ".metadata.json")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """Name of the checkpoint's directory within the run's."""
-        return Checkpointer.checkpoint_dirname(self.step)
+        return checkpoint_name(self.step)
 
     def load_model(self, device: str = "auto") -> MemoryTransformer:
         """The model in evaluation mode, without gradients; all parameters and buffers are the checkpoint's.
@@ -53,7 +56,7 @@ class Checkpoint:
             UltraMemError: the checkpoint is damaged, or of a model that the run's configuration does not describe.
         """
         place = choose_device(device)
-        directory = self.run / self.name / "model_and_optim"
+        directory = self.run / self.name / MODEL_NAME
         check_stored_model(directory, self.config.model)
         model = self.config.model.build("meta")
         model.to_empty(device=place)
@@ -72,6 +75,22 @@ class Checkpoint:
         return model.eval().requires_grad_(False)
 
 
+def checkpoint_name(step: int) -> str:
+    """Name of a checkpoint's directory within the run's, as OLMo-core's trainer calls it."""
+    return f"step{step}"
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    return all((directory / part).is_file() for part in _PARTS)
+
+
+def complete_steps(run: Path) -> list[int]:
+    """Steps of a run's complete checkpoints, rising."""
+    named = ((path, re.fullmatch(r"step(\d+)", path.name)) for path in run.iterdir())
+    return sorted(int(match[1]) for path, match in named if match and is_complete(path))
+
+
 def find_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint at `path`: a run directory for its latest complete one, or a checkpoint's own directory.
 
@@ -85,13 +104,13 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"{given} is neither a run directory, with a {CONFIG_NAME}, nor a checkpoint in one; "
             "name the directory that `ultramem train` writes its run to"
         )
-    steps = sorted(step for step, _ in Checkpointer.find_checkpoints(run))
+    steps = complete_steps(run)
     if not steps:
         raise UltraMemError(f"{run} has no complete checkpoint yet; wait for the first, or train further")
     if given == run:
         step = steps[-1]
     else:
-        named = {Checkpointer.checkpoint_dirname(step): step for step in steps}
+        named = {checkpoint_name(step): step for step in steps}
         if given.name not in named:
             fault = "is not a complete checkpoint" if given.exists() else "does not exist"
             raise UltraMemError(f"{given} {fault}; the complete ones are {', '.join(named)}")
@@ -111,11 +130,3 @@ def load_model(path: str | os.PathLike[str], device: str = "auto") -> tuple[Memo
     """
     checkpoint = find_checkpoint(path)
     return checkpoint.load_model(device), checkpoint.config
-
-
-def column_names(checkpoints: Sequence[tuple[Path, str]]) -> list[str]:
-    """Headers of a rich table: run directory and checkpoint, with its whole path where two would look the same."""
-    names = [f"{run.name}/{checkpoint}" for run, checkpoint in checkpoints]
-    if len(set(names)) < len(names):
-        names = [f"{run}/{checkpoint}" for run, checkpoint in checkpoints]
-    return [escape(name) for name in names]

@@ -1,26 +1,18 @@
-"""The configuration of a training run."""
+"""The configuration of a training run: its sections, as dataclasses that check themselves."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from ultramem.config import MemoryConfig
-from ultramem.configuration.decoding import decode, dotted_keys, encode, parse_yaml, set_key
-from ultramem.convert.initial_weights import read_model_config
+from ultramem.configuration.decoding import encode
 from ultramem.errors import ConfigError
 from ultramem.files.whole_files import write_text
-from ultramem.hosts.olmo_core import ModelConfig, preset
-from ultramem.runs.tokens import open_token_data
-
-VOCABULARY_MULTIPLE = 128  # embedding rows: matrix products on GPUs are fastest so
+from ultramem.hosts.olmo_core import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -273,71 +265,6 @@ class RunConfig:
     def save(self, path: Path) -> None:
         """Write as YAML that `load_config` reads back, whole or not at all."""
         write_text(path, yaml.safe_dump(encode(self), sort_keys=False, allow_unicode=True))
-
-
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file.
-
-    Args:
-        path: the file.
-        overrides: such as `--optimizer.learning_rate=3e-4` or `model.memory=null`; values are YAML.
-
-    Raises:
-        ConfigError: the file is missing or not valid, or a key or value is wrong.
-        UltraMemError: the vocabulary is that of the data, and the data is missing or damaged.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path"
-        ) from error
-    content = parse_yaml(text, str(path)) or {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold sections of keys and values, such as `trainer:` with `steps: 1000`")
-    for override in overrides:
-        key, separator, value = override.removeprefix("--").partition("=")
-        if not separator:
-            raise ConfigError(
-                f"{override}: not an option; to replace a value write --KEY=VALUE, such as --trainer.steps=100"
-            )
-        set_key(content, key, parse_yaml(value, f"--{key}"))
-    keys = [*dotted_keys(RunConfig), "model.preset"]
-    trainer = content.get("trainer")
-    weights = trainer.get("initial_weights") if isinstance(trainer, dict) else None
-    if "model" not in content and isinstance(weights, str):
-        content["model"] = encode(read_model_config(Path(weights)))
-    if isinstance(content.get("model"), dict):
-        content["model"] = _resolve_model(content, keys)
-    return decode(RunConfig, content, keys)
-
-
-def _resolve_model(content: dict[str, Any], keys: list[str]) -> dict[str, Any]:
-    """The model section with the preset's values and the data's vocabulary filled in."""
-    section = dict(content["model"])
-    if "vocab_size" not in section:
-        data = open_token_data(decode(DataConfig, content.get("data"), keys, "data"))
-        section["vocab_size"] = math.ceil(data.vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    name = section.pop("preset", None)
-    if name is None:
-        return section
-    try:
-        base = encode(preset(name))
-    except ConfigError as error:
-        raise ConfigError(f"model.{error}") from error
-    for part in ("memory", "moe"):
-        if isinstance(section.get(part), dict) and base[part] is not None:
-            if section[part].get("kind", base[part].get("kind")) != base[part].get("kind"):
-                _leave_to_kind(base[part])
-            section[part] = base[part] | section[part]
-    return base | section
-
-
-def _leave_to_kind(memory: dict[str, Any]) -> None:
-    """Remove what another kind of memory prescribes for itself: the fields whose default is None."""
-    for item in dataclasses.fields(MemoryConfig):
-        if item.default is None:
-            del memory[item.name]
 
 
 def _check(config: Any, name: str, right: bool, what: str) -> None:

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from olmo_core.train import Checkpointer
 
 from ultramem.configuration.decoding import encode
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.files.whole_files import locked, remove, write_text
+from ultramem.files.locks import locked
+from ultramem.files.removal import remove
+from ultramem.files.whole_files import write_text
 from ultramem.hosts.olmo_core import ModelConfig, ModelStatistics, model_statistics
-from ultramem.runs.config import RunConfig, load_config
+from ultramem.runs.checkpoints import checkpoint_name, complete_steps, is_complete
+from ultramem.runs.config import RunConfig
+from ultramem.runs.config_files import load_config
 from ultramem.runs.layout import (
     CONFIG_NAME,
     EVALUATION_NAME,
@@ -113,7 +116,7 @@ class RunDirectory:
             self._clear()
         self._check_owner()
         for path in self.path.glob("step[0-9]*"):
-            if path.is_dir() and not Checkpointer.dir_is_checkpoint(path):
+            if path.is_dir() and not is_complete(path):
                 shutil.rmtree(path)
         _cut_torn_line(self.path / METRICS_NAME)
         self.config.save(self.path / CONFIG_NAME)
@@ -121,11 +124,11 @@ class RunDirectory:
 
     def latest_step(self) -> int | None:
         """Step of the latest complete checkpoint."""
-        return max((step for step, _ in Checkpointer.find_checkpoints(self.path)), default=None)
+        return max(complete_steps(self.path), default=None)
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step is or will be."""
-        return self.path / Checkpointer.checkpoint_dirname(step)
+        return self.path / checkpoint_name(step)
 
     def describe(self, data: TokenData, device: torch.device, world_size: int) -> ModelStatistics:
         """Write `summary.json` and the tokenizer, where they are not there yet, and return the model's statistics."""

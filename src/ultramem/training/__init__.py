@@ -8,8 +8,8 @@ from ultramem.runs.config import (
     ScheduleConfig,
     TrainerConfig,
     WandbConfig,
-    load_config,
 )
+from ultramem.training.configuration import load_config
 from ultramem.training.run import RunResult, train
 
 __all__ = [

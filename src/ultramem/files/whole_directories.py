@@ -9,7 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ultramem.errors import UltraMemError
-from ultramem.files.whole_files import locked, remove
+from ultramem.files.locks import locked
+from ultramem.files.removal import remove
 
 
 @contextmanager
