@@ -10,8 +10,8 @@ import pytest
 
 from ultramem.cli import main
 from ultramem.evaluation import evaluate
-from ultramem.report.run import Evaluation
-from ultramem.report.run import Sample as ReportedSample
+from ultramem.report.run import ReportedSample
+from ultramem.runs.results import LossResult
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -27,7 +27,7 @@ def test_evaluate(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     content = json.loads((run.path / "evaluation.json").read_text())
     expected = evaluate(run.path)
     assert content["loss"] == expected.loss
-    assert Evaluation.parse(content).unigram_bits_per_byte == expected.unigram_bits_per_byte
+    assert LossResult.parse(content).unigram_bits_per_byte == expected.unigram_bits_per_byte
     printed = capsys.readouterr().out
     for number in (expected.loss, expected.bits_per_byte, expected.unigram_bits_per_byte):
         assert f"{number:.4f}" in printed

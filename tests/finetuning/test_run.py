@@ -1,3 +1,5 @@
+"""Models are taught new documents, and nothing else in them changes."""
+
 from __future__ import annotations
 
 import json
@@ -6,45 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from tiny_finetuning import MEMORY, NEW, SIZES
 from ultramem.cli import app
 from ultramem.config import MemoryConfig
-from ultramem.data.tokenizers import train_bpe
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.finetuning import FinetuneConfig, finetune
-from ultramem.finetuning.examples import background_batches, collate, make_examples, mean_loss, read_texts
-from ultramem.hosts.transformers import UltraMemConfig, UltraMemForCausalLM, attach_memory, load_memory, save_memory
-
-MEMORY: dict[str, Any] = {"num_keys": 12, "key_dim": 8, "value_dim": 8, "top_k": 4, "share_ratio": 0.5}
-SIZES: dict[str, Any] = {
-    "vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-}  # fmt: skip
-NEW = [f"capital_of['{name}'] = '{name[::-1]}'" for name in ("zorvex", "miluna", "tarok", "bespin")]
-OLD = [f"def function_{number}(x):\n    return x + {number}\n" for number in range(40)]
-
-
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
-        tokenizer_object=train_bpe(NEW + OLD, 300).tokenizer, eos_token="<|endoftext|>", pad_token="<|padding|>"
-    )
-
-
-@pytest.fixture
-def files(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
-    torch.manual_seed(0)
-    UltraMemForCausalLM(UltraMemConfig(**SIZES, memory=MEMORY)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "new.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in NEW))
-    for name, texts in (("background", OLD[:30]), ("heldout", OLD[30:])):
-        (tmp_path / f"{name}.txt").write_text("\n".join(texts))
-    names = ("model", "new.jsonl", "background.txt", "heldout.txt", "output")
-    return {name.partition(".")[0]: tmp_path / name for name in names}
+from ultramem.finetuning.examples import make_examples, mean_loss
+from ultramem.hosts.transformers import attach_memory, load_memory, save_memory
 
 
 def config(files: dict[str, Path], **options: Any) -> FinetuneConfig:
@@ -61,38 +35,6 @@ def changed(before: Path, after: Path) -> dict[str, torch.Tensor]:
     old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
     assert old.keys() == new.keys()
     return {name: new[name] != old[name] for name in old}
-
-
-def test_examples_are_pieces_of_documents(tokenizer: PreTrainedTokenizerFast) -> None:
-    pieces = make_examples(NEW[:2], tokenizer, 8)
-    whole = [tokenizer(text)["input_ids"] + [0] for text in NEW[:2]]
-    assert [token for piece in pieces for token in piece["input_ids"]] == whole[0] + whole[1]
-    assert max(len(piece["input_ids"]) for piece in pieces) == 8
-    batch = collate([{"input_ids": [5, 6, 0]}, {"input_ids": [0]}])
-    assert batch["labels"].tolist() == [[5, 6, 0], [0, -100, -100]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-
-
-def test_background_batches_are_different_windows() -> None:
-    examples = [{"input_ids": [*range(30)]}, {"input_ids": [*range(30, 53)]}]
-    options: dict[str, Any] = {"sequence_length": 8, "seed": 0, "device": torch.device("cpu")}
-    batches = [*background_batches(examples, batch_tokens=12, batches=9, **options)]
-    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 6)] * 4
-    tokens = torch.cat([batch["input_ids"] for batch in batches]).flatten()
-    assert tokens.sort().values.tolist() == [*range(48)]
-    assert len([*background_batches(examples, batch_tokens=12, batches=3, **options)]) == 3
-    with pytest.raises(UltraMemError, match="53 tokens"):
-        next(background_batches(examples, batch_tokens=60, batches=3, **options))
-
-
-def test_mean_loss_weighs_all_tokens_alike(files: dict[str, Path], tokenizer: PreTrainedTokenizerFast) -> None:
-    model = AutoModelForCausalLM.from_pretrained(files["model"])
-    examples = make_examples(NEW, tokenizer, 64)
-    losses = []
-    for example in examples:
-        ids = torch.tensor([example["input_ids"]])
-        losses.append(F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none"))
-    assert mean_loss(model, examples, 3) == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
 def test_sparse_changes_few_rows_and_nothing_else(files: dict[str, Path]) -> None:
@@ -181,14 +123,3 @@ def test_output_that_is_there_stays(files: dict[str, Path]) -> None:
     assert (files["output"] / "notes.txt").read_text() == "mine"
     with pytest.raises(ConfigError):
         config(files, sequence_length=0)
-
-
-def test_source_trees(tmp_path: Path) -> None:
-    """Files of the given patterns; empty ones are passed over."""
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "__init__.py").touch()
-    (tmp_path / "package" / "module.py").write_text("x = 1")
-    (tmp_path / "package" / "notes.txt").write_text("notes")
-    assert read_texts([tmp_path], include=["*.py"]) == ["x = 1"]
-    with pytest.raises(UltraMemError, match="there is no document in it"):
-        read_texts([tmp_path], include=["__init__.py"])

@@ -11,8 +11,8 @@ from ultramem.evaluation.generation import (
 from ultramem.evaluation.loss import Evaluation, evaluate, print_losses
 from ultramem.evaluation.sampling import sample
 from ultramem.evaluation.task_evaluation import TaskEvaluation, evaluate_tasks, print_task_table
-from ultramem.evaluation.tasks import TaskResult
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint, load_model
+from ultramem.runs.results import TaskResult
 
 __all__ = [
     "Checkpoint",
