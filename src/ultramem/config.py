@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from ultramem.configuration.field_types import check_types
+from ultramem.configuration.field_types import check_finite, check_types
 from ultramem.errors import ConfigError
 
 Kind = Literal["pkm", "memory_plus", "ultramem", "ultramem_v2"]
@@ -129,7 +129,8 @@ class MemoryConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        self._check_choice("kind", get_args(Kind))
+        check_types(self)
+        check_finite(self)
         for name, default in _KIND_DEFAULTS[self.kind].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
@@ -229,16 +230,7 @@ class MemoryConfig:
             own = own // window_rows * window_rows
         return min(own, table_rows - window_rows)
 
-    def _check_choice(self, name: str, choices: tuple[Any, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise ConfigError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(str, choices))}")
-
     def _check_values(self) -> None:
-        self._check_choice("sharing", get_args(Sharing))
-        self._check_choice("value_projectors", get_args(ValueProjectors))
-        self._check_choice("pre_activation", (None, *get_args(Activation)))
-        self._check_choice("init", get_args(Initialization))
-        check_types(self)
         for name, low in _SMALLEST.items():
             value = getattr(self, name)
             if value is not None and value < low:

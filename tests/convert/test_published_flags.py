@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from ultramem import MemoryConfig
-from ultramem.configuration.decoding import parse_yaml
+from ultramem.configuration.yaml_text import parse_yaml
 from ultramem.convert.published_flags import translate_flags
 from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core import ModelConfig

@@ -97,8 +97,8 @@ def test_command(files: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "dora"}, "method=dora: must be one of sparse, full, lora"),
-        ({"optimizer": "adam"}, "optimizer=adam"),
+        ({"method": "dora"}, "method='dora': must be one of sparse, full, lora"),
+        ({"optimizer": "adam"}, "optimizer='adam': must be one of sgd, adamw"),
         ({"rows": 0}, "rows=0"),
         ({"learning_rate": -1.0}, r"learning_rate=-1\.0"),
         ({"epochs": 2}, "steps=20 and epochs=2"),

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from ultramem.config import MemoryConfig
-from ultramem.configuration.decoding import decode, parse_yaml
+from ultramem.configuration.decoding import decode
+from ultramem.configuration.field_types import check_types
+from ultramem.configuration.yaml_text import parse_yaml
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.hosts.olmo_core import ModelConfig
 
@@ -149,6 +151,7 @@ class PublishedModel:
     mem_output_dropout_rate: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.mlp_hidden_size is not None and self.mlp_hidden_size % 2:
             raise ConfigError(f"mlp_hidden_size={self.mlp_hidden_size}: must be even, as SwiGLU halves it")
         copies = self.mem_key_expand_time**2

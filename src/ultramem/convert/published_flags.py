@@ -13,7 +13,9 @@ from typing import Any
 
 import yaml
 
-from ultramem.configuration.decoding import decode, parse_yaml, set_key
+from ultramem.configuration.decoding import decode
+from ultramem.configuration.overrides import set_key
+from ultramem.configuration.yaml_text import parse_yaml
 from ultramem.convert.published_checkpoint import FIXED_KEYS, MEMORY_KEYS, MODEL_KEYS, PublishedModel
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.runs.config import RunConfig

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from rich.progress import Progress
 
+from ultramem.configuration.field_types import check_types
 from ultramem.data.documents import BrokenRecordError, Document, find_sources, read_documents
 from ultramem.data.encoding import encode_documents
 from ultramem.data.near_duplicates import near_duplicates
@@ -78,6 +79,7 @@ class TokenizeConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.sources:
             raise ConfigError("sources is empty; name at least one file or directory")
         if (self.tokenizer is None) == (self.train_bpe is None):

@@ -13,6 +13,7 @@ import typer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
+from ultramem.configuration.field_types import check_types
 from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.device import autocast
 from ultramem.errors import ConfigError, UltraMemError
@@ -43,6 +44,7 @@ class SamplingConfig:
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_sampling(self.temperature, self.top_k, self.top_p)
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed}: must be at least 0")

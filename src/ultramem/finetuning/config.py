@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
+from ultramem.configuration.field_types import check_types
 from ultramem.errors import ConfigError
 from ultramem.hosts.transformers.sparse_finetuning import OptimizerKind
 
@@ -70,9 +71,7 @@ class FinetuneConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, choices in (("method", get_args(Method)), ("optimizer", get_args(OptimizerKind))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be one of {', '.join(choices)}")
+        check_types(self)
         for name in ("rows", "rank", "steps", "epochs", "batch_size", "sequence_length", "background_batches"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name}={value}: must be at least 1")

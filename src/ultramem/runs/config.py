@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from ultramem.configuration.decoding import encode
+from ultramem.configuration.field_types import check_types
 from ultramem.errors import ConfigError
 from ultramem.files.whole_files import write_text
 from ultramem.hosts.olmo_core import ModelConfig
@@ -43,6 +44,7 @@ class DataConfig:
     dtype: Literal["uint16", "uint32"] | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         _make_absolute(self, "directory", "more_directories", "train_files", "heldout_files")
         if self.sequence_length < 2:
             raise ConfigError(f"sequence_length={self.sequence_length}: must be at least 2")
@@ -83,6 +85,7 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check(self, "learning_rate", self.learning_rate > 0, "above 0")
         _check(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
         _check(self, "eps", self.eps > 0, "above 0")
@@ -110,6 +113,7 @@ class ScheduleConfig:
     final_share: float = 0.1
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check(self, "warmup_steps", (self.warmup_steps or 0) >= 0, "at least 0, or null")
         _check(self, "warmup_share", 0 <= self.warmup_share <= 1, "from 0 to 1")
         _check(self, "decay_share", 0 <= self.decay_share <= 1, "from 0 to 1")
@@ -176,6 +180,7 @@ class TrainerConfig:
     initial_weights: Path | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         _make_absolute(self, "directory", "initial_weights")
         for name in ("batch_size", "checkpoint_interval", "keep_checkpoints", "metrics_interval"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
@@ -214,6 +219,9 @@ class WandbConfig:
     project: str
     entity: str | None = None
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
 
 @dataclass(frozen=True)
 class LoggingConfig:
@@ -227,6 +235,9 @@ class LoggingConfig:
 
     tensorboard: bool = False
     wandb: WandbConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -251,6 +262,7 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
+        check_types(self)
         length, batch, micro_batch = self.data.sequence_length, self.trainer.batch_size, self.trainer.micro_batch_size
         for name, size in (("batch_size", batch), ("micro_batch_size", micro_batch)):
             if size is not None and size % length:
@@ -275,6 +287,5 @@ def _check(config: Any, name: str, right: bool, what: str) -> None:
 def _make_absolute(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        absolute = tuple(Path(path).absolute() for path in value) if isinstance(value, tuple) else None
-        if value is not None:
-            object.__setattr__(config, name, absolute if absolute is not None else Path(value).absolute())
+        absolute = tuple(path.absolute() for path in value) if isinstance(value, tuple) else value and value.absolute()
+        object.__setattr__(config, name, absolute)

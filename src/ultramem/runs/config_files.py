@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ultramem.config import MemoryConfig
-from ultramem.configuration.decoding import decode, dotted_keys, encode, parse_yaml, set_key
+from ultramem.configuration.decoding import decode, dotted_keys, encode
+from ultramem.configuration.overrides import apply_overrides
+from ultramem.configuration.yaml_text import parse_yaml
 from ultramem.errors import ConfigError
 from ultramem.hosts.olmo_core import ModelConfig, preset
 from ultramem.runs.config import DataConfig, RunConfig
@@ -45,13 +47,7 @@ def load_config(
     content = parse_yaml(text, str(path)) or {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold sections of keys and values, such as `trainer:` with `steps: 1000`")
-    for override in overrides:
-        key, separator, value = override.removeprefix("--").partition("=")
-        if not separator:
-            raise ConfigError(
-                f"{override}: not an option; to replace a value write --KEY=VALUE, such as --trainer.steps=100"
-            )
-        set_key(content, key, parse_yaml(value, f"--{key}"))
+    apply_overrides(content, overrides)
     keys = [*dotted_keys(RunConfig), "model.preset"]
     trainer = content.get("trainer")
     weights = trainer.get("initial_weights") if isinstance(trainer, dict) else None

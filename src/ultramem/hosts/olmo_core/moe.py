@@ -15,7 +15,7 @@ from olmo_core.nn.transformer.init import _apply_init
 from olmo_core.ops import attach_auxiliary_loss
 from torch import Tensor, nn
 
-from ultramem.configuration.field_types import check_types
+from ultramem.configuration.field_types import check_finite, check_types
 from ultramem.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_finite(self)
         _check_aligned("hidden_size", self.hidden_size)
         if self.num_experts < 1:
             raise ConfigError(f"num_experts={self.num_experts}: must be at least 1")

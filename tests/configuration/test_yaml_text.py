@@ -1,8 +1,8 @@
-"""Scalars and dotted keys of configuration files."""
+"""Scalars of configuration files, and what is said about mistakes in the syntax."""
 
 import pytest
 
-from ultramem.configuration.decoding import parse_yaml, set_key
+from ultramem.configuration.yaml_text import parse_yaml
 from ultramem.errors import ConfigError
 
 
@@ -45,11 +45,3 @@ def test_syntax_error_names_the_line():
         parse_yaml("a: 1\nb:\n  [1, 2\nc: 3\n", "run.yaml")
     with pytest.raises(ConfigError, match=r"^run.yaml, line 1: not valid YAML: could not determine a constructor"):
         parse_yaml("!!python/object/apply:os.system [ls]", "run.yaml")
-
-
-def test_set_key_makes_sections():
-    content = {"a": {"b": 1}, "c": None}
-    set_key(content, "a.d", 2)
-    set_key(content, "c.e.f", 3)
-    set_key(content, "g", 4)
-    assert content == {"a": {"b": 1, "d": 2}, "c": {"e": {"f": 3}}, "g": 4}
