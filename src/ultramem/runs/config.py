@@ -153,7 +153,7 @@ class TrainerConfig:
         evaluate_tasks_questions: most questions of each task, or of each part of a memory task; null for all.
         seed: of the data's order and of dropout. The initial weights have `model.seed`.
         initial_weights: start from another model's weights instead: a transformers directory, such as `ultramem
-            export` writes. The model section may then be left out.
+            export` writes. The model section may then be left out, or replace some of that model's values.
     """
 
     directory: Path

@@ -1,4 +1,4 @@
-"""Reading a run's configuration where its model may be another's."""
+"""Reading a run's configuration, whose model may be that of its initial weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ultramem.runs.config import RunConfig
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file; where it has no model section, `trainer.initial_weights` says what the model is.
+    """Read a YAML file; where its model section does not describe a model, that is the one of the initial weights.
 
     Args:
         path: the file.
