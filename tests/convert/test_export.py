@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from typer.testing import CliRunner
 from ultramem import UltraMemError
 from ultramem.cli import app
 from ultramem.convert.export import export
-from ultramem.convert.model_directory import read_model
+from ultramem.convert.model_directory import read_config, read_model
+from ultramem.convert.transformers_models import to_transformers_config
 from ultramem.data.tokenizers import load_tokenizer
 from ultramem.evaluation import TextGenerator, find_checkpoint, load_model
+from ultramem.hosts.olmo_core import ModelConfig, MoEConfig
 from ultramem.hosts.transformers import UltraMemForCausalLM
 from ultramem.training import load_config, train
 
@@ -52,8 +55,32 @@ def test_state_comes_back_to_the_bit(system: str, train_run: TrainRun, tmp_path:
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(state[name], tensor), name
-    for name in ("memory", "d_model", "num_blocks", "num_heads", "tie_embeddings", "rope_theta", "norm_eps", "system"):
+    for name in (
+        "memory",
+        "moe",
+        "d_model",
+        "num_blocks",
+        "num_heads",
+        "tie_embeddings",
+        "rope_theta",
+        "norm_eps",
+        "system",
+    ):
         assert getattr(config, name) == getattr(run.model, name)
+
+
+@pytest.mark.parametrize("z_loss_coef", [0.0, 0.02])
+def test_a_mixture_of_experts_comes_back_whole(z_loss_coef: float, tmp_path: Path) -> None:
+    moe = MoEConfig(
+        hidden_size=16, num_experts=4, top_k=2, load_balancing_coef=0.5, z_loss_coef=z_loss_coef, normalize_top_k=True
+    )
+    config = ModelConfig(d_model=32, num_blocks=2, num_heads=2, feed_forward_size=0, vocab_size=384, moe=moe)
+    to_transformers_config(config).save_pretrained(tmp_path)
+    assert read_config(tmp_path).moe == moe
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["router_z_loss_coef"]  # as transformers itself writes it
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert read_config(tmp_path).moe == replace(moe, z_loss_coef=MoEConfig.z_loss_coef)
 
 
 @systems

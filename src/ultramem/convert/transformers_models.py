@@ -42,6 +42,8 @@ _NAMES = {
 _BACK = {theirs: ours for ours, theirs in _NAMES.items()}
 _GATE, _UP, _DOWN = (f"feed_forward.{name}_proj" for name in ("gate", "up", "down"))
 
+Z_LOSS_COEF = "router_z_loss_coef"  # transformers has no such field; it keeps what it does not know
+
 
 def to_transformers_config(model: ModelConfig, **options: Any) -> PreTrainedConfig:
     """The configuration of the same model for transformers.
@@ -74,6 +76,7 @@ def to_transformers_config(model: ModelConfig, **options: Any) -> PreTrainedConf
             num_experts_per_tok=model.moe.top_k,
             norm_topk_prob=model.moe.normalize_top_k,
             router_aux_loss_coef=model.moe.load_balancing_coef,
+            **{Z_LOSS_COEF: model.moe.z_loss_coef},
             **fields,
         )
     fields["intermediate_size"] = model.feed_forward_size
@@ -116,6 +119,7 @@ def from_transformers_config(config: PreTrainedConfig) -> ModelConfig:
             num_experts=config.num_experts,
             top_k=config.num_experts_per_tok,
             load_balancing_coef=config.router_aux_loss_coef,
+            z_loss_coef=getattr(config, Z_LOSS_COEF, MoEConfig.z_loss_coef),
             normalize_top_k=config.norm_topk_prob,
         )
     return ModelConfig(
