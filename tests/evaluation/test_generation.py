@@ -111,22 +111,6 @@ def test_a_model_that_diverged(run: Any) -> None:
         list(TextGenerator.from_checkpoint(run.path).stream("a", GREEDY))
 
 
-def test_the_tokenizer_is_in_the_run(run: Any) -> None:
-    run.data.rename(run.data.with_name("elsewhere"))
-    assert TextGenerator.from_checkpoint(run.path).tokenizer.eos_token_id == 0
-    (run.path / "tokenizer.json").unlink()
-    with pytest.raises(UltraMemError, match=r"run/tokenizer.json is missing; copy"):
-        TextGenerator.from_checkpoint(run.path)
-
-
-def test_a_tokenizer_that_is_too_large(run: Any) -> None:
-    tokenizer = Tokenizer.from_file(str(run.path / "tokenizer.json"))
-    tokenizer.add_tokens([f"word{i}" for i in range(200)])
-    tokenizer.save(str(run.path / "tokenizer.json"))
-    with pytest.raises(UltraMemError, match="has 458 tokens, but the model was trained with 384"):
-        TextGenerator.from_checkpoint(run.path)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

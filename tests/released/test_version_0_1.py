@@ -46,6 +46,7 @@ def test_the_run_goes_on_as_if_it_had_not_stopped(released: Path, expected: dict
     assert find_checkpoint(released / "run").step == 6
     result = train(load_config(released / "run" / "config.yaml"))
     assert (result.step, result.status) == (12, "finished")
+    assert json.loads((released / "run" / "summary.json").read_text())["eos_token_id"] == 0
     metrics = read_metrics(released / "run")
     for step in map(str, range(7, 13)):
         assert metrics[step][LOSS] == pytest.approx(expected["losses"][LOSS][step], rel=1e-5)

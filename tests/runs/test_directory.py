@@ -1,12 +1,15 @@
 """Whose a run directory is, and what a start removes from it."""
 
+import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from ultramem.errors import UltraMemError
 from ultramem.runs.config import LoggingConfig
 from ultramem.runs.directory import RunDirectory
+from ultramem.runs.tokens import open_token_data
 
 
 @pytest.fixture
@@ -103,3 +106,18 @@ def test_directory_that_cannot_be_made(make_config, tmp_path):
     message = r"trainer.directory=.*file/run: cannot be made \(Not a directory\)"
     with pytest.raises(UltraMemError, match=message), run.locked():
         pass
+
+
+def test_the_end_of_a_text_is_recorded(run):
+    data = open_token_data(run.config.data)
+    run.describe(data, torch.device("cpu"), 1)
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert summary["eos_token_id"] == data.eos_token_id == 0
+    # Of a run that version 0.1 began, what was known stays.
+    del summary["eos_token_id"]
+    old = summary | {"started": "long ago"}
+    (run.path / "summary.json").write_text(json.dumps(old))
+    run.describe(data, torch.device("cpu"), 1)
+    assert json.loads((run.path / "summary.json").read_text()) == old | {"eos_token_id": 0}
+    run.describe(replace(data, eos_token_id=3), torch.device("cpu"), 1)
+    assert json.loads((run.path / "summary.json").read_text())["eos_token_id"] == 0

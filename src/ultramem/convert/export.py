@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,14 @@ from ultramem.convert.transformers_models import to_transformers
 from ultramem.data.documents import parse_size
 from ultramem.data.tokenizers import ChosenTokenizer, load_tokenizer
 from ultramem.errors import ConfigError, UltraMemError
+from ultramem.files.json_files import read_json_object
 from ultramem.files.whole_directories import partial_directory
 from ultramem.files.whole_files import write_text
 from ultramem.hosts.olmo_core import model_statistics
 from ultramem.hosts.transformers.files import MODEL_CONFIG_NAME, MODEL_CONTENTS, save_model_file
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
-from ultramem.runs.layout import EVALUATION_NAME, SUMMARY_NAME, TOKENIZER_NAME
+from ultramem.runs.layout import EVALUATION_NAME, TOKENIZER_NAME
+from ultramem.runs.summary import read_summary
 from ultramem.runs.tokenizer import find_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -206,10 +207,10 @@ def model_card(checkpoint: Checkpoint, has_tokenizer: bool) -> str:
 def _figures(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     """What `train` and `evaluate` left in the run directory."""
     rows: list[tuple[str, str]] = []
-    summary = _read_json(checkpoint.run / SUMMARY_NAME)
+    summary = read_summary(checkpoint.run)
     if "device" in summary:
         rows.append(("trained on", f"{summary['device']}, PyTorch {summary.get('torch')}"))
-    evaluation = _read_json(checkpoint.run / EVALUATION_NAME)
+    evaluation = read_json_object(checkpoint.run / EVALUATION_NAME)
     if evaluation.get("checkpoint") == checkpoint.name:
         rows += [
             (f"held-out {label}", f"{evaluation[name]:.4f}")
@@ -217,11 +218,3 @@ def _figures(checkpoint: Checkpoint) -> list[tuple[str, str]]:
             if isinstance(evaluation.get(name), float)
         ]
     return rows
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -98,6 +98,19 @@ def load_model_tokenizer(file: Path, eos_id: int | None, vocab_size: int) -> Cho
     return tokenizer
 
 
+def end_of_text_tokens(file: Path) -> list[str]:
+    """The tokens that may end a text: the one that the settings beside a `tokenizer.json` name, else the usual ones.
+
+    Raises:
+        UltraMemError: A file cannot be read.
+    """
+    named = _read_settings(file).get("eos_token")
+    if named is not None:
+        return [named]
+    tokenizer = _read_file(file)
+    return [token for token in COMMON_EOS_TOKENS if tokenizer.token_to_id(token) is not None]
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> ChosenTokenizer:
     """A byte-level BPE of at most `vocab_size` tokens; `<|endoftext|>` is id 0 and `<|padding|>` id 1.
 

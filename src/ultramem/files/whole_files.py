@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
-from typing import Any
-
-from ultramem.errors import UltraMemError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -24,15 +20,3 @@ def write_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write the content as indented JSON.
-
-    Raises:
-        UltraMemError: the file cannot be written.
-    """
-    try:
-        write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UltraMemError(f"{path} cannot be written: {error.strerror}") from error

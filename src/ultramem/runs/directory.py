@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from ultramem.errors import ConfigError, UltraMemError
 from ultramem.files.locks import locked
 from ultramem.files.removal import remove
 from ultramem.files.whole_files import write_text
-from ultramem.hosts.olmo_core import ModelConfig, ModelStatistics, model_statistics
+from ultramem.hosts.olmo_core import ModelStatistics, model_statistics
 from ultramem.runs.checkpoints import checkpoint_name, complete_steps, is_complete
 from ultramem.runs.config import RunConfig
 from ultramem.runs.config_files import load_config
@@ -32,6 +30,7 @@ from ultramem.runs.layout import (
     TASKS_NAME,
     TOKENIZER_NAME,
 )
+from ultramem.runs.summary import EOS_TOKEN_ID, make_summary, read_summary
 from ultramem.runs.tokens import TokenData
 
 # Everything that a run, or a tool on it, may have written. The configuration goes last, it tells whose the rest is.
@@ -132,29 +131,14 @@ class RunDirectory:
 
     def describe(self, data: TokenData, device: torch.device, world_size: int) -> ModelStatistics:
         """Write `summary.json` and the tokenizer, where they are not there yet, and return the model's statistics."""
-        config = self.config
-        statistics = model_statistics(config.model, config.data.sequence_length)
-        if data.tokenizer is not None:
-            _write_once(self.path / TOKENIZER_NAME, data.tokenizer.read_text(encoding="utf-8"))
-        tokens = config.trainer.total_steps * config.trainer.batch_size
-        summary = {
-            "system": config.model.system,
-            "parameters": {
-                name: getattr(statistics, name)
-                for name in ("total", "active", "total_without_embeddings", "active_without_embeddings")
-            },
-            "flops_per_token": statistics.flops_per_token,
-            "bytes_per_token": statistics.bytes_per_token,
-            "memory": _memory_sizes(config.model),
-            "train_tokens": tokens,
-            "train_bytes": None if data.train_bytes_per_token is None else round(tokens * data.train_bytes_per_token),
-            "git": _git_revision(),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "world_size": world_size,
-        }
-        _write_once(self.path / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
+        statistics = model_statistics(self.config.model, self.config.data.sequence_length)
+        tokenizer = self.path / TOKENIZER_NAME
+        if data.tokenizer is not None and not tokenizer.exists():
+            write_text(tokenizer, data.tokenizer.read_text(encoding="utf-8"))
+        earlier = read_summary(self.path)
+        if EOS_TOKEN_ID not in earlier:  # also of a run that version 0.1 began
+            summary = make_summary(self.config, data, statistics, device, world_size)
+            write_text(self.path / SUMMARY_NAME, json.dumps(summary | earlier, indent=2) + "\n")
         return statistics
 
     def _check_owner(self) -> None:
@@ -208,27 +192,3 @@ def _cut_torn_line(path: Path) -> None:
     with path.open("rb+") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
-
-
-def _write_once(path: Path, text: str) -> None:
-    if not path.exists():
-        write_text(path, text)
-
-
-def _memory_sizes(model: ModelConfig) -> dict[str, int] | None:
-    if model.memory is None:
-        return None
-    layers = len(model.memory.insertions(model.num_blocks))
-    layout = model.memory.layout(layers)
-    return {"table_rows": layout.num_tables * layout.table_rows, "window_rows": layout.window_rows, "layers": layers}
-
-
-def _git_revision() -> str | None:
-    """The revision that is checked out in the working directory, marked if files differ from it."""
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
