@@ -15,3 +15,8 @@ class ConfigError(UltraMemError, ValueError):
 def first_line(error: BaseException) -> str:
     """What an error of another library says, on one line; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def system_reason(error: OSError) -> str:
+    """What the system says of an error, without the name of the file; not every one has both apart."""
+    return error.strerror or first_line(error)

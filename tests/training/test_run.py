@@ -319,6 +319,15 @@ def test_directory_that_cannot_be_written(make_config, monkeypatch):
         train(make_config())
 
 
+def test_an_error_without_a_file_name(make_config, monkeypatch):
+    def full(self, path):
+        raise OSError("no room\nat all")
+
+    monkeypatch.setattr(RunConfig, "save", full)
+    with pytest.raises(UltraMemError, match=r"^a file cannot be written or read: no room$"):
+        train(make_config())
+
+
 def test_full_disk_while_writing_metrics(make_config, monkeypatch):
     config = make_config()
     original = MetricsFile.log_metrics

@@ -20,7 +20,7 @@ from ultramem.config import MemoryConfig
 from ultramem.configuration.decoding import decode
 from ultramem.configuration.field_types import check_types
 from ultramem.configuration.yaml_text import parse_yaml
-from ultramem.errors import ConfigError, UltraMemError
+from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.hosts.olmo_core import ModelConfig
 
 CONFIG_NAME = "config.yaml"
@@ -238,7 +238,7 @@ def _read_options(file: Path) -> Mapping[str, Any]:
     try:
         content = parse_yaml(file.read_text(encoding="utf-8"), str(file))
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text"
+        reason = system_reason(error) if isinstance(error, OSError) else "not a text"
         raise UltraMemError(f"{file} cannot be read ({reason}); put the checkpoint's own there") from error
     options = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(options, Mapping):
@@ -307,7 +307,7 @@ def _read_tensors(path: Path) -> tuple[Path, dict[str, Tensor]]:
         except UltraMemError:
             raise
         except OSError as error:
-            raise UltraMemError(f"{file} cannot be read ({error.strerror or error}); check the file") from error
+            raise UltraMemError(f"{file} cannot be read ({system_reason(error)}); check the file") from error
         except Exception as error:
             raise UltraMemError(
                 f"{file} is damaged, or holds code, which is not run; copy it again, or save the model's state alone"

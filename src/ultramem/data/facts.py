@@ -10,7 +10,7 @@ from random import Random
 
 from ultramem.data.documents import JSON_LINES_SUFFIXES
 from ultramem.data.made_up_words import made_up_words
-from ultramem.errors import ConfigError, UltraMemError
+from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.files.whole_files import write_text
 
 # The first template is the one that is asked for.
@@ -116,5 +116,5 @@ def write_facts(path: Path, text_field: str = "text", overwrite: bool = False) -
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, "".join(lines))
     except OSError as error:
-        raise UltraMemError(f"{path} cannot be written: {error.strerror}") from error
+        raise UltraMemError(f"{path} cannot be written: {system_reason(error)}") from error
     return len(documents)

@@ -22,7 +22,7 @@ from ultramem.data.progress import DocumentMeter, progress_display
 from ultramem.data.token_files import MANIFEST_NAME, TOKENIZER_NAME, Manifest, load_manifest, save_manifest
 from ultramem.data.token_writer import SplitWriter
 from ultramem.data.tokenizers import SMALLEST_BPE, ChosenTokenizer, load_tokenizer, train_bpe
-from ultramem.errors import ConfigError, UltraMemError
+from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.files.whole_directories import partial_directory
 
 BPE_SAMPLE_BYTES = 32 * 2**20  # training time and memory grow with the sample, its vocabulary hardly changes
@@ -195,7 +195,7 @@ def tokenize(config: TokenizeConfig) -> Manifest:
             _write_splits(config, corpus, tokenizer, directory, display)
     except OSError as error:
         raise UltraMemError(
-            f"cannot write {output}: {error.strerror or error}; the partial output has been removed: make room or "
+            f"cannot write {output}: {system_reason(error)}; the partial output has been removed: make room or "
             "choose another --output, then run again"
         ) from error
     return load_manifest(output)

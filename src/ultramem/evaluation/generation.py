@@ -16,7 +16,7 @@ from torch import Tensor
 from ultramem.configuration.field_types import check_types
 from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.device import autocast
-from ultramem.errors import ConfigError, UltraMemError
+from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.evaluation.sampling import check_sampling, sample
 from ultramem.files.json_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
@@ -150,7 +150,7 @@ def read_prompt(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        reason = system_reason(error) if isinstance(error, OSError) else "not UTF-8 text"
         raise UltraMemError(f"{path} cannot be read ({reason}); name a text file with --prompt-file") from error
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ultramem.errors import UltraMemError
+from ultramem.errors import UltraMemError, system_reason
 from ultramem.files.whole_files import write_text
 
 
@@ -19,7 +19,7 @@ def write_json(path: Path, content: Any) -> None:
     try:
         write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise UltraMemError(f"{path} cannot be written: {error.strerror}") from error
+        raise UltraMemError(f"{path} cannot be written: {system_reason(error)}") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

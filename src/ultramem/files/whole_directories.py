@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ultramem.errors import UltraMemError
+from ultramem.errors import UltraMemError, system_reason
 from ultramem.files.locks import locked
 from ultramem.files.removal import remove
 
@@ -33,7 +33,7 @@ def partial_directory(output: Path, overwrite: bool, marker: str, contents: Sequ
         _check_replaceable(output, overwrite, marker, contents)
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UltraMemError(f"{output} cannot be made ({error.strerror}); choose another directory") from error
+        raise UltraMemError(f"{output} cannot be made ({system_reason(error)}); choose another directory") from error
     with locked(partial, f"another run is writing {partial}; wait for it or choose another directory"):
         for leftover in partial.iterdir():
             remove(leftover)

@@ -13,7 +13,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ultramem.errors import UltraMemError
+from ultramem.errors import UltraMemError, system_reason
 from ultramem.files.whole_files import write_text
 from ultramem.report import plots
 from ultramem.report.run import LayerSeries, Run, Series
@@ -92,7 +92,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     try:
         write_text(output, page)
     except OSError as error:
-        raise UltraMemError(f"cannot write {output}: {error.strerror}; choose another --output") from error
+        raise UltraMemError(f"cannot write {output}: {system_reason(error)}; choose another --output") from error
     return output
 
 

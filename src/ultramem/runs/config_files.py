@@ -13,7 +13,7 @@ from ultramem.config import MemoryConfig
 from ultramem.configuration.decoding import decode, dotted_keys, encode
 from ultramem.configuration.overrides import apply_overrides
 from ultramem.configuration.yaml_text import parse_yaml
-from ultramem.errors import ConfigError
+from ultramem.errors import ConfigError, system_reason
 from ultramem.hosts.olmo_core import ModelConfig, preset
 from ultramem.runs.config import DataConfig, RunConfig
 from ultramem.runs.tokens import open_token_data
@@ -42,9 +42,8 @@ def load_config(
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path"
-        ) from error
+        reason = system_reason(error) if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: cannot be read ({reason}); check the path") from error
     content = parse_yaml(text, str(path)) or {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold sections of keys and values, such as `trainer:` with `steps: 1000`")

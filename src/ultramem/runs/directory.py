@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ultramem.configuration.decoding import encode
-from ultramem.errors import ConfigError, UltraMemError
+from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.files.locks import locked
 from ultramem.files.removal import remove
 from ultramem.files.whole_files import write_text
@@ -94,7 +94,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UltraMemError(
-                f"trainer.directory={self.path}: cannot be made ({error.strerror}); name another directory"
+                f"trainer.directory={self.path}: cannot be made ({system_reason(error)}); name another directory"
             ) from error
         with locked(self.path, f"another process is training in {self.path}; wait for it, or name another directory"):
             yield

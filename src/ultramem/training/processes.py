@@ -17,7 +17,7 @@ from olmo_core.distributed.utils import broadcast_object, get_rank, get_world_si
 from olmo_core.train.train_module import TransformerDataParallelConfig
 
 from ultramem.device import choose_device, has_fast_bfloat16
-from ultramem.errors import ConfigError, UltraMemError
+from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.runs.config import RunConfig, TrainerConfig
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Processes:
             try:
                 outcome = (function(), None)
             except OSError as error:
-                outcome = (None, f"{error.filename} cannot be written or read: {error.strerror}")
+                outcome = (None, f"{error.filename or 'a file'} cannot be written or read: {system_reason(error)}")
             except UltraMemError as error:
                 outcome = (None, str(error))
         result, message = broadcast_object(outcome)

@@ -20,7 +20,7 @@ from rich.markup import escape
 
 from ultramem.convert.initial_weights import load_weights, read_weights
 from ultramem.data.tokenizers import load_model_tokenizer
-from ultramem.errors import ConfigError, UltraMemError
+from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.evaluation.task_suite import TaskSuite, task_names
 from ultramem.hosts.olmo_core import ModelStatistics
 from ultramem.hosts.olmo_core.checkpoint import check_stored_model
@@ -191,7 +191,7 @@ def _describe(error: Exception) -> str | None:
     if isinstance(error, UltraMemError):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename} cannot be written ({error.strerror}): make room and run the same command again"
+        return f"{error.filename} cannot be written ({system_reason(error)}): make room and run the same command again"
     return None
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from ultramem.config import MemoryConfig
-from ultramem.errors import UltraMemError
+from ultramem.errors import UltraMemError, system_reason
 from ultramem.files.whole_files import write_text
 from ultramem.hosts.transformers.attachment import attach_memory, detach_memory
 from ultramem.memory import Memory
@@ -89,7 +89,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UltraMemError(f"{path} cannot be read ({error.strerror}); name a directory of save_memory") from error
+        raise UltraMemError(
+            f"{path} cannot be read ({system_reason(error)}); name a directory of save_memory"
+        ) from error
     except ValueError as error:
         raise UltraMemError(f"{path} is not valid JSON ({error}); save the memory again") from error
     needed = ("memory", "d_model", "num_blocks", "base_model")
