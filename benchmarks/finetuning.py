@@ -15,7 +15,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +178,10 @@ class Benchmark:
         """Fine-tune the model anew."""
         free_memory()
         run, start = Run(method, optimizer, learning_rate), time.perf_counter()
-        settings = {**vars(self.config), "method": method, "optimizer": optimizer, "learning_rate": learning_rate}
-        config = FinetuneConfig(**settings)
+        settings: dict[str, Any] = {"method": method, "optimizer": optimizer, "learning_rate": learning_rate}
+        if method != "sparse":
+            settings["background"] = ()
+        config = replace(self.config, **settings)
         set_seed(config.seed)
         model = load_model_and_tokenizer(config.model)[0].to(choose_device(config.device))
         background = self.background if method == "sparse" else None

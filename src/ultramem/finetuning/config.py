@@ -28,7 +28,7 @@ class FinetuneConfig:
         data: files or directories of new documents.
         output: directory to write.
         memory: directory of `save_memory`, for a model whose memory was attached to it.
-        background: documents that the model must not forget, by which method `sparse` chooses rows.
+        background: documents that the model must not forget, by which method `sparse` chooses rows; for it alone.
         heldout: documents whose loss shows what was forgotten; not the background's.
         text_field: field of JSON lines that holds the text.
         include: shell patterns of the files to take from directories, such as `*.py`.
@@ -85,6 +85,11 @@ class FinetuneConfig:
             raise ConfigError(f"steps={self.steps} and epochs={self.epochs}: give one of them")
         if self.method == "sparse" and not self.background:
             raise ConfigError("method=sparse: chooses rows by a background; give documents of what the model knows")
+        if self.method != "sparse" and self.background:
+            given = ", ".join(map(str, self.background))
+            raise ConfigError(
+                f"background={given}: method={self.method} does not use it; leave it out, or choose method=sparse"
+            )
 
     @property
     def chosen_learning_rate(self) -> float:
