@@ -93,6 +93,16 @@ def test_two_processes_share_the_work(make, in_children, metrics_of, parallel):
     assert found == {step: pytest.approx(values) for step, values in expected.items()}
 
 
+def test_an_interval_without_tasks(make):
+    config = make(evaluate_tasks=(), evaluate_tasks_interval=5)
+    message = (
+        r"^trainer\.evaluate_tasks_interval=5: there are no tasks to evaluate on; name some in trainer.evaluate_tasks,"
+    )
+    with pytest.raises(ConfigError, match=message):
+        train(config)
+    assert not config.trainer.directory.exists()
+
+
 def test_mistakes_come_before_training(make, monkeypatch):
     with pytest.raises(
         ConfigError, match=r"^trainer.evaluate_tasks=squad: must be among table3, memory, arc_challenge"

@@ -114,8 +114,13 @@ def train(
 
 def _load_tasks(config: RunConfig, data: TokenData) -> TaskSuite | None:
     """The tasks to evaluate on, before anything is written."""
-    trainer = config.trainer
+    trainer, interval = config.trainer, config.trainer.evaluate_tasks_interval
     if not trainer.evaluate_tasks:
+        if interval is not None:
+            raise ConfigError(
+                f"trainer.evaluate_tasks_interval={interval}: there are no tasks to evaluate on; name some in "
+                "trainer.evaluate_tasks, or leave it out"
+            )
         return None
     try:
         names = task_names(trainer.evaluate_tasks)
