@@ -113,6 +113,7 @@ def test_published_command():
             "micro_batch_size": 3 * 4096,
             "parallel": "ddp",
             "checkpoint_interval": 1000,
+            "keep_checkpoints": None,
             "evaluate_interval": 1000,
             "metrics_interval": 10,
             "memory_metrics_interval": 50,
@@ -127,7 +128,6 @@ def test_published_command():
         "# no equivalent: --run_name=${run_name} (a variable of the shell)",
         "# no equivalent: --save_overwrite=true",
         "# no equivalent: --fsdp.sharding_strategy=NO_SHARD",
-        "# no equivalent: --save_num_checkpoints_to_keep=-1",
         "# no equivalent: --model.init_device=cuda",
     ]
 
@@ -231,6 +231,7 @@ def test_memory_flags(flags, key, value, tmp_path):
         ("--activation_checkpointing=whole_layer", "trainer.activation_checkpointing", True),
         ("--activation_checkpointing=null", "trainer.activation_checkpointing", False),
         ("--save_num_checkpoints_to_keep=5", "trainer.keep_checkpoints", 5),
+        ("--save_num_checkpoints_to_keep=-1", "trainer.keep_checkpoints", None),
         ("--optimizer.learning_rate=4e-4", "optimizer.learning_rate", 4e-4),
         ("--optimizer.betas='[0.9, 0.99]'", "optimizer.betas", [0.9, 0.99]),
         ("--optimizer.eps=1e-8", "optimizer.eps", 1e-8),
@@ -290,6 +291,7 @@ def test_what_is_always_so(flags):
         ("--scheduler.t_max=7", "--scheduler.t_max=7 (the schedule ends with the training)"),
         ("--precision=amp_fp16", "--precision=amp_fp16"),
         ("--save_interval=-1", "--save_interval=-1"),
+        ("--save_num_checkpoints_to_keep=0", "--save_num_checkpoints_to_keep=0"),
         ("--eval_interval=null", "--eval_interval=null"),
         ("--wandb.entity=e", "--wandb.entity=e"),
         ("--save_folder=/a --run_name=b", "--run_name=b"),

@@ -192,6 +192,12 @@ def test_keeps_the_last_checkpoints_also_of_earlier_processes(make_config, monke
     assert steps_kept(config.trainer.directory) == [16, 20, 22]
 
 
+def test_keeps_all_checkpoints(make_config):
+    config = make_config(checkpoint_interval=2, steps=7, keep_checkpoints=None, evaluate_interval=None)
+    train(config)
+    assert steps_kept(config.trainer.directory) == [2, 4, 6, 7]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_leaves(number, make_config, losses_of, monkeypatch, capsys):
     config = make_config()

@@ -310,6 +310,11 @@ def _at_least_one(value: Any) -> Any:
     return value
 
 
+def _at_least_one_or_all(value: Any) -> Any:
+    """The published code keeps all of them for -1."""
+    return None if value == -1 else _at_least_one(value)
+
+
 _ALIKE: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "model.init_std": ("model.init_std", _same),
     "optimizer.learning_rate": ("optimizer.learning_rate", _same),
@@ -329,7 +334,7 @@ _ALIKE: dict[str, tuple[str, Callable[[Any], Any]]] = {
         {"whole_layer": True, True: True, False: False, None: False}.__getitem__,
     ),
     "save_interval": ("trainer.checkpoint_interval", _at_least_one),
-    "save_num_checkpoints_to_keep": ("trainer.keep_checkpoints", _at_least_one),
+    "save_num_checkpoints_to_keep": ("trainer.keep_checkpoints", _at_least_one_or_all),
     "eval_interval": ("trainer.evaluate_interval", _at_least_one),
     "console_log_interval": ("trainer.metrics_interval", _at_least_one),
     "model.mem_log_interval": ("trainer.memory_metrics_interval", _at_least_one),

@@ -142,7 +142,7 @@ class TrainerConfig:
         activation_checkpointing: whether to recompute the blocks' activations in the backward pass instead of
             keeping them.
         checkpoint_interval: steps from one checkpoint to the next; there is also one at the end.
-        keep_checkpoints: how many of them to keep, the last one of a run aside.
+        keep_checkpoints: how many of them to keep, the last one of a run aside; null for all.
         metrics_interval: steps from one progress report to the next. Metrics of every step are written.
         memory_metrics_interval: steps between reports of what each memory layer or mixture of experts reads.
         evaluate_interval: steps between evaluations on held-out data; null for none.
@@ -168,7 +168,7 @@ class TrainerConfig:
     deterministic: bool = False
     activation_checkpointing: bool = False
     checkpoint_interval: int = 1000
-    keep_checkpoints: int = 2
+    keep_checkpoints: int | None = 2
     metrics_interval: int = 10
     memory_metrics_interval: int = 100
     evaluate_interval: int | None = 1000
@@ -182,12 +182,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check_types(self)
         _make_absolute(self, "directory", "initial_weights")
-        for name in ("batch_size", "checkpoint_interval", "keep_checkpoints", "metrics_interval"):
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("memory_metrics_interval", "evaluate_tokens"):
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
-        optional = ("steps", "tokens", "micro_batch_size", "evaluate_interval")
-        for name in (*optional, "evaluate_tasks_interval", "evaluate_tasks_questions"):
+        for name in _COUNTS:
             _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         _check(self, "seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
         if (self.steps is None) == (self.tokens is None):
@@ -277,6 +272,23 @@ class RunConfig:
     def save(self, path: Path) -> None:
         """Write as YAML that `load_config` reads back, whole or not at all."""
         write_text(path, yaml.safe_dump(encode(self), sort_keys=False, allow_unicode=True))
+
+
+# Where one may be None, its type says so.
+_COUNTS = (
+    "batch_size",
+    "steps",
+    "tokens",
+    "micro_batch_size",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "metrics_interval",
+    "memory_metrics_interval",
+    "evaluate_interval",
+    "evaluate_tokens",
+    "evaluate_tasks_interval",
+    "evaluate_tasks_questions",
+)
 
 
 def _check(config: Any, name: str, right: bool, what: str) -> None:
