@@ -44,6 +44,20 @@ def test_evaluate_options(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (run.path / "evaluation.json").exists()
 
 
+def test_evaluate_some_tokens(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run.path / "evaluation.json"
+    assert call(monkeypatch, "evaluate", run.path) == 0
+    assert f"written to {file}\n" in capsys.readouterr().out
+    whole = file.read_text()
+    assert call(monkeypatch, "evaluate", run.path, "--max-tokens", 33) == 0
+    note = f"not written: {file} has step7 on all tokens; name a file for some of them with --output\n"
+    assert capsys.readouterr().out.endswith(note)
+    assert file.read_text() == whole
+    assert call(monkeypatch, "evaluate", run.path, "--max-tokens", 33, "--output", run.path / "some.json") == 0
+    assert json.loads((run.path / "some.json").read_text())["complete"] is False
+    assert file.read_text() == whole
+
+
 def test_evaluate_several(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     other = shutil.copytree(run.path, run.path.with_name("other"))
     (other / "step7").rename(other / "step8")

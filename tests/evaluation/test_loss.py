@@ -129,10 +129,33 @@ def test_saving(run: Any, tmp_path: Path) -> None:
             "perplexity": result.perplexity,
             "bits_per_byte": result.bits_per_byte,
             "unigram_bits_per_byte": result.unigram_bits_per_byte,
+            "complete": True,
         }
     assert not list(tmp_path.rglob("*.partial"))
     with pytest.raises(UltraMemError, match=r"missing/other.json cannot be written: No such file or directory"):
         result.save(tmp_path / "missing" / "other.json")
+
+
+def test_some_tokens_do_not_replace_all_of_them(run: Any, tmp_path: Path) -> None:
+    some, path = evaluate(run.path, max_tokens=33), run.path / "evaluation.json"
+
+    def saved() -> int:
+        return int(json.loads(path.read_text())["tokens"])
+
+    assert (some.complete, some.save(), saved()) == (False, path, some.tokens)
+    fewer = evaluate(run.path, max_tokens=16)
+    assert (fewer.save(), saved()) == (path, fewer.tokens)
+    whole = evaluate(run.path, max_tokens=10**6)
+    assert (whole.complete, whole.save(), saved()) == (True, path, whole.tokens)
+    assert (some.save(), saved()) == (None, whole.tokens)
+    assert some.save(tmp_path / "some.json") == tmp_path / "some.json"
+    run.save_checkpoint(8)
+    other = evaluate(run.path, max_tokens=33)  # of another checkpoint
+    assert (other.checkpoint, other.save(), saved()) == ("step8", path, other.tokens)
+    content = json.loads(path.read_text())
+    del content["complete"]  # as of version 0.1
+    path.write_text(json.dumps(content))
+    assert other.save() is None
 
 
 def test_a_larger_vocabulary_than_the_models(run: Any) -> None:

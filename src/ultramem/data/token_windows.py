@@ -33,6 +33,7 @@ class TokenWindows:
     Attributes:
         length: tokens of a window.
         predicted_tokens: in all windows.
+        complete: whether `max_tokens` leaves out none.
 
     Raises:
         ConfigError: `length` or `max_tokens` cannot work.
@@ -58,6 +59,7 @@ class TokenWindows:
         if self._total == 0:
             raise UltraMemError(f"{paths[0]} has fewer than two tokens: nothing to predict; name longer token files")
         self._chosen = self._total if max_tokens is None else min(self._total, -(-max_tokens // length))
+        self.complete = self._chosen == self._total
         self.predicted_tokens = sum(stop - start - 1 for _, start, stop in self._spans())
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ from ultramem.device import autocast
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.evaluation.data import find_data
 from ultramem.evaluation.table_columns import column_names
-from ultramem.files.json_files import write_json
+from ultramem.files.json_files import read_json_object, write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import EVALUATION_NAME
@@ -29,7 +29,7 @@ BATCH_TOKENS = 4096  # of a batch, if its size is not given; the memory that log
 LARGEST_LOSS = 700.0  # whose perplexity is a finite number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation(LossResult):
     """What a checkpoint achieves on token files, and how it was found out.
 
@@ -41,15 +41,23 @@ class Evaluation(LossResult):
     tokens_per_second: float
     run: Path
 
-    def save(self, path: Path | None = None) -> Path:
+    def save(self, path: Path | None = None) -> Path | None:
         """Write it to a JSON file, by default the run's `evaluation.json`, which `ultramem report` shows.
+
+        Returns:
+            The file; None where the run's own says how the same checkpoint does on all tokens, and this one, of some of
+            them, is not to replace it.
 
         Raises:
             UltraMemError: the file cannot be written.
         """
-        path = path or self.run / EVALUATION_NAME
-        write_json(path, {field.name: getattr(self, field.name) for field in fields(LossResult)})
-        return path
+        own = self.run / EVALUATION_NAME
+        if path is None and not self.complete:
+            earlier = read_json_object(own)
+            if earlier.get("checkpoint") == self.checkpoint and earlier.get("complete", True):
+                return None
+        write_json(path or own, {field.name: getattr(self, field.name) for field in fields(LossResult)})
+        return path or own
 
 
 def evaluate(
@@ -105,6 +113,7 @@ def evaluate(
         perplexity=math.exp(loss),
         bits_per_byte=found.bits_per_byte(loss),
         unigram_bits_per_byte=found.bits_per_byte(found.unigram_loss() if unigram else None),
+        complete=windows.complete,
         tokens_per_second=windows.predicted_tokens / seconds,
         run=checkpoint.run,
     )

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ultramem.evaluation.loss import evaluate, print_losses
+from ultramem.evaluation.loss import Evaluation, evaluate, print_losses
 from ultramem.evaluation.task_evaluation import evaluate_tasks, print_task_table
 from ultramem.runs.checkpoints import find_checkpoint
+from ultramem.runs.layout import EVALUATION_NAME
 
 
 def show_losses(
@@ -27,14 +28,15 @@ def show_losses(
     """
     for path in paths:
         find_checkpoint(path)
-    evaluations, written = [], []
+    evaluations, notes = [], []
     for path in paths:
         evaluation = evaluate(path, data, **options)
         evaluations.append(evaluation)
         if output or evaluation.split == "heldout":
-            written.append(evaluation.save(output))
+            notes.append(_note(evaluation, evaluation.save(output)))
     print_losses(evaluations)
-    _print_files(written)
+    for note in notes:
+        print(note)
 
 
 def show_tasks(paths: Sequence[Path], tasks: Sequence[str], *, output: Path | None = None, **options: Any) -> None:
@@ -54,9 +56,12 @@ def show_tasks(paths: Sequence[Path], tasks: Sequence[str], *, output: Path | No
         evaluations.append(evaluation)
         written.append(evaluation.save(output))
     print_task_table(evaluations)
-    _print_files(written)
+    for file in written:
+        print(f"written to {file}")
 
 
-def _print_files(paths: Sequence[Path]) -> None:
-    for path in paths:
-        print(f"written to {path}")
+def _note(evaluation: Evaluation, file: Path | None) -> str:
+    if file is not None:
+        return f"written to {file}"
+    own = evaluation.run / EVALUATION_NAME
+    return f"not written: {own} has {evaluation.checkpoint} on all tokens; name a file for some of them with --output"

@@ -18,6 +18,7 @@ class LossResult:
         perplexity: exp(loss).
         bits_per_byte: of text, the end-of-text tokens' loss included; None for files without a manifest.
         unigram_bits_per_byte: the same of the train split's unigram model, or None.
+        complete: whether these are all tokens of the files; false where there was a limit.
     """
 
     checkpoint: str
@@ -27,6 +28,7 @@ class LossResult:
     perplexity: float
     bits_per_byte: float | None
     unigram_bits_per_byte: float | None
+    complete: bool = True
 
     @staticmethod
     def parse(content: dict[str, Any]) -> LossResult:
@@ -40,6 +42,7 @@ class LossResult:
             perplexity=float(content["perplexity"]),
             bits_per_byte=None if bits is None else float(bits),
             unigram_bits_per_byte=None if unigram is None else float(unigram),
+            complete=bool(content.get("complete", True)),  # version 0.1 does not say
         )
 
 
