@@ -176,7 +176,7 @@ def test_an_export_is_replaced_only_when_asked(train_run: TrainRun, tmp_path: Pa
     (directory / "mark.json").touch()
     with pytest.raises(UltraMemError, match="is finished already; replace it with --overwrite"):
         export(run, directory)
-    with pytest.raises(UltraMemError, match="max_shard_size is 'large'; give bytes"):
+    with pytest.raises(UltraMemError, match="max_shard_size='large': must be bytes"):
         export(run, directory, max_shard_size="large", overwrite=True)
     assert (directory / "mark.json").exists()
     export(run, directory, overwrite=True)

@@ -83,5 +83,5 @@ def test_left_out_of_the_token_files(tmp_path: Path, processes: int) -> None:
 
 @pytest.mark.parametrize("similarity", [0.0, -1.0, 1.5])
 def test_a_similarity_that_cannot_be(similarity: float) -> None:
-    with pytest.raises(ConfigError, match="near_duplicates is"):
+    with pytest.raises(ConfigError, match=f"near_duplicates={similarity}: must be"):
         TokenizeConfig(sources=(Path("a"),), output=Path("b"), train_bpe=300, near_duplicates=similarity)

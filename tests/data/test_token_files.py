@@ -112,5 +112,5 @@ def test_bad_arguments(tmp_path: Path) -> None:
         check_token_files([tmp_path / "a.npy"], "uint16", 500)
     with pytest.raises(UltraMemError, match="at least one"):
         check_token_files([], "uint16", 500)
-    with pytest.raises(ConfigError, match="dtype is 'int8'"):
+    with pytest.raises(ConfigError, match="dtype='int8': must be uint16 or uint32"):
         check_token_files([tmp_path / "a.npy"], "int8", 500)

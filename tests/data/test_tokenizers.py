@@ -46,11 +46,11 @@ def test_special_tokens_are_overridable(tmp_path: Path) -> None:
     chosen = load_tokenizer(name, eos_token="end", pad_token="fill")
     assert (chosen.eos_token_id, chosen.pad_token_id) == (1, 2)
     assert load_tokenizer(name, eos_id=0).eos_token_id == 0
-    with pytest.raises(ConfigError, match="eos_token is 'stop'"):
+    with pytest.raises(ConfigError, match="eos_token='stop': must be"):
         load_tokenizer(name, eos_token="stop")
-    with pytest.raises(ConfigError, match="pad_token is 'stop'"):
+    with pytest.raises(ConfigError, match="pad_token='stop': must be"):
         load_tokenizer(name, pad_token="stop")
-    with pytest.raises(ConfigError, match=r"eos_id is 4; .* 0 to 3"):
+    with pytest.raises(ConfigError, match=r"eos_id=4: .* 0 to 3"):
         load_tokenizer(name, eos_id=4)
 
 

@@ -91,7 +91,7 @@ def test_token_files_of_another_dtype(run: Any, tmp_path: Path) -> None:
     run.heldout[0].astype("<u4").tofile(path)
     run.heldout = run.heldout[:1]
     assert evaluate(run.path, [path], dtype="uint32").loss == pytest.approx(reference_loss(run, 16)[0], rel=1e-5)
-    with pytest.raises(ConfigError, match="dtype is 'int8'"):
+    with pytest.raises(ConfigError, match="dtype='int8': must be uint16 or uint32"):
         evaluate(run.path, [path], dtype="int8")
 
 

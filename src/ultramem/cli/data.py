@@ -74,7 +74,7 @@ def tokenize(
         shard_tokens=shard_tokens,
         max_size=None if max_size is None else parse_size(max_size),
         near_duplicates=near_duplicates,
-        on_error=on_error,
+        on_error=on_error,  # type: ignore[arg-type]
         overwrite=overwrite,
     )
     try:

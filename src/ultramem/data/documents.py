@@ -99,7 +99,7 @@ def parse_size(text: str, name: str = "max_size") -> int:
         power = " kmgt".index(prefix.lower()) if prefix else 0
         size = int(float(number) * (1024 if binary else 1000) ** power)
     if size <= 0:
-        raise ConfigError(f"{name} is {text!r}; give bytes or a size such as 2MB, 500MiB or 1.5GB")
+        raise ConfigError(f"{name}={text!r}: must be bytes or a size such as 2MB, 500MiB or 1.5GB")
     return size
 
 

@@ -188,7 +188,7 @@ def check_token_files(paths: Sequence[str | os.PathLike[str]], dtype: str, vocab
         UltraMemError: No file is named, or one is missing, empty, cut off within a token or has too large an id.
     """
     if dtype not in ITEM_SIZES:
-        raise ConfigError(f"dtype is {dtype!r}; token files are of uint16 or uint32")
+        raise ConfigError(f"dtype={dtype!r}: must be uint16 or uint32, which token files are of")
     if not paths:
         raise UltraMemError("no token file is given; name at least one")
     return [_check_plain_file(Path(path), dtype, vocab_size) for path in paths]

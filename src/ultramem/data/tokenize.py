@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from rich.progress import Progress
 
@@ -75,27 +75,27 @@ class TokenizeConfig:
     shard_tokens: int = 2**28
     max_size: int | None = None
     near_duplicates: float | None = None
-    on_error: str = "stop"
+    on_error: Literal["stop", "skip"] = "stop"
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
         if not self.sources:
-            raise ConfigError("sources is empty; name at least one file or directory")
+            raise ConfigError("sources=[]: must name at least one file or directory")
         if (self.tokenizer is None) == (self.train_bpe is None):
             raise ConfigError("give either tokenizer (--tokenizer NAME_OR_FILE) or train_bpe (--train-bpe SIZE)")
         if self.train_bpe is not None and self.train_bpe < SMALLEST_BPE:
-            raise ConfigError(f"train_bpe is {self.train_bpe}; a byte-level BPE has at least {SMALLEST_BPE} tokens")
+            raise ConfigError(f"train_bpe={self.train_bpe}: must be at least {SMALLEST_BPE}: bytes and special tokens")
         if self.train_bpe is not None and (self.eos_token, self.eos_id, self.pad_token) != (None, None, None):
-            raise ConfigError("eos_token, eos_id and pad_token go with tokenizer; train_bpe sets its own")
+            raise ConfigError(
+                f"train_bpe={self.train_bpe}: chooses eos_token, eos_id and pad_token itself; leave these out"
+            )
         if not 0 <= self.heldout < 1:
-            raise ConfigError(f"heldout is {self.heldout}; give a share from 0 to below 1, such as 0.02")
+            raise ConfigError(f"heldout={self.heldout}: must be a share from 0 to below 1, such as 0.02")
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
             raise ConfigError(
-                f"near_duplicates is {self.near_duplicates}; give a similarity above 0 and at most 1, such as 0.7"
+                f"near_duplicates={self.near_duplicates}: must be a similarity above 0 and at most 1, such as 0.7"
             )
-        if self.on_error not in ("stop", "skip"):
-            raise ConfigError(f"on_error is {self.on_error!r}; give stop or skip")
         for name, value, least in (
             ("seed", self.seed, 0),
             ("processes", self.processes, 1),
@@ -103,7 +103,7 @@ class TokenizeConfig:
             ("max_size", self.max_size, 1),
         ):
             if value is not None and value < least:
-                raise ConfigError(f"{name} is {value}; give {least} or more")
+                raise ConfigError(f"{name}={value}: must be at least {least}")
 
 
 class Corpus:

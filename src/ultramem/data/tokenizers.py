@@ -69,8 +69,9 @@ def load_tokenizer(
     eos = _token_id(tokenizer, "eos_token", eos_token or settings.get("eos_token"), COMMON_EOS_TOKENS)
     pad = _token_id(tokenizer, "pad_token", pad_token or settings.get("pad_token"), COMMON_PAD_TOKENS)
     if eos_id is not None:
-        if not 0 <= eos_id < _vocab_size(tokenizer):
-            raise ConfigError(f"eos_id is {eos_id}; the ids of tokenizer {name} are 0 to {_vocab_size(tokenizer) - 1}")
+        last = _vocab_size(tokenizer) - 1
+        if not 0 <= eos_id <= last:
+            raise ConfigError(f"eos_id={eos_id}: must be an id of tokenizer {name}, from 0 to {last}")
         eos = eos_id
     if eos is None:
         raise ConfigError(f"tokenizer {name} does not say which token ends a text; give --eos-token or --eos-id")
@@ -194,5 +195,5 @@ def _token_id(tokenizer: Tokenizer, role: str, token: str | None, common: Iterab
         ids = (tokenizer.token_to_id(candidate) for candidate in common)
         return next((found for found in ids if found is not None), None)
     if (found := tokenizer.token_to_id(token)) is None:
-        raise ConfigError(f"{role} is {token!r}, which is not in the tokenizer's vocabulary")
+        raise ConfigError(f"{role}={token!r}: must be in the tokenizer's vocabulary")
     return found
