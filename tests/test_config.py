@@ -116,7 +116,7 @@ def test_defaults_of_each_kind(
 def test_defaults_of_a_kind_give_way() -> None:
     config = MemoryConfig(kind="ultramem", key_expansion=3, value_projectors="single", query_per_rank=True)
     assert (config.key_expansion, config.value_projectors, config.query_per_rank) == (3, "single", True)
-    assert config.virtual_blocks == 9
+    assert config.virtual_copies == 9
     assert config.output_width == config.value_dim
 
 

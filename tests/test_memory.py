@@ -158,7 +158,7 @@ def test_usage_metrics(kind: str) -> None:
     y = memory.layers[0](x), layer(x)
     with torch.no_grad():
         scores, indices = layer.retrieve(layer.queries(x))
-        rows, _ = layer.locate(indices)
+        rows = layer.locate(indices, scores, x).rows
     metrics = memory.usage_metrics(reset=False)
     reads = np.unique_counts(rows.numpy())
     share = reads.counts / reads.counts.sum()

@@ -150,7 +150,7 @@ class MemoryConfig:
         return self.kind in ("memory_plus", "ultramem_v2")
 
     @property
-    def virtual_blocks(self) -> int:
+    def virtual_copies(self) -> int:
         """Virtual copies of a layer's window."""
         assert self.key_expansion is not None
         return self.key_expansion**2
@@ -158,7 +158,7 @@ class MemoryConfig:
     @property
     def output_width(self) -> int:
         """Width of what a lookup returns."""
-        return self.value_dim * (self.virtual_blocks if self.value_projectors == "per_block" else 1)
+        return self.value_dim * (self.virtual_copies if self.value_projectors == "per_block" else 1)
 
     def insertions(self, num_blocks: int) -> tuple[tuple[int, int], ...]:
         """Pairs of (block that is read, block after which is added), one for each memory layer, in order.

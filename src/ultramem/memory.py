@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ultramem.config import MemoryConfig
 from ultramem.errors import ConfigError
-from ultramem.layers import HostScheme, MemoryLayer, MemoryPlus, ProductKeyMemory, TuckerMemory, ValueTable
+from ultramem.layers import HostScheme, MemoryLayer, MemoryPlus, ProductKeyMemory, TuckerMemory
 from ultramem.layers.initialization import initialize
+from ultramem.layers.read_counter import ReadCounter
 from ultramem.layers.tucker import refresh_directions
+from ultramem.tables.table import Table
+from ultramem.tables.trainable import TrainableTable
 
 _LAYER_TYPES: dict[str, Callable[..., MemoryLayer]] = {
     "pkm": ProductKeyMemory,
@@ -55,7 +57,7 @@ class Memory(nn.Module):
     """
 
     layers: Sequence[MemoryLayer]
-    table: ValueTable | None
+    table: Table | None
 
     def __init__(
         self,
@@ -79,9 +81,9 @@ class Memory(nn.Module):
         self.layout = layout = config.layout(len(self.insertions))
         self._schemes = scheme or HostScheme.paper(d_model, num_blocks)
 
-        def new_table() -> ValueTable:
+        def new_table() -> TrainableTable:
             rows, value_dim, pre_value_dim = layout.table_rows, config.value_dim, config.pre_value_dim
-            return ValueTable(rows, value_dim, pre_value_dim, device=device, dtype=dtype)
+            return TrainableTable(rows, value_dim, pre_value_dim, device=device, dtype=dtype)
 
         self.table = new_table() if config.shares_table and self.insertions else None
         self.layers = nn.ModuleList(
@@ -98,6 +100,7 @@ class Memory(nn.Module):
             )
             for start in layout.starts
         )  # type: ignore[assignment]
+        self._counters: list[ReadCounter] = []
         if not any(parameter.is_meta for parameter in self.parameters()):
             self.init_weights(seed=seed)
 
@@ -129,17 +132,13 @@ class Memory(nn.Module):
         tucker_layers = [layer for layer in self.layers if isinstance(layer, TuckerMemory)]
         if tucker_layers:
             refresh_directions(tucker_layers)
-        for table in {layer.table for layer in self.layers}:
+        for table in self.tables:
             table.refresh()
 
-    def prepare(self) -> None:
-        """Call before a forward pass whose layers run in compiled programs that were compiled piece by piece.
-
-        A program of the whole pass, or none, needs no preparation, unless the table's parameters were replaced by
-        assignment since their last pass.
-        """
-        for table in {layer.table for layer in self.layers}:
-            table.shared.renew()
+    @property
+    def tables(self) -> list[Table]:
+        """The tables, each once, in the order of the layers that read them."""
+        return list(dict.fromkeys(layer.table for layer in self.layers))
 
     def auxiliary_loss(self) -> Tensor | None:
         """Sum of the layers' auxiliary losses of the last forward pass in training; None if there are none."""
@@ -147,29 +146,32 @@ class Memory(nn.Module):
         return torch.stack(losses).sum() if losses else None
 
     def track_usage(self, enabled: bool = True) -> None:
-        """Start or stop counting what the layers read, for `usage_metrics`."""
-        for layer in self.layers:
-            layer.track_usage(enabled)
+        """Start or stop counting what the layers read in training mode, for `usage_metrics`."""
+        for layer, counter in zip(self.layers, self._counters, strict=bool(self._counters)):
+            layer.observers.remove(counter)
+        self._counters = []
+        if enabled:
+            for layer in self.layers:
+                self._counters.append(ReadCounter(layer.window_rows, layer.query_proj.weight.device))
+                layer.observers.append(self._counters[-1])
 
-    def usage_metrics(self, *, reset: bool = True, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
+    def usage_metrics(self, *, reset: bool = True) -> dict[str, Tensor]:
         """What the layers read since the last report: scalars, named such as `layer 03/rows read`.
 
         For each layer: `rows read` (share of the rows in reach), `KL from uniform` (of the reads, in nats), `output
-        std`, `top score` and `last score` (means over tokens), and `singular value 1`, ... of Tucker cores.
+        std`, `top score` and `last score` (means over tokens), and `singular value 1`, ... of Tucker cores. With
+        `torch.distributed` a collective call, over the reads of all processes.
 
         Args:
             reset: start counting anew.
-            group: sum the counts over these processes first; a collective call, by default of all if distributed.
         """
         metrics: dict[str, Tensor] = {}
-        for number, layer in enumerate(self.layers):
-            if layer.usage is None:
-                continue
-            values = layer.usage.metrics(group)
+        for number, (layer, counter) in enumerate(zip(self.layers, self._counters, strict=bool(self._counters))):
+            values = counter.metrics()
             if isinstance(layer, TuckerMemory):
                 for i, value in enumerate(layer.singular_values(), start=1):
                     values[f"singular value {i}"] = value
             metrics |= {f"layer {number:02d}/{name}": value for name, value in values.items()}
             if reset:
-                layer.usage.reset()
+                counter.reset()
         return metrics

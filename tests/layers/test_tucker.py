@@ -55,7 +55,7 @@ def by_loops(layer: TuckerMemory, x: Tensor) -> np.ndarray:
     outputs = []
     for one in x.numpy():
         q = normalise((p["query_proj.weight"] @ one).reshape(2, queries_per_axis, -1), p["query_norm.weight"])
-        blocks = np.zeros((config.virtual_blocks, config.value_dim))
+        blocks = np.zeros((config.virtual_copies, config.value_dim))
         for head in range(config.heads):
             scores = np.zeros((2, rank, keys))
             for axis, r, n in np.ndindex(2, rank, keys):

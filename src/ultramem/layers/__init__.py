@@ -4,6 +4,5 @@ from ultramem.layers.initialization import HostScheme
 from ultramem.layers.memory_layer import MemoryLayer
 from ultramem.layers.product_key import MemoryPlus, ProductKeyMemory
 from ultramem.layers.tucker import TuckerMemory
-from ultramem.layers.value_table import ValueTable
 
-__all__ = ["HostScheme", "MemoryLayer", "MemoryPlus", "ProductKeyMemory", "TuckerMemory", "ValueTable"]
+__all__ = ["HostScheme", "MemoryLayer", "MemoryPlus", "ProductKeyMemory", "TuckerMemory"]

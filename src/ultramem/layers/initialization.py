@@ -20,9 +20,9 @@ from ultramem.config import MemoryConfig
 from ultramem.layers.memory_layer import MemoryLayer
 from ultramem.layers.product_key import MemoryPlus, ProductKeyMemory
 from ultramem.layers.tucker import TuckerMemory
-from ultramem.layers.value_table import ValueTable
 from ultramem.ops import product_key_topk, tucker_topk
 from ultramem.ops.weighted_lookup.naive import ACTIVATIONS
+from ultramem.tables.table import Table
 
 _SIMULATED_TOKENS = 512
 
@@ -79,7 +79,7 @@ def initialize(
         schemes: the host's scheme in the block whose residual stream each layer adds to.
         generator: on the layers' device; the same seed gives the same values, sharded or not.
     """
-    value_stds: dict[ValueTable, list[float]] = {}
+    value_stds: dict[Table, list[float]] = {}
     for layer, scheme in zip(layers, schemes, strict=True):
         if config.init == "published":
             _published_layer(layer, generator)

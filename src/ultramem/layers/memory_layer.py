@@ -1,16 +1,29 @@
-"""What all memory layers share: query, retrieval, lookup, output, and what is counted on the way."""
+"""What all memory layers share: query, retrieval, lookup and output."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultramem.config import MemoryConfig
-from ultramem.layers.usage import Usage
-from ultramem.layers.value_table import ValueTable
+from ultramem.ops.weighted_lookup.reads import Reads
+from ultramem.tables.table import Table
+
+
+class ReadObserver(Protocol):
+    """Sees what a layer's forward passes read, with the layer's graph compiled or not; it must not wait for a GPU."""
+
+    def observe(self, layer: MemoryLayer, reads: Reads, output: Tensor) -> None:
+        """One forward pass.
+
+        Args:
+            layer: that read.
+            reads: what it read.
+            output: (tokens, d_model), what it returns, before dropout.
+        """
 
 
 class MemoryLayer(nn.Module):
@@ -33,7 +46,7 @@ class MemoryLayer(nn.Module):
     Attributes:
         auxiliary_loss: scalar of the last forward pass in training, weighted and ready to be added to the loss,
             or None if the configuration asks for none. A mean over the tokens.
-        usage: what the forward passes read, while `track_usage` is on.
+        observers: see what each forward pass reads.
     """
 
     query_conv: nn.Conv1d | None
@@ -42,7 +55,7 @@ class MemoryLayer(nn.Module):
         self,
         config: MemoryConfig,
         d_model: int,
-        table: ValueTable,
+        table: Table,
         *,
         axis_keys: int,
         window_start: int,
@@ -61,7 +74,7 @@ class MemoryLayer(nn.Module):
         self.window_rows = window_rows
         self.num_queries = num_queries
         self.auxiliary_loss: Tensor | None = None
-        self.usage: Usage | None = None
+        self.observers: list[ReadObserver] = []
         if owns_table:
             self.table = table
         else:
@@ -90,10 +103,10 @@ class MemoryLayer(nn.Module):
         self.auxiliary_loss = None
         scores, indices = self.retrieve(self.queries(x))
         flat = x.reshape(-1, self.d_model)
-        rows, blocks = self.locate(indices)
-        output = self.project(self.lookup(flat, scores, rows, blocks), flat)
-        if self.usage is not None:
-            self.usage.record((rows - self.window_start) % self.table.values.shape[0], scores, output)
+        reads = self.locate(indices, scores, flat)
+        output = self.project(self.table.lookup(reads), flat)
+        for observer in self.observers:
+            observer.observe(self, reads, output)
         if self.config.output_dropout:
             output = F.dropout(output, self.config.output_dropout, self.training)
         return output.view(x.shape)
@@ -111,21 +124,13 @@ class MemoryLayer(nn.Module):
         """Weights (tokens, heads * top_k, cores) and virtual indices (tokens, heads * top_k) of the chosen rows."""
         raise NotImplementedError
 
-    def locate(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Table rows of retrieved indices, and their virtual blocks if those are kept apart."""
-        return indices, None
-
-    def lookup(self, x: Tensor, scores: Tensor, rows: Tensor, blocks: Tensor | None) -> Tensor:
-        """Weighted sums (tokens, output_width) of the rows; x is (tokens, d_model)."""
-        return self.table.lookup(scores, rows)
+    def locate(self, indices: Tensor, scores: Tensor, x: Tensor) -> Reads:
+        """What the table is asked for, from what was retrieved; x is (tokens, d_model)."""
+        return Reads(indices, scores)
 
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
         """From what was looked up, (tokens, output_width), to (tokens, d_model); x is (tokens, d_model)."""
         raise NotImplementedError
-
-    def track_usage(self, enabled: bool = True) -> None:
-        """Start or stop counting what forward passes read; see `Usage`."""
-        self.usage = Usage(self.window_rows, self.table.values.device) if enabled else None
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "auxiliary_loss": None}  # it has a graph, which cannot be copied

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ultramem.config import MemoryConfig
 from ultramem.errors import ConfigError
 from ultramem.layers.memory_layer import MemoryLayer, rms_norm
-from ultramem.layers.value_table import ValueTable
 from ultramem.ops import product_key_topk
 from ultramem.ops.product_key_topk.naive import axis_scores
+from ultramem.tables.table import Table
 
 
 class ProductKeyMemory(MemoryLayer):
@@ -25,7 +25,7 @@ class ProductKeyMemory(MemoryLayer):
         ConfigError: `value_dim` differs from `d_model`; there is no projection between them.
     """
 
-    def __init__(self, config: MemoryConfig, d_model: int, table: ValueTable, **options: Any) -> None:
+    def __init__(self, config: MemoryConfig, d_model: int, table: Table, **options: Any) -> None:
         super().__init__(config, d_model, table, num_queries=config.heads * 2, **options)
         if config.kind == "pkm" and config.value_dim != d_model:
             raise ConfigError(
@@ -55,7 +55,7 @@ class MemoryPlus(ProductKeyMemory):
     Queries are RMS-normalised, keys are not, as in the published code. Arguments as for `MemoryLayer`.
     """
 
-    def __init__(self, config: MemoryConfig, d_model: int, table: ValueTable, **options: Any) -> None:
+    def __init__(self, config: MemoryConfig, d_model: int, table: Table, **options: Any) -> None:
         super().__init__(config, d_model, table, **options)
         factory: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         self.query_norm = nn.RMSNorm(config.key_dim, eps=config.norm_eps, **factory)

@@ -13,9 +13,10 @@ from torch.distributed.tensor import DTensor
 from ultramem.config import MemoryConfig
 from ultramem.layers.memory_layer import MemoryLayer, rms_norm
 from ultramem.layers.product_key import balance_loss
-from ultramem.layers.value_table import ValueTable
 from ultramem.ops import tucker_topk
 from ultramem.ops.tucker_topk.naive import axis_scores
+from ultramem.ops.weighted_lookup.reads import Reads
+from ultramem.tables.table import Table
 
 
 class TuckerMemory(MemoryLayer):
@@ -31,7 +32,7 @@ class TuckerMemory(MemoryLayer):
     shuffle: Tensor
     pre_proj: nn.Linear | None
 
-    def __init__(self, config: MemoryConfig, d_model: int, table: ValueTable, **options: Any) -> None:
+    def __init__(self, config: MemoryConfig, d_model: int, table: Table, **options: Any) -> None:
         self.queries_per_axis = config.tucker_rank if config.query_per_rank else 1
         super().__init__(config, d_model, table, num_queries=2 * self.queries_per_axis, **options)
         factory: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
@@ -72,23 +73,19 @@ class TuckerMemory(MemoryLayer):
         gain = self.key_norm.weight * self.query_norm.weight
         return rms_norm(self.keys.transpose(3, 4), gain, self.config.norm_eps)
 
-    def locate(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Through the shuffle to virtual block and table row."""
-        virtual = self.shuffle[indices]
-        in_window = virtual if self.config.virtual_blocks == 1 else virtual % self.window_rows
-        rows, table_rows = in_window + self.window_start, self.table.values.shape[0]
-        rows = torch.where(rows < table_rows, rows, rows - table_rows)
-        return rows, virtual // self.window_rows if self.config.value_projectors == "per_block" else None
-
-    def lookup(self, x: Tensor, scores: Tensor, rows: Tensor, blocks: Tensor | None) -> Tensor:
-        """Weighted sums (tokens, output_width) of the rows; x is (tokens, d_model)."""
-        return self.table.lookup(
-            scores,
+    def locate(self, indices: Tensor, scores: Tensor, x: Tensor) -> Reads:
+        """Through the shuffle to virtual copy and table row."""
+        config, virtual = self.config, self.shuffle[indices]
+        in_window = virtual if config.virtual_copies == 1 else virtual % self.window_rows
+        rows = in_window + self.window_start
+        rows = torch.where(rows < self.table.rows, rows, rows - self.table.rows)
+        return Reads(
             rows,
+            scores,
             None if self.pre_proj is None else self.pre_proj(x),
-            pre_activation=self.config.pre_activation,
-            blocks=blocks,
-            num_blocks=self.config.virtual_blocks,
+            config.pre_activation,
+            virtual // self.window_rows if config.value_projectors == "per_block" else None,
+            config.virtual_copies,
         )
 
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:

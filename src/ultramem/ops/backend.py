@@ -54,6 +54,21 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
+def use_kernels(operation: str, supported: bool) -> bool:
+    """Whether an operation is to take its fused kernels.
+
+    Args:
+        operation: its name, for the error.
+        supported: whether there are kernels for its arguments.
+
+    Raises:
+        UltraMemError: the backend is `fused`, and there are none.
+    """
+    if _backend == "fused" and not supported:
+        raise UltraMemError(f"{operation} has no fused kernel for these arguments; use the backend 'auto'")
+    return supported and _backend != "naive"
+
+
 class Operation:
     """A function on tensors with a definition in plain PyTorch and, once registered, a fused kernel.
 

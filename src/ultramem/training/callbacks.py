@@ -358,7 +358,7 @@ class HeldoutEvaluation(EvaluatorCallback):
 
     def perform_eval(self, prefix: str = "eval") -> None:
         """Evaluate apart from training."""
-        with apart_from_training(self):
+        with timed_apart(self):
             super().perform_eval(prefix)
 
 
@@ -385,26 +385,12 @@ class TaskEvaluation(Callback):
         if self.step == self.last_step:  # a failure from here on must not cost the steps
             self.checkpoints.post_train()
         model = self.trainer.train_module.model
-        with apart_from_training(self):
+        with timed_apart(self):
             model.eval()
             results = self.suite.run(model, group=self.trainer.dp_process_group)
             model.train()
         for result in results:
             self.trainer.record_metric(f"{TASK_METRICS}{result.name}", result.value)
-
-
-@contextmanager
-def apart_from_training(callback: Callback) -> Iterator[None]:
-    """Keep what the model does inside out of the metrics of training: the memory's reads, and the time."""
-    memory = callback.trainer.train_module.model.memory
-    layers = [] if memory is None else memory.layers
-    counting = [layer.usage for layer in layers]
-    for layer in layers:
-        layer.usage = None
-    with timed_apart(callback):
-        yield
-    for layer, usage in zip(layers, counting, strict=True):
-        layer.usage = usage
 
 
 @contextmanager

@@ -64,15 +64,7 @@ class UltraMemConfig(Qwen3Config):
 
 
 class _SavedAndLoaded:
-    """Saves the code by which `trust_remote_code=True` finds the classes, and loads models ready for compilers."""
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        """As in transformers."""
-        loaded = super().from_pretrained(*args, **options)  # type: ignore[misc]
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.memory.prepare()  # its parameters were replaced, and the first pass may be a compiled one
-        return loaded
+    """Saves the code by which `trust_remote_code=True` finds the classes."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
         """As in transformers."""
