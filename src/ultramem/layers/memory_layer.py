@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultramem.config import MemoryConfig
+from ultramem.layers.initial_values import HostScheme, fill, normal, table_std
 from ultramem.ops.weighted_lookup.reads import Reads
+from ultramem.tables.layout import TableLayout
 from ultramem.tables.table import Table
+
+if TYPE_CHECKING:
+    from ultramem.config import MemoryConfig
+
+_PUBLISHED_VALUE_STD = 0.02
 
 
 class ReadObserver(Protocol):
@@ -29,7 +37,8 @@ class ReadObserver(Protocol):
 class MemoryLayer(nn.Module):
     """One memory layer: a few rows of a large table, chosen and weighted by each token.
 
-    Subclasses retrieve: they set the parameters of the scores and define `retrieve`.
+    A kind of memory is a subclass. It sets `defaults` and `unused`, makes the parameters of its scores, and defines
+    `layout`, `retrieve`, `project`, `init_retrieval`, `init_output` and `init_published`; the rest where it differs.
 
     Args:
         config: sizes and switches.
@@ -48,6 +57,11 @@ class MemoryLayer(nn.Module):
             or None if the configuration asks for none. A mean over the tokens.
         observers: see what each forward pass reads.
     """
+
+    # What the kind takes for fields of `MemoryConfig` that are left at None.
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    # Fields that the kind has no use for, and why not: after its name, as part of a sentence.
+    unused: ClassVar[Mapping[str, str]] = {}
 
     query_conv: nn.Conv1d | None
 
@@ -90,6 +104,27 @@ class MemoryLayer(nn.Module):
         else:
             self.query_conv = None
 
+    @classmethod
+    def check(cls, config: MemoryConfig, d_model: int | None = None) -> None:
+        """Check what only this kind knows of a configuration.
+
+        Args:
+            config: whose fields are each checked already.
+            d_model: width of the model, where it is known.
+
+        Raises:
+            ConfigError: a value cannot work.
+        """
+
+    @classmethod
+    def layout(cls, config: MemoryConfig, num_layers: int) -> TableLayout:
+        """The tables and windows of a model with `num_layers` memory layers."""
+        raise NotImplementedError
+
+    @classmethod
+    def refresh_all(cls, layers: Sequence[MemoryLayer]) -> None:
+        """Follow the parameters of a model's layers with what is derived from them; once after each optimizer step."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Read the memory.
 
@@ -130,6 +165,43 @@ class MemoryLayer(nn.Module):
 
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
         """From what was looked up, (tokens, output_width), to (tokens, d_model); x is (tokens, d_model)."""
+        raise NotImplementedError
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Scalars that tell of the layer's parameters, for `Memory.usage_metrics`."""
+        return {}
+
+    def init_weights(self, scheme: HostScheme, generator: torch.Generator) -> float:
+        """Initialise all but the table, as `config.init` says; returns the standard deviation of the table's values."""
+        if self.query_conv is not None:  # the identity: queries start as they would be without it
+            fill(self.query_conv.weight, lambda full: full.zero_()[..., -1].fill_(1.0))
+        if self.config.init == "published":
+            self.init_published(generator)
+            return _PUBLISHED_VALUE_STD
+        normal(self.query_proj.weight, scheme.linear_std, generator)
+        squared_weights = self.init_retrieval(scheme, generator)
+        sum_std = self.init_output(scheme, generator)
+        return table_std(self.config, self.d_model, scheme.linear_std, sum_std / math.sqrt(squared_weights))
+
+    def init_retrieval(self, scheme: HostScheme, generator: torch.Generator) -> float:
+        """Initialise what chooses and weighs rows; returns the mean sum of a token's squared weights."""
+        raise NotImplementedError
+
+    def init_output(self, scheme: HostScheme, generator: torch.Generator) -> float:
+        """Initialise what follows the lookup.
+
+        Returns:
+            The standard deviation of a token's weighted sum for which the layer's output has the feed-forward's.
+        """
+        raise NotImplementedError
+
+    def init_projection(self, weight: Tensor, scheme: HostScheme, generator: torch.Generator) -> float:
+        """`init_output` for a layer that ends in an output projection."""
+        normal(weight, 0.0 if self.config.init == "zero_output" else scheme.output_std, generator)
+        return scheme.feed_forward_std / (scheme.output_std * math.sqrt(self.config.value_dim))
+
+    def init_published(self, generator: torch.Generator) -> None:
+        """Initialise all but the table with the constants of the published code."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, object]:

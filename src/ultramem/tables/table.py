@@ -45,7 +45,7 @@ class Table(nn.Module):
         raise NotImplementedError
 
     def begin_pass(self) -> None:
-        """Get ready for a forward pass. Only a host needs to call this whose layers are compiled one by one, for FSDP."""
+        """Get ready for a forward pass; only hosts that compile their layers one by one need to call it."""
 
     def refresh(self) -> None:
         """Follow parameters that have changed with what is derived from them; called after each optimizer step."""
