@@ -21,7 +21,8 @@ from ultramem.layers.memory_layer import MemoryLayer
 from ultramem.layers.product_key import MemoryPlus, ProductKeyMemory
 from ultramem.layers.tucker import TuckerMemory
 from ultramem.layers.value_table import ValueTable
-from ultramem.ops import product_key_topk, tucker_topk
+from ultramem.ops.product_key_topk.naive import product_key_topk
+from ultramem.ops.tucker_topk.naive import tucker_topk
 from ultramem.ops.weighted_lookup.naive import ACTIVATIONS
 
 _SIMULATED_TOKENS = 512
@@ -202,7 +203,7 @@ def simulate_tucker_scores(layer: TuckerMemory) -> tuple[float, float]:
     of_heads = keys.permute(2, 0, 3, 1, 4)
     cores = layer.cores.full_tensor() if isinstance(layer.cores, DTensor) else layer.cores
     axis_top_k = min(config.axis_top_k or config.top_k, axis_keys)
-    chosen, _ = tucker_topk.naive(
+    chosen, _ = tucker_topk(
         of_tokens, of_heads, cores.float(), layer.u.float(), layer.t.float(), config.top_k, axis_top_k
     )
     return float(chosen.mean()), float(chosen.square().mean())
@@ -217,7 +218,7 @@ def simulate_product_key_weights(layer: ProductKeyMemory, scheme: HostScheme) ->
         queries *= scheme.linear_std * math.sqrt(layer.d_model)
     bound = config.key_dim**-0.5
     keys = torch.empty(2, layer.axis_keys, config.key_dim, device=device).uniform_(-bound, bound, generator=generator)
-    scores, _ = product_key_topk.naive(queries.transpose(0, 1).unsqueeze(1), keys.unsqueeze(0), config.top_k)
+    scores, _ = product_key_topk(queries.transpose(0, 1).unsqueeze(1), keys.unsqueeze(0), config.top_k)
     return float(scores.softmax(-1).square().sum(-1).mean())
 
 

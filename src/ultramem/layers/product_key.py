@@ -12,7 +12,7 @@ from ultramem.config import MemoryConfig
 from ultramem.errors import ConfigError
 from ultramem.layers.memory_layer import MemoryLayer, rms_norm
 from ultramem.layers.value_table import ValueTable
-from ultramem.ops import product_key_topk
+from ultramem.ops.product_key_topk import product_key_topk
 from ultramem.ops.product_key_topk.naive import axis_scores
 
 

@@ -14,7 +14,7 @@ from ultramem.config import MemoryConfig
 from ultramem.layers.memory_layer import MemoryLayer, rms_norm
 from ultramem.layers.product_key import balance_loss
 from ultramem.layers.value_table import ValueTable
-from ultramem.ops import tucker_topk
+from ultramem.ops.tucker_topk import tucker_topk
 from ultramem.ops.tucker_topk.naive import axis_scores
 
 

@@ -48,6 +48,21 @@ def can_run_kernels(tensor: Tensor) -> bool:
     return HAS_KERNELS and (tensor.is_cuda or interpreted)
 
 
+def takes_kernels(operation: str, supported: bool) -> bool:
+    """Whether an operation takes its kernels: where there are some for its arguments, unless the backend is `naive`.
+
+    Args:
+        operation: its name.
+        supported: whether there are kernels for the arguments.
+
+    Raises:
+        UltraMemError: the backend is `fused`, and there are none.
+    """
+    if _backend == "fused" and not supported:
+        raise UltraMemError(f"{operation} has no fused kernel for these arguments; use the backend 'auto'")
+    return supported and _backend != "naive"
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which to compute with a tensor: autocast's where that is on, else the tensor's own."""
     device = tensor.device.type
