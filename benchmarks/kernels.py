@@ -50,7 +50,7 @@ from ultramem import Memory, MemoryConfig
 from ultramem.device import autocast
 from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core import MoEConfig, preset
-from ultramem.layers import MemoryLayer, TuckerMemory
+from ultramem.layers import MemoryLayer
 from ultramem.ops import use_backend
 
 try:
@@ -404,11 +404,10 @@ def measure_memory(
     for row, sharing in ((whole, len(layers)), (changed, len(layers)), (alone, 1)):
         row.forward_floor_ms = work.forward_floor(rates, gather)
         row.training_floor_ms = work.training_floor(rates, gather, sharing)
-    assert isinstance(layers[0], TuckerMemory)
     return [whole, *measure_parts(layers[0], inputs, work, rates, gather), changed, alone, naive]
 
 
-def measure_parts(layer: TuckerMemory, inputs: list[Tensor], work: Work, rates: Rates, gather: float) -> list[Row]:
+def measure_parts(layer: MemoryLayer, inputs: list[Tensor], work: Work, rates: Rates, gather: float) -> list[Row]:
     """Forward passes of the query projection, the retrieval, and the lookup."""
     device = inputs[0].device
     queries, chosen = [], []

@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from ultramem import MemoryConfig, UltraMemError
-from ultramem.config import Kind
 from ultramem.hosts.olmo_core import PRESETS, model_statistics
+from ultramem.layers import KINDS
 from ultramem.training import RunConfig
 from ultramem.training.decoding import encode
 
@@ -141,7 +141,7 @@ def as_yaml(value: Any) -> str:
 
 def kind_defaults() -> dict[str, dict[str, Any]]:
     """What each kind of memory takes for the fields that it prescribes, by field and kind."""
-    configs = {kind: MemoryConfig(kind=kind) for kind in get_args(Kind)}
+    configs = {kind: MemoryConfig(kind=kind) for kind in KINDS}
     resolved = {
         field.name: {kind: getattr(config, field.name) for kind, config in configs.items()}
         for field in dataclasses.fields(MemoryConfig)
@@ -152,7 +152,7 @@ def kind_defaults() -> dict[str, dict[str, Any]]:
 
 def kind_table() -> str:
     """The defaults that depend on the kind."""
-    kinds = get_args(Kind)
+    kinds = list(KINDS)
     rows = [
         (f"`model.memory.{name}`", *(f"`{as_yaml(values[kind])}`" for kind in kinds))
         for name, values in kind_defaults().items()

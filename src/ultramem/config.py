@@ -213,6 +213,12 @@ class MemoryConfig:
             raise ConfigError(f"output_dropout={self.output_dropout}: must be at least 0 and below 1")
         if not 0 < self.value_lr_decay <= 1:
             raise ConfigError(f"value_lr_decay={self.value_lr_decay}: must be above 0 and at most 1")
+        for name, default in (("value_lr_multiplier", 4.0), ("value_lr_decay", 1.0)):
+            if self.value_lr is not None and name not in self.layer_type.unused and getattr(self, name) != default:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)}: the values have a constant learning rate, "
+                    f"value_lr={self.value_lr}; leave out one of them"
+                )
         self._parse_insertion()
 
     def _check_unused(self) -> None:

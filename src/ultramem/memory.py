@@ -185,10 +185,9 @@ class Memory(nn.Module):
     def usage_metrics(self, *, reset: bool = True) -> dict[str, Tensor]:
         """What the layers read since the last report: scalars, named such as `layer 03/rows read`.
 
-        For each layer: `rows read` (share of the rows in reach), `KL from uniform` (of the reads, in nats), `output
-        std`, `top score` and `last score` (means over tokens), and what the kind adds: `singular value 1`, ... of Tucker
-        cores. With
-        `torch.distributed` a collective call, over the reads of all processes.
+        For each layer: `rows read` (share of the window's rows), `KL from uniform` (of the reads, in nats), `output
+        std`, `top score` and `last score` (means over tokens), and what the kind adds, such as `singular value 1` of
+        Tucker cores. With `torch.distributed` a collective call, over the reads of all processes.
 
         Args:
             reset: start counting anew.

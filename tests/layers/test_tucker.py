@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ultramem import Memory, MemoryConfig
-from ultramem.layers import TuckerMemory
-from ultramem.layers.tucker import tucker_penalty
+from ultramem.layers.tucker import TuckerMemory, tucker_penalty
 
 D_MODEL = 6
 SMALL: dict[str, Any] = {"num_keys": 3, "key_dim": 4, "value_dim": 6, "top_k": 5, "insertion": "0:0/1:1"}

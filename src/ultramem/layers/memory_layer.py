@@ -38,7 +38,8 @@ class MemoryLayer(nn.Module):
     """One memory layer: a few rows of a large table, chosen and weighted by each token.
 
     A kind of memory is a subclass. It sets `defaults` and `unused`, makes the parameters of its scores, and defines
-    `layout`, `retrieve`, `project`, `init_retrieval`, `init_output` and `init_published`; the rest where it differs.
+    `queries_per_token`, `layout`, `retrieve`, `project`, `init_retrieval`, `init_output` and `init_published`; the
+    rest where it differs.
 
     Args:
         config: sizes and switches.
@@ -47,7 +48,6 @@ class MemoryLayer(nn.Module):
         axis_keys: keys on each axis.
         window_start: table row at which this layer's window starts; it wraps around the table's end.
         window_rows: rows of the window.
-        num_queries: query vectors of a token.
         owns_table: whether the table's parameters belong to this layer.
         device: of the parameters.
         dtype: of the parameters.
@@ -74,7 +74,6 @@ class MemoryLayer(nn.Module):
         axis_keys: int,
         window_start: int,
         window_rows: int,
-        num_queries: int,
         owns_table: bool,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -86,7 +85,7 @@ class MemoryLayer(nn.Module):
         # A tensor, and on the CPU: a compiler makes one program for layers that differ in it, and nothing waits for it.
         self.window_start = torch.tensor(window_start, device="cpu")
         self.window_rows = window_rows
-        self.num_queries = num_queries
+        self.num_queries = self.queries_per_token(config)
         self.auxiliary_loss: Tensor | None = None
         self.observers: list[ReadObserver] = []
         if owns_table:
@@ -95,7 +94,7 @@ class MemoryLayer(nn.Module):
             # Not a submodule: the table's parameters would be listed once for every layer.
             object.__setattr__(self, "table", table)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        query_width = num_queries * config.key_dim
+        query_width = self.num_queries * config.key_dim
         self.query_proj = nn.Linear(d_model, query_width, bias=False, **factory)
         if config.query_conv:
             self.query_conv = nn.Conv1d(
@@ -115,6 +114,11 @@ class MemoryLayer(nn.Module):
         Raises:
             ConfigError: a value cannot work.
         """
+
+    @classmethod
+    def queries_per_token(cls, config: MemoryConfig) -> int:
+        """Query vectors of a token."""
+        raise NotImplementedError
 
     @classmethod
     def layout(cls, config: MemoryConfig, num_layers: int) -> TableLayout:

@@ -23,14 +23,14 @@ class ProductKeyMemory(ProductKeyLayer):
     Arguments as for `MemoryLayer`.
     """
 
-    unused = {**ProductKeyLayer.unused, "norm_eps": "normalises neither queries nor keys"}  # noqa: RUF012
+    unused = {**ProductKeyLayer.unused, "norm_eps": "normalises neither queries nor keys"}
 
     @classmethod
     def check(cls, config: MemoryConfig, d_model: int | None = None) -> None:
         """As in `MemoryLayer`: there is no projection between `value_dim` and `d_model`."""
         if d_model is not None and config.value_dim != d_model:
             raise ConfigError(
-                f"value_dim={config.value_dim}: must be d_model={d_model}, since pkm adds values to the residual stream"
+                f"value_dim={config.value_dim}: pkm adds values to the residual stream, so set it to d_model={d_model}"
             )
 
     @classmethod

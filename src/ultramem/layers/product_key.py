@@ -30,13 +30,13 @@ class ProductKeyLayer(MemoryLayer):
     Each head has its own queries and keys. Arguments as for `MemoryLayer`.
     """
 
-    defaults = {  # noqa: RUF012, as all kinds' constants
+    defaults = {
         "query_per_rank": False,
         "key_expansion": 1,
         "value_projectors": "single",
         "value_lr": 1e-3,
     }
-    unused = {  # noqa: RUF012
+    unused = {
         "axis_top_k": "searches the whole grid exactly",
         "tucker_rank": _NO_TUCKER,
         "cores": _NO_TUCKER,
@@ -54,9 +54,14 @@ class ProductKeyLayer(MemoryLayer):
     }
 
     def __init__(self, config: MemoryConfig, d_model: int, table: Table, **options: Any) -> None:
-        super().__init__(config, d_model, table, num_queries=config.heads * 2, **options)
+        super().__init__(config, d_model, table, **options)
         factory: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         self.keys = nn.Parameter(torch.empty(config.heads, 2, self.axis_keys, config.key_dim, **factory))
+
+    @classmethod
+    def queries_per_token(cls, config: MemoryConfig) -> int:
+        """As in `MemoryLayer`."""
+        return config.heads * 2
 
     def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """As in `MemoryLayer`; the weights are a softmax over each head's chosen sums."""

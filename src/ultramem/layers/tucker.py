@@ -41,8 +41,7 @@ class TuckerMemory(MemoryLayer):
     pre_proj: nn.Linear | None
 
     def __init__(self, config: MemoryConfig, d_model: int, table: Table, **options: Any) -> None:
-        self.queries_per_axis = config.tucker_rank if config.query_per_rank else 1
-        super().__init__(config, d_model, table, num_queries=2 * self.queries_per_axis, **options)
+        super().__init__(config, d_model, table, **options)
         factory: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         heads, rank = config.heads, config.tucker_rank
         self.query_norm = nn.RMSNorm(config.key_dim, eps=config.norm_eps, **factory)
@@ -57,6 +56,11 @@ class TuckerMemory(MemoryLayer):
         self.register_buffer("u", torch.zeros(heads, rank, **factory))
         self.register_buffer("t", torch.zeros(heads, rank, **factory))
         self.register_buffer("shuffle", torch.empty(self.axis_keys**2, dtype=torch.int64, device=options.get("device")))
+
+    @classmethod
+    def queries_per_token(cls, config: MemoryConfig) -> int:
+        """As in `MemoryLayer`."""
+        return 2 * (config.tucker_rank if config.query_per_rank else 1)
 
     @classmethod
     def check(cls, config: MemoryConfig, d_model: int | None = None) -> None:
@@ -90,7 +94,7 @@ class TuckerMemory(MemoryLayer):
         Without their gain: it multiplies the keys, of which there are fewer.
         """
         normed = rms_norm(queries, None, self.config.norm_eps)
-        return normed.unflatten(1, (2, self.queries_per_axis)).expand(-1, -1, self.config.tucker_rank, -1)
+        return normed.unflatten(1, (2, self.num_queries // 2)).expand(-1, -1, self.config.tucker_rank, -1)
 
     def normed_keys(self) -> Tensor:
         """Normalised row and column keys (heads, 2, axis_keys, rank, key_dim), with their gain and the queries'."""
@@ -179,7 +183,7 @@ class TuckerMemory(MemoryLayer):
             rows = torch.randn(shape, generator=generator, device=device)
             return F.rms_norm(rows, shape[-1:], eps=config.norm_eps)
 
-        queries = unit_rows(2, self.queries_per_axis, 1, SIMULATED_TOKENS, config.key_dim)
+        queries = unit_rows(2, self.num_queries // 2, 1, SIMULATED_TOKENS, config.key_dim)
         keys = unit_rows(2, config.tucker_rank, config.heads, self.axis_keys, config.key_dim)
         of_tokens = queries.squeeze(2).permute(2, 0, 1, 3).expand(-1, -1, config.tucker_rank, -1)
         of_heads = keys.permute(2, 0, 3, 1, 4)

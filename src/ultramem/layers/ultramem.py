@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class UltraMem(TuckerMemory):
     """UltraMem (arXiv:2411.12364). Arguments as for `MemoryLayer`."""
 
-    defaults = {"query_per_rank": False, "key_expansion": 2, "value_projectors": "per_block"}  # noqa: RUF012
-    unused = {  # noqa: RUF012
+    defaults = {"query_per_rank": False, "key_expansion": 2, "value_projectors": "per_block"}
+    unused = {
         "share_ratio": "does not pool its layers' tables",
         "sharing": "does not pool its layers' tables",
     }

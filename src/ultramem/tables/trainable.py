@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ultramem.ops.backend import HAS_KERNELS, use_kernels
+from ultramem.ops.backend import HAS_KERNELS, takes_kernels
 from ultramem.ops.kernels.numbered import register
 from ultramem.ops.weighted_lookup.reads import Reads
 from ultramem.tables.computing_copy import ComputingCopy
@@ -64,7 +64,7 @@ class TrainableTable(Table):
 
     def lookup(self, reads: Reads) -> Tensor:
         """As of `Table`; with kernels computed and returned in autocast's dtype where that is on."""
-        if not use_kernels("weighted_lookup", HAS_KERNELS and fused.supports(self.values, self.pre_values)):
+        if not takes_kernels("weighted_lookup", HAS_KERNELS and fused.supports(self.values, self.pre_values)):
             return super().lookup(reads)
         link = self._link.get(self.values, self.pre_values)
         return fused.weighted_lookup(reads, self.values, self.pre_values, link=link, numbers=self._numbers)

@@ -376,10 +376,8 @@ def test_micro_batches_add_up(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_auxiliary_losses_are_weighted_by_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient is that of the cross-entropy plus the token-weighted mean of the micro-batches' own losses."""
-    penalty = 0.5 if kind.startswith("ultramem") else 0.0
-    memory = replace(
-        KINDS[kind], insertion=OVERLAPPING, balance_coef=0.5, tucker_penalty_coef=penalty, tucker_penalty_threshold=0.0
-    )
+    penalty = {"tucker_penalty_coef": 0.5, "tucker_penalty_threshold": 0.0} if kind.startswith("ultramem") else {}
+    memory = replace(KINDS[kind], insertion=OVERLAPPING, balance_coef=0.5, **penalty)
     model = build(make_config(memory))
     inputs, labels = tokens(4, 6), tokens(4, 6, seed=1)
     parts = slice(0, 3), slice(3, 4)
