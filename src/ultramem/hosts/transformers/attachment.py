@@ -48,7 +48,9 @@ def attach_memory(
         UltraMemError: the model does not fit, for the reason that is given, or has a memory already.
     """
     if hasattr(model, "memory"):
-        raise UltraMemError(f"{type(model).__name__} has a memory already; remove it with detach_memory")
+        attached = hasattr(model, "_memory_connection")
+        remedy = "remove it with detach_memory" if attached else "it was built with it; attach to a model without"
+        raise UltraMemError(f"{type(model).__name__} has a memory already; {remedy}")
     if blocks is not None:
         config = replace(config, insertion=_insertion(config, blocks))
     modules = find_blocks(model)
@@ -81,7 +83,8 @@ def detach_memory(model: PreTrainedModel) -> Memory:
     """
     connection = getattr(model, "_memory_connection", None)
     if connection is None:
-        raise UltraMemError(f"{type(model).__name__} has no memory that was attached to it")
+        built = ": it was built with its own, which cannot be removed" if hasattr(model, "memory") else ""
+        raise UltraMemError(f"{type(model).__name__} has no memory that was attached to it{built}")
     connection.remove()
     memory: Memory = model.memory
     del model.memory, model._memory_connection
