@@ -154,7 +154,7 @@ class MemoryLayer(nn.Module):
         """Queries (tokens, num_queries, key_dim) of x (..., d_model), not yet normalised."""
         queries = self.query_proj(x)
         if self.query_conv is not None:
-            sequences = queries.reshape(x.shape[:-2].numel(), *queries.shape[-2:]).transpose(1, 2)
+            sequences = queries.reshape(math.prod(x.shape[:-2]), *queries.shape[-2:]).transpose(1, 2)
             padded = F.pad(sequences, (self.config.query_conv, 0))  # one more than needed, lest a sequence be empty
             queries = self.query_conv(padded)[..., 1:].transpose(1, 2)
         return queries.reshape(-1, self.num_queries, self.config.key_dim)

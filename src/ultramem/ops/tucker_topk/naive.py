@@ -16,7 +16,7 @@ def tucker_topk(
 
 def axis_scores(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column scores, (tokens, heads, rank, keys) each; arguments as in `tucker_topk`."""
-    tokens = len(queries)
+    tokens = queries.shape[0]
     if torch.compiler.is_compiling() and queries.device.type == "cpu" and tokens == 1:
         # Of a single token inductor makes a reduction that writes beyond its result's end (pytorch/pytorch#196681).
         queries = queries.expand(2, -1, -1, -1)
