@@ -38,14 +38,15 @@ test: $(VENV)/installed  ## run the test suite
 test-gpu: $(VENV)/installed  ## run the tests that use a GPU, the kernels' among them
 	$(BIN)/python -m pytest tests/ops tests/layers tests/hosts tests/training -m "kernels or gpu"
 
-check: $(VENV)/installed  ## formatting, lint and types
+check: $(VENV)/installed  ## formatting, lint, types and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/installed  ## format and sort imports
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the environment and the caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

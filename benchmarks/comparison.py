@@ -27,7 +27,7 @@ from ultramem.errors import UltraMemError
 from ultramem.evaluation import evaluate, evaluate_tasks
 from ultramem.report import write_report
 from ultramem.report.run import Run, Series
-from ultramem.run_layout import HELD_OUT, REPORT_NAME, SUMMARY_NAME, THROUGHPUT, TRAIN_LOSS
+from ultramem.runs.layout import HELD_OUT, REPORT_NAME, SUMMARY_NAME, THROUGHPUT, TRAIN_LOSS
 from ultramem.training import RunConfig, load_config, train
 
 SYSTEMS = ("dense", "olmoe", "pkm", "memory_plus", "ultramem", "ultramem_v2")

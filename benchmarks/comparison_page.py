@@ -22,7 +22,7 @@ from benchmarks.comparison import SYSTEMS, VARIANTS, system_of
 from benchmarks.measurement import write_plot
 from ultramem.data.facts import EXPOSURES
 from ultramem.errors import UltraMemError
-from ultramem.filesystem import write_text
+from ultramem.files.whole_files import write_text
 
 # A model's runs, which differ in their seed.
 Runs = Mapping[str, Sequence[dict[str, Any]]]

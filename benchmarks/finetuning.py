@@ -29,8 +29,10 @@ from benchmarks.measurement import DEFAULT_OUTPUT, console, environment, free_me
 from ultramem.data.made_up_words import made_up_words
 from ultramem.device import autocast, choose_device
 from ultramem.errors import UltraMemError
+from ultramem.finetuning.config import FinetuneConfig
 from ultramem.finetuning.examples import make_examples, mean_loss, read_texts
-from ultramem.finetuning.finetune import FinetuneConfig, Finetuning, load_model, read_background
+from ultramem.finetuning.methods import Finetuning, read_background
+from ultramem.finetuning.model_files import load_model_and_tokenizer
 from ultramem.hosts.transformers.modes import evaluation_mode
 from ultramem.hosts.transformers.sparse_finetuning import Background
 
@@ -179,7 +181,7 @@ class Benchmark:
         settings = {**vars(self.config), "method": method, "optimizer": optimizer, "learning_rate": learning_rate}
         config = FinetuneConfig(**settings)
         set_seed(config.seed)
-        model = load_model(config.model)[0].to(choose_device(config.device))
+        model = load_model_and_tokenizer(config.model)[0].to(choose_device(config.device))
         background = self.background if method == "sparse" else None
         finetuning = Finetuning(model, config, self.facts.examples, background)
         with tempfile.TemporaryDirectory() as directory:
@@ -208,7 +210,7 @@ def prepare(arguments: argparse.Namespace) -> Benchmark:
         device=arguments.device,
         background_batches=100 if arguments.tiny else 1000,
     )
-    model, tokenizer = load_model(arguments.model)
+    model, tokenizer = load_model_and_tokenizer(arguments.model)
     model.to(choose_device(arguments.device))
     facts = Facts(16 if arguments.tiny else 100, tokenizer, config.seed)
     pieces = make_examples(read_texts(heldout_files), tokenizer, config.sequence_length)

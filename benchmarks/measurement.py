@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from ultramem.errors import UltraMemError
-from ultramem.filesystem import write_text
+from ultramem.files.whole_files import write_text
 
 DEFAULT_OUTPUT = Path("runs/benchmarks")
 OUT_OF_MEMORY = math.inf

@@ -46,7 +46,7 @@ from benchmarks.measurement import (
 )
 from ultramem.device import autocast, has_fast_bfloat16
 from ultramem.errors import UltraMemError
-from ultramem.filesystem import write_text
+from ultramem.files.whole_files import write_text
 from ultramem.hosts.olmo_core import ModelConfig, model_statistics, preset
 
 SYSTEMS = ("dense", "olmoe", "ultramem_v2")

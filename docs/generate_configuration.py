@@ -12,10 +12,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from ultramem import MemoryConfig, UltraMemError
+from ultramem.configuration.decoding import encode
 from ultramem.hosts.olmo_core import PRESETS, model_statistics
 from ultramem.layers import KINDS
 from ultramem.training import RunConfig
-from ultramem.training.decoding import encode
 
 PAGE = Path(__file__).with_name("configuration.md")
 SEQUENCE_LENGTH = 4096  # of the papers, for counting the attention's operations

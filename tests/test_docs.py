@@ -19,12 +19,12 @@ from benchmarks.comparison_page import fill, read_runs
 from transformers import PreTrainedTokenizerFast
 
 from ultramem.cli import app
+from ultramem.configuration.decoding import dotted_keys
 from ultramem.data.tokenizers import END_OF_TEXT, train_bpe
 from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core import PRESETS
 from ultramem.hosts.transformers import UltraMemConfig, UltraMemForCausalLM
 from ultramem.training import RunConfig, load_config
-from ultramem.training.decoding import dotted_keys
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

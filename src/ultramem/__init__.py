@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from ultramem.layers import HostScheme
     from ultramem.memory import Memory
 
+    __version__: str
+
 _HOME = {
     "ConfigError": "ultramem.errors",
     "HostScheme": "ultramem.layers",
@@ -24,6 +26,8 @@ __all__ = ["ConfigError", "HostScheme", "Memory", "MemoryConfig", "UltraMemError
 
 def __getattr__(name: str) -> Any:
     # Importing torch takes seconds, which the command line's help and its worker processes do without.
+    if name == "__version__":
+        return import_module("importlib.metadata").version("ultramem")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

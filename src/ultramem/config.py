@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Literal
 
+from ultramem.configuration.field_types import check_finite, check_types
 from ultramem.errors import ConfigError
-from ultramem.field_types import check_types
 from ultramem.layers.kinds import KINDS
 from ultramem.layers.memory_layer import MemoryLayer
 from ultramem.tables.layout import TableLayout
@@ -91,7 +91,10 @@ class MemoryConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        self._check_choice("kind", tuple(KINDS))
+        check_types(self)
+        check_finite(self)
+        if self.kind not in KINDS:
+            raise ConfigError(f"kind={self.kind!r}: must be one of {', '.join(KINDS)}")
         for name, default in self.layer_type.defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
@@ -189,16 +192,7 @@ class MemoryConfig:
             return 1.0
         return 1 + (self.value_lr_multiplier - 1) * max(0.0, 1 - step / (steps * self.value_lr_decay))
 
-    def _check_choice(self, name: str, choices: tuple[Any, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise ConfigError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(str, choices))}")
-
     def _check_values(self) -> None:
-        self._check_choice("sharing", get_args(Sharing))
-        self._check_choice("value_projectors", get_args(ValueProjectors))
-        self._check_choice("pre_activation", (None, *get_args(Activation)))
-        self._check_choice("init", get_args(Initialization))
-        check_types(self)
         for name, low in _SMALLEST.items():
             value = getattr(self, name)
             if value is not None and value < low:

@@ -19,16 +19,16 @@ from torch.nn.utils.rnn import pad_sequence
 from ultramem.data.facts import make_documents, make_facts
 from ultramem.data.tokenizers import END_OF_TEXT, PADDING, ChosenTokenizer, train_bpe
 from ultramem.evaluation.memory_tasks import (
+    MemoryQuestion,
     MemoryTask,
-    Question,
     copying_questions,
     fact_questions,
     recall_questions,
 )
 from ultramem.evaluation.scoring import Request, Score, score
-from ultramem.evaluation.tasks import TaskResult
 from ultramem.hosts.olmo_core import ModelConfig
 from ultramem.hosts.olmo_core.model import MemoryTransformer
+from ultramem.runs.results import TaskResult
 
 LENGTH = 512
 
@@ -66,7 +66,7 @@ def text_of(tokenizer: ChosenTokenizer, request: Request) -> tuple[str, str]:
     )
 
 
-def texts_of(tokenizer: ChosenTokenizer, question: Question) -> list[str]:
+def texts_of(tokenizer: ChosenTokenizer, question: MemoryQuestion) -> list[str]:
     """The whole text of each choice."""
     return ["".join(text_of(tokenizer, choice)) for choice in question.choices]
 
@@ -232,7 +232,7 @@ class Oracle:
         return logits
 
 
-def ask(model: object, questions: Sequence[Question]) -> dict[str, TaskResult]:
+def ask(model: object, questions: Sequence[MemoryQuestion]) -> dict[str, TaskResult]:
     """Results by name."""
     task = MemoryTask(questions)
     results = task.results(score(cast(MemoryTransformer, model), task.requests))
@@ -260,7 +260,7 @@ def test_a_model_that_knows_the_answers(make: Any, tokenizer: ChosenTokenizer) -
 
 def test_means_and_errors() -> None:
     request = Request((0,), (5, 6, 7, 8))
-    copy = [Question(("copying", f"copying/length{i}"), (request,), 0, possible=10) for i in (5, 5, 9)]
+    copy = [MemoryQuestion(("copying", f"copying/length{i}"), (request,), 0, possible=10) for i in (5, 5, 9)]
     results = MemoryTask(copy).results([Score(-1.0, 4), Score(-1.0, 2), Score(-1.0, 0)])
     assert {r.metric for r in results} == {"token accuracy"}
     assert [(r.name, r.questions) for r in results] == [("copying", 3), ("copying/length5", 2), ("copying/length9", 1)]
@@ -268,7 +268,7 @@ def test_means_and_errors() -> None:
     assert [r.standard_error for r in results] == pytest.approx([(2 * 0.25**2) ** 0.5 / 3, 0.25 / 2**0.5, 0.0])
     assert [r.chance for r in results] == pytest.approx([0.1] * 3)
 
-    choices = [Question(("facts",), (request,) * 4, answer, possible=8) for answer in (2, 0)]
+    choices = [MemoryQuestion(("facts",), (request,) * 4, answer, possible=8) for answer in (2, 0)]
     scores = [Score(-9.0, 1), Score(-8.0, 4), Score(-7.0, 3), Score(-8.0, 4)] * 2
     accuracy, exact = MemoryTask(choices).results(scores)
     assert (accuracy.name, accuracy.metric, accuracy.value, accuracy.chance) == ("facts", "accuracy", 0.5, 0.25)

@@ -11,11 +11,11 @@ import pytest
 
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.evaluation import TaskEvaluation, evaluate_tasks, print_task_table
-from ultramem.evaluation.checkpoints import find_checkpoint
 from ultramem.evaluation.generation import find_tokenizer
 from ultramem.evaluation.task_suite import GROUPS, TaskSuite
-from ultramem.evaluation.tasks import TaskResult
 from ultramem.report.run import Tasks
+from ultramem.runs.checkpoints import find_checkpoint
+from ultramem.runs.results import TaskResult
 
 
 def evaluation(run: Path, checkpoint: str = "step7", **values: float) -> TaskEvaluation:

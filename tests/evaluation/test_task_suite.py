@@ -13,7 +13,7 @@ from ultramem.errors import ConfigError, UltraMemError
 from ultramem.evaluation import memory_tasks, table3
 from ultramem.evaluation.scoring import score
 from ultramem.evaluation.task_suite import TASKS, TaskSuite, check_max_questions, task_names, with_means
-from ultramem.evaluation.tasks import TaskResult
+from ultramem.runs.results import TaskResult
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from ultramem.convert.transformers_models import to_transformers
 from ultramem.evaluation import load_model
-from ultramem.interop.transformers_models import to_transformers
 from ultramem.training import OptimizerConfig, train
 
 STANDING_STILL = OptimizerConfig(learning_rate=1e-12, weight_decay=0.0)

@@ -11,7 +11,7 @@ from random import Random
 from ultramem.data.documents import JSON_LINES_SUFFIXES
 from ultramem.data.made_up_words import made_up_words
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.filesystem import write_text
+from ultramem.files.whole_files import write_text
 
 # The first template is the one that is asked for.
 TEMPLATES = (

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.filesystem import write_text
+from ultramem.files.whole_files import write_text
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"

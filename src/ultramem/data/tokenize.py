@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from rich.progress import Progress
 
+from ultramem.configuration.field_types import check_types
 from ultramem.data.documents import BrokenRecordError, Document, find_sources, read_documents
 from ultramem.data.encoding import encode_documents
 from ultramem.data.near_duplicates import near_duplicates
@@ -22,7 +23,7 @@ from ultramem.data.token_files import MANIFEST_NAME, TOKENIZER_NAME, Manifest, l
 from ultramem.data.token_writer import SplitWriter
 from ultramem.data.tokenizers import SMALLEST_BPE, ChosenTokenizer, load_tokenizer, train_bpe
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.output_directory import partial_directory
+from ultramem.files.whole_directories import partial_directory
 
 BPE_SAMPLE_BYTES = 32 * 2**20  # training time and memory grow with the sample, its vocabulary hardly changes
 SKIPPED_EXAMPLES = 10
@@ -78,6 +79,7 @@ class TokenizeConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.sources:
             raise ConfigError("sources is empty; name at least one file or directory")
         if (self.tokenizer is None) == (self.train_bpe is None):

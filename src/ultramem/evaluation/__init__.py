@@ -1,6 +1,5 @@
 """What a checkpoint has learnt: its loss on token files, tasks that it can do, and text that it writes."""
 
-from ultramem.evaluation.checkpoints import Checkpoint, find_checkpoint, load_model
 from ultramem.evaluation.generation import (
     Sample,
     SamplingConfig,
@@ -12,7 +11,8 @@ from ultramem.evaluation.generation import (
 from ultramem.evaluation.loss import Evaluation, evaluate, print_losses
 from ultramem.evaluation.sampling import sample
 from ultramem.evaluation.task_evaluation import TaskEvaluation, evaluate_tasks, print_task_table
-from ultramem.evaluation.tasks import TaskResult
+from ultramem.runs.checkpoints import Checkpoint, find_checkpoint, load_model
+from ultramem.runs.results import TaskResult
 
 __all__ = [
     "Checkpoint",

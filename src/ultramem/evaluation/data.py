@@ -10,8 +10,8 @@ from typing import cast
 
 from ultramem.data.token_files import Manifest, check_token_files, load_manifest
 from ultramem.errors import UltraMemError
-from ultramem.evaluation.checkpoints import Checkpoint
 from ultramem.evaluation.unigram import unigram_loss
+from ultramem.runs.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,16 @@ import typer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from ultramem.data.token_files import load_manifest
-from ultramem.data.tokenizers import ChosenTokenizer, load_model_tokenizer
+from ultramem.configuration.field_types import check_types
+from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.device import autocast
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.evaluation.checkpoints import Checkpoint, find_checkpoint
-from ultramem.evaluation.json_files import write_json
 from ultramem.evaluation.sampling import check_sampling, sample
+from ultramem.files.whole_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
-from ultramem.run_layout import SAMPLES_NAME, TOKENIZER_NAME
+from ultramem.runs.checkpoints import find_checkpoint
+from ultramem.runs.layout import SAMPLES_NAME
+from ultramem.runs.tokenizer import find_tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class SamplingConfig:
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_sampling(self.temperature, self.top_k, self.top_p)
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed}: must be at least 0")
@@ -137,21 +139,6 @@ class TextGenerator:
         if not logits.isfinite().all():
             raise UltraMemError("the model's output is not finite: its training diverged; use an earlier checkpoint")
         return logits
-
-
-def find_tokenizer(checkpoint: Checkpoint) -> ChosenTokenizer:
-    """The tokenizer in the run directory; its end-of-text token is as the training data says, if that is still there.
-
-    Raises:
-        UltraMemError: the tokenizer is missing or damaged, or has more tokens than the model.
-    """
-    data, vocab_size = checkpoint.config.data, checkpoint.config.model.vocab_size
-    path, eos_id = checkpoint.run / TOKENIZER_NAME, data.eos_token_id
-    if not path.is_file():
-        raise UltraMemError(f"{path} is missing; copy the {TOKENIZER_NAME} that the training data was made with there")
-    if data.directory is not None and data.directory.is_dir():
-        eos_id = load_manifest(data.directory).eos_token_id
-    return load_model_tokenizer(path, eos_id, vocab_size)
 
 
 def read_prompt(path: Path) -> str:

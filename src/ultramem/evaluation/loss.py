@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -17,40 +17,27 @@ from rich.table import Table
 from ultramem.data.token_windows import IGNORED, TokenWindows
 from ultramem.device import autocast
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.evaluation.checkpoints import column_names, find_checkpoint
 from ultramem.evaluation.data import find_data
-from ultramem.evaluation.json_files import write_json
+from ultramem.evaluation.table_columns import column_names
+from ultramem.files.whole_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
-from ultramem.run_layout import EVALUATION_NAME
+from ultramem.runs.checkpoints import find_checkpoint
+from ultramem.runs.layout import EVALUATION_NAME
+from ultramem.runs.results import LossResult
 
 BATCH_TOKENS = 4096  # of a batch, if its size is not given; the memory that logits take grows with it
-NOT_SAVED = ("tokens_per_second", "run")
 LARGEST_LOSS = 700.0  # whose perplexity is a finite number
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What a checkpoint achieves on token files.
+class Evaluation(LossResult):
+    """What a checkpoint achieves on token files, and how it was found out.
 
     Attributes:
-        checkpoint: its name, such as `step600`.
-        split: `train` or `heldout`, or `files` for token files that are not the run's own.
-        tokens: how many were predicted.
-        loss: mean cross-entropy in nats per token.
-        perplexity: exp(loss).
-        bits_per_byte: of text, the end-of-text tokens' loss included; None for files without a manifest.
-        unigram_bits_per_byte: the same of the train split's unigram model, or None.
         tokens_per_second: how fast they were predicted; not saved.
         run: the run directory; not saved.
     """
 
-    checkpoint: str
-    split: str
-    tokens: int
-    loss: float
-    perplexity: float
-    bits_per_byte: float | None
-    unigram_bits_per_byte: float | None
     tokens_per_second: float
     run: Path
 
@@ -61,7 +48,7 @@ class Evaluation:
             UltraMemError: the file cannot be written.
         """
         path = path or self.run / EVALUATION_NAME
-        write_json(path, {name: value for name, value in asdict(self).items() if name not in NOT_SAVED})
+        write_json(path, {field.name: getattr(self, field.name) for field in fields(LossResult)})
         return path
 
 

@@ -18,7 +18,7 @@ from ultramem.data.made_up_words import made_up_words
 from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.errors import UltraMemError
 from ultramem.evaluation.scoring import Request, Score
-from ultramem.evaluation.tasks import TaskResult
+from ultramem.runs.results import TaskResult
 
 MOST_CHOICES = 16
 QUESTIONS_OF_A_PART = 100  # of a number of pairs or a length, unless told otherwise
@@ -53,7 +53,7 @@ FILLER_NAMES = (
 
 
 @dataclass(frozen=True)
-class Question:
+class MemoryQuestion:
     """What a model is asked.
 
     Attributes:
@@ -71,7 +71,7 @@ class Question:
 
 def recall_questions(
     tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None = None
-) -> list[Question]:
+) -> list[MemoryQuestion]:
     """Multi-query associative recall (arXiv:2312.04927): which value the context gives to a name.
 
     The context has 4, 16 or 64 assignments of a made-up name to another, such as `zori = kale`, and between them other
@@ -85,7 +85,7 @@ def recall_questions(
             left out.
         max_questions: of each number of pairs and length; None for 100.
     """
-    questions: list[Question] = []
+    questions: list[MemoryQuestion] = []
     for length in RECALL_LENGTHS:
         for pairs in RECALL_PAIRS if length <= context_length else ():
             random = Random(f"recall/{pairs}/{length}")
@@ -98,7 +98,7 @@ def recall_questions(
     return questions
 
 
-def _recall_question(pairs: int, length: int, tokenizer: ChosenTokenizer, random: Random) -> Question | None:
+def _recall_question(pairs: int, length: int, tokenizer: ChosenTokenizer, random: Random) -> MemoryQuestion | None:
     words = made_up_words(2 * pairs, random, syllables=2)
     names, values = words[:pairs], words[pairs:]
     chosen = random.sample(range(pairs), min(pairs, MOST_CHOICES))
@@ -116,7 +116,7 @@ def _recall_question(pairs: int, length: int, tokenizer: ChosenTokenizer, random
     choices = tuple(
         Request((tokenizer.eos_token_id, *before, *ending.context[1:]), ending.continuation) for ending in endings
     )
-    return Question(("recall", f"recall/pairs{pairs}/length{length}"), choices, answer, possible=pairs)
+    return MemoryQuestion(("recall", f"recall/pairs{pairs}/length{length}"), choices, answer, possible=pairs)
 
 
 def _filler(tokenizer: ChosenTokenizer, random: Random) -> list[int]:
@@ -126,7 +126,7 @@ def _filler(tokenizer: ChosenTokenizer, random: Random) -> list[int]:
 
 def copying_questions(
     tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None = None
-) -> list[Question]:
+) -> list[MemoryQuestion]:
     """Copying from the context (arXiv:2402.01032): random tokens, and the same once more.
 
     The tokens of a sequence are different, so that each tells what comes after it. The first of the second occurrence
@@ -147,7 +147,9 @@ def copying_questions(
         for _ in range(max_questions or QUESTIONS_OF_A_PART if fits else 0):
             tokens = random.sample(vocabulary, length)
             copy = Request((tokenizer.eos_token_id, *tokens, tokens[0]), tuple(tokens[1:]))
-            questions.append(Question(("copying", f"copying/length{length}"), (copy,), 0, possible=len(vocabulary)))
+            questions.append(
+                MemoryQuestion(("copying", f"copying/length{length}"), (copy,), 0, possible=len(vocabulary))
+            )
     return questions
 
 
@@ -156,7 +158,7 @@ def fact_questions(
     context_length: int,
     max_questions: int | None = None,
     facts: Sequence[Fact] | None = None,
-) -> list[Question]:
+) -> list[MemoryQuestion]:
     """The facts of `ultramem write-facts`, by the number of times that its documents state them.
 
     A context is the beginning of the first template, such as `birthplace["zorivu"] = "`; the choice is among 16 of the
@@ -182,7 +184,7 @@ def fact_questions(
         chosen.insert(answer, fact.value)
         choices = _requests(tokenizer, before.format(name=fact.name), [f"{value}{after}\n" for value in chosen])
         parts = ("facts", f"facts/exposures{fact.exposures}")
-        questions.append(Question(parts if fact.exposures else parts[1:], choices, answer, possible=len(values)))
+        questions.append(MemoryQuestion(parts if fact.exposures else parts[1:], choices, answer, possible=len(values)))
     longest = max(len(choice.input()) for question in questions for choice in question.choices)
     return questions if longest <= context_length else []
 
@@ -209,7 +211,7 @@ class MemoryTask:
         questions: to ask.
     """
 
-    def __init__(self, questions: Sequence[Question]) -> None:
+    def __init__(self, questions: Sequence[MemoryQuestion]) -> None:
         self.questions = questions
         self.requests = [choice for question in questions for choice in question.choices]
 
@@ -246,7 +248,7 @@ def _mean(name: str, metric: str, parts: Sequence[Sequence[tuple[float, float]]]
     return TaskResult(name, metric, fmean(values), sqrt(variance), questions=len(values), chance=fmean(chances))
 
 
-QUESTIONS: dict[str, Callable[[ChosenTokenizer, int, int | None], list[Question]]] = {
+QUESTIONS: dict[str, Callable[[ChosenTokenizer, int, int | None], list[MemoryQuestion]]] = {
     "recall": recall_questions,
     "copying": copying_questions,
     "facts": fact_questions,

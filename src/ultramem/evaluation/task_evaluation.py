@@ -14,13 +14,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from ultramem.errors import ConfigError
-from ultramem.evaluation.checkpoints import Checkpoint, column_names, find_checkpoint
-from ultramem.evaluation.generation import find_tokenizer
-from ultramem.evaluation.json_files import write_json
 from ultramem.evaluation.scoring import BATCH_TOKENS
+from ultramem.evaluation.table_columns import column_names
 from ultramem.evaluation.task_suite import GROUPS, TaskSuite, check_max_questions, task_names, with_means
-from ultramem.evaluation.tasks import TaskResult
-from ultramem.run_layout import TASKS_NAME
+from ultramem.files.whole_files import write_json
+from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
+from ultramem.runs.layout import TASKS_NAME
+from ultramem.runs.results import TaskResult
+from ultramem.runs.tokenizer import find_tokenizer
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,6 @@ def _saved_results(path: Path, settings: Mapping[str, object]) -> list[TaskResul
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         same = all(content[name] == value for name, value in settings.items())
-        return [TaskResult(**result) for result in content["results"] if same]
+        return [TaskResult.parse(result) for result in content["results"] if same]
     except (OSError, ValueError, TypeError, KeyError):
         return []

@@ -14,8 +14,9 @@ from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.errors import ConfigError
 from ultramem.evaluation import memory_tasks, table3
 from ultramem.evaluation.scoring import BATCH_TOKENS, score
-from ultramem.evaluation.tasks import Task, TaskResult
+from ultramem.evaluation.tasks import Task
 from ultramem.hosts.olmo_core.model import MemoryTransformer
+from ultramem.runs.results import TaskResult
 
 # Names that stand for several tasks, whose mean is reported as well.
 GROUPS = {"table3": tuple(table3.LABELS), "memory": tuple(memory_tasks.QUESTIONS)}

@@ -14,10 +14,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ultramem.errors import UltraMemError
-from ultramem.filesystem import write_text
+from ultramem.files.whole_files import write_text
 from ultramem.report import plots
-from ultramem.report.run import LayerSeries, Run, Series, TaskResult
-from ultramem.run_layout import (
+from ultramem.report.run import LayerSeries, Run, Series
+from ultramem.runs.layout import (
     CONFIG_NAME,
     GRADIENT_NORM,
     HELD_OUT,
@@ -27,6 +27,7 @@ from ultramem.run_layout import (
     TOKENS,
     TRAIN_LOSS,
 )
+from ultramem.runs.results import TaskResult
 
 GROUPS = {"memory": "Memory layers", "moe": "Mixture of experts"}
 # For each metric of the layers, the colour bar's label and an explanation; others are shown unexplained.

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ultramem.errors import UltraMemError
-from ultramem.run_layout import CONFIG_NAME, EVALUATION_NAME, METRICS_NAME, SAMPLES_NAME, SUMMARY_NAME, TASKS_NAME
+from ultramem.runs.layout import CONFIG_NAME, EVALUATION_NAME, METRICS_NAME, SAMPLES_NAME, SUMMARY_NAME, TASKS_NAME
+from ultramem.runs.results import LossResult, TaskResult
 
 Array = NDArray[np.float64]
 Parsed = TypeVar("Parsed")
@@ -102,54 +103,6 @@ _PROVENANCE = {
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What `evaluation.json` says: loss in nats per token; bits per byte, the model's and a unigram's, if known."""
-
-    checkpoint: str
-    split: str
-    tokens: int
-    loss: float
-    perplexity: float
-    bits_per_byte: float | None
-    unigram_bits_per_byte: float | None
-
-    @classmethod
-    def parse(cls, content: dict[str, Any]) -> Evaluation:
-        """Pick the fields out of the file's content."""
-        bits, unigram = content.get("bits_per_byte"), content.get("unigram_bits_per_byte")
-        return cls(
-            checkpoint=str(content["checkpoint"]),
-            split=str(content["split"]),
-            tokens=int(content["tokens"]),
-            loss=float(content["loss"]),
-            perplexity=float(content["perplexity"]),
-            bits_per_byte=None if bits is None else float(bits),
-            unigram_bits_per_byte=None if unigram is None else float(unigram),
-        )
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """What `tasks.json` says of a task, or of the mean of several: shares from 0 to 1, and the number of questions."""
-
-    name: str
-    metric: str
-    value: float
-    standard_error: float
-    questions: int
-    chance: float
-    cut: float
-
-    @classmethod
-    def parse(cls, content: dict[str, Any]) -> TaskResult:
-        """Pick the fields out of one result."""
-        shares = {name: float(content[name]) for name in ("value", "standard_error", "chance", "cut")}
-        return cls(
-            name=str(content["name"]), metric=str(content["metric"]), questions=int(content["questions"]), **shares
-        )
-
-
-@dataclass(frozen=True)
 class Tasks:
     """What `tasks.json` says."""
 
@@ -163,7 +116,7 @@ class Tasks:
 
 
 @dataclass(frozen=True)
-class Sample:
+class ReportedSample:
     """A prompt, the model's continuation, and the sampling settings that were in force."""
 
     prompt: str
@@ -171,7 +124,7 @@ class Sample:
     settings: dict[str, float]
 
     @classmethod
-    def parse(cls, content: dict[str, Any]) -> Sample:
+    def parse(cls, content: dict[str, Any]) -> ReportedSample:
         """Pick the fields out of one entry of `samples.json`."""
         names = {"temperature": "temperature", "top_k": "top-k", "top_p": "top-p", "seed": "seed"}
         return cls(
@@ -201,9 +154,9 @@ class Run:
     summary: Summary
     metrics: dict[int, dict[str, float]]
     unreadable_lines: int
-    evaluation: Evaluation | None
+    evaluation: LossResult | None
     tasks: Tasks | None
-    samples: list[Sample]
+    samples: list[ReportedSample]
 
     @classmethod
     def read(cls, path: Path) -> Run:
@@ -228,9 +181,9 @@ class Run:
             summary=_parse(path / SUMMARY_NAME, Summary.parse),
             metrics=metrics,
             unreadable_lines=unreadable_lines,
-            evaluation=_parse(evaluation, Evaluation.parse) if evaluation.is_file() else None,
+            evaluation=_parse(evaluation, LossResult.parse) if evaluation.is_file() else None,
             tasks=_parse(tasks, Tasks.parse) if tasks.is_file() else None,
-            samples=_parse(samples, lambda entries: [Sample.parse(entry) for entry in entries])
+            samples=_parse(samples, lambda entries: [ReportedSample.parse(entry) for entry in entries])
             if samples.is_file()
             else [],
         )

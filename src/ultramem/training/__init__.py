@@ -1,6 +1,6 @@
 """Training: configuration, and runs that can be interrupted."""
 
-from ultramem.training.config import (
+from ultramem.runs.config import (
     DataConfig,
     LoggingConfig,
     OptimizerConfig,
@@ -8,9 +8,9 @@ from ultramem.training.config import (
     ScheduleConfig,
     TrainerConfig,
     WandbConfig,
-    load_config,
 )
-from ultramem.training.train import RunResult, train
+from ultramem.training.configuration import load_config
+from ultramem.training.run import RunResult, train
 
 __all__ = [
     "DataConfig",

@@ -18,8 +18,8 @@ from olmo_core.train import Trainer
 
 from ultramem.config import MemoryConfig
 from ultramem.hosts.olmo_core.model import MemoryTransformer
-from ultramem.run_layout import LEARNING_RATES
-from ultramem.training.config import OptimizerConfig, ScheduleConfig
+from ultramem.runs.config import OptimizerConfig, ScheduleConfig
+from ultramem.runs.layout import LEARNING_RATES
 
 GROUP_FLAG = "memory_values"  # marks a parameter group as values and pre-values of memory tables
 

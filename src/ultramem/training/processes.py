@@ -18,7 +18,7 @@ from olmo_core.train.train_module import TransformerDataParallelConfig
 
 from ultramem.device import choose_device, has_fast_bfloat16
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.training.config import RunConfig, TrainerConfig
+from ultramem.runs.config import RunConfig, TrainerConfig
 
 T = TypeVar("T")
 

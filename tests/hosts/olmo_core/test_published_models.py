@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ultramem.interop.published_checkpoint import read_published_checkpoint
+from ultramem.convert.published_checkpoint import read_published_checkpoint
 
 CHECKPOINTS = Path(__file__).parents[2] / "golden" / "olmo_checkpoints"
 

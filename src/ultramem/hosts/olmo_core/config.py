@@ -12,8 +12,8 @@ from olmo_core.nn.lm_head import LMHeadConfig
 from olmo_core.nn.rope import RoPEConfig
 
 from ultramem.config import MemoryConfig
+from ultramem.configuration.field_types import check_finite, check_types
 from ultramem.errors import ConfigError
-from ultramem.field_types import check_types
 from ultramem.hosts.olmo_core.model import MemoryBlockConfig, MemoryTransformer
 from ultramem.hosts.olmo_core.moe import ROW_ALIGNMENT, MoEConfig
 from ultramem.layers import HostScheme
@@ -57,6 +57,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_finite(self)
         for name in ("d_model", "num_blocks", "num_heads", "vocab_size", "rope_theta"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,13 @@ from olmo_core.nn.layer_norm import LayerNormConfig
 from olmo_core.nn.transformer import TransformerBlock
 from olmo_core.nn.transformer.init import _apply_init
 from olmo_core.ops import attach_auxiliary_loss
-from olmo_core.train.common import ReduceType
 from torch import Tensor, nn
 
+from ultramem.configuration.field_types import check_finite, check_types
 from ultramem.errors import ConfigError
-from ultramem.field_types import check_types
+
+if TYPE_CHECKING:
+    from olmo_core.train.common import ReduceType
 
 # Grouped GEMM kernels read rows whose length is a multiple of 16 bytes, which is this many bfloat16 elements.
 ROW_ALIGNMENT = 8
@@ -45,6 +47,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_finite(self)
         _check_aligned("hidden_size", self.hidden_size)
         if self.num_experts < 1:
             raise ConfigError(f"num_experts={self.num_experts}: must be at least 1")
@@ -203,6 +206,8 @@ class DroplessMoE(nn.Module):
         Args:
             reset: whether to start counting anew.
         """
+        from olmo_core.train.common import ReduceType  # brings the whole trainer, which only training needs
+
         assignments, losses = self._metric_sums[:-2], self._metric_sums[-2:]
         count = assignments.sum().clamp(min=1)
         balance, z = losses * self.config.top_k / count

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ultramem.config import MemoryConfig
 from ultramem.errors import UltraMemError
-from ultramem.filesystem import write_text
+from ultramem.files.whole_files import write_text
 from ultramem.hosts.transformers.attachment import attach_memory, detach_memory
 from ultramem.memory import Memory
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen3Confi
 
 from ultramem.config import MemoryConfig
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.filesystem import write_text
+from ultramem.files.whole_files import write_text
 from ultramem.hosts.transformers.attachment import Connection, add_auxiliary_loss, check_host_config
 from ultramem.layers import HostScheme
 from ultramem.memory import Memory

@@ -1,0 +1,63 @@
+"""The `ultramem` command. Each subcommand checks its arguments and calls one function elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+from ultramem.errors import UltraMemError
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+except ImportError:  # `pip install ultramem` alone has no command line tools
+    sys.exit("ultramem: the command line needs more packages; install them with: pip install 'ultramem[train]'")
+
+from ultramem.cli import data, models, runs
+
+app = typer.Typer(
+    help="Sparse memory layers for language models.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from ultramem import __version__
+
+        typer.echo(f"ultramem {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def callback(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Sparse memory layers for language models."""
+    del version
+    logging.getLogger("olmo_core.nn.attention.te_attn_api").setLevel(logging.ERROR)  # it warns of a missing extra
+
+
+# In the order in which one meets them, which is that of `ultramem --help`.
+app.command()(data.tokenize)
+app.command()(data.write_facts)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(runs.train)
+app.command()(runs.evaluate)
+app.command()(runs.generate)
+app.command()(runs.report)
+app.command()(models.export)
+app.command()(models.finetune)
+app.command()(models.import_olmo)
+app.command(context_settings={"ignore_unknown_options": True})(models.import_flags)
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends in one line on standard error and status 1."""
+    try:
+        app()
+    except UltraMemError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
+        sys.exit(1)

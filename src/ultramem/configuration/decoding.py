@@ -1,0 +1,93 @@
+"""From nested mappings, as of YAML, to configuration dataclasses and back, with errors that name the key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_origin
+
+from ultramem.configuration.field_types import field_types, item_types, without_none
+from ultramem.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def decode(kind: type[T], content: Any, known_keys: list[str], path: str = "") -> T:
+    """A dataclass, which checks its values' types itself, from nested mappings.
+
+    Numbers that are whole count as integers however they are written (1e9).
+
+    Args:
+        kind: the dataclass; its `__post_init__` calls `check_types`.
+        content: mapping of field names to values; None for an empty one.
+        known_keys: all dotted keys, for the hint in an error about one that does not exist.
+        path: dotted key of `content`; empty at the top.
+
+    Raises:
+        ConfigError: a key that does not exist or is missing, or a value of the wrong type or that cannot work.
+    """
+    if content is None:
+        content = {}
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path or 'configuration'}={content!r}: must be a section of keys and values")
+    hints = field_types(kind)
+    for name in content:
+        if name not in hints:
+            raise _unknown(_join(path, name), known_keys)
+    for field in fields(kind):  # type: ignore[arg-type]
+        required = field.default is MISSING and field.default_factory is MISSING
+        if required and field.name not in content:
+            raise ConfigError(f"{_join(path, field.name)} is missing: set it")
+    values = {name: _value(hints[name], value, known_keys, _join(path, name)) for name, value in content.items()}
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(_join(path, str(error))) from error
+
+
+def dotted_keys(kind: type, path: str = "") -> Iterator[str]:
+    """The dotted keys of all fields of a dataclass and of the dataclasses in it."""
+    for name, hint in field_types(kind).items():
+        key = _join(path, name)
+        yield key
+        section, _ = without_none(hint)
+        if is_dataclass(section):
+            yield from dotted_keys(section, key)  # type: ignore[arg-type]
+
+
+def encode(value: Any) -> Any:
+    """The reverse of `decode`: nested mappings, lists, numbers and texts."""
+    if is_dataclass(value):
+        return {field.name: encode(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple | list):
+        return [encode(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _value(hint: Any, value: Any, known_keys: list[str], path: str) -> Any:
+    """A value as the dataclass takes it; one of the wrong type is left for it to refuse."""
+    kind, optional = without_none(hint)
+    if value is None and optional:
+        return None
+    if is_dataclass(kind):
+        return decode(kind, value, known_keys, path)  # type: ignore[arg-type]
+    if get_origin(kind) is tuple and isinstance(value, list):
+        kinds = item_types(kind, len(value))
+        if len(kinds) == len(value):
+            return [_value(item_kind, item, known_keys, path) for item_kind, item in zip(kinds, value, strict=True)]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _unknown(key: str, known_keys: list[str]) -> ConfigError:
+    nearest = difflib.get_close_matches(key, known_keys, 1, 0)[0]
+    return ConfigError(f"{key}: there is no such key; did you mean {nearest}?")
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else str(name)

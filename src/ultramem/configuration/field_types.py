@@ -1,0 +1,100 @@
+"""Whether the values of a configuration are of its fields' types: one check for Python and for YAML."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ultramem.errors import ConfigError
+
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text; put it in quotes if it looks like something else",
+    Path: "a path",
+}
+
+
+def check_types(config: Any) -> None:
+    """Check a dataclass' values against its annotations; for its `__post_init__`.
+
+    Fields are of type bool, int, float, str or Path, a choice (`Literal`), another dataclass, a tuple of such values,
+    or one of these and None. A text becomes a Path, a list a tuple, and a number of NumPy's one of Python's.
+
+    Raises:
+        ConfigError: a value is of another type; names the field.
+    """
+    for name, hint in field_types(type(config)).items():
+        object.__setattr__(config, name, _checked(hint, getattr(config, name), name))
+
+
+def check_finite(config: Any) -> None:
+    """Check that a dataclass' numbers are neither infinite nor not a number.
+
+    Raises:
+        ConfigError: one is; names the field.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{field.name}={value}: must be a finite number")
+
+
+def field_types(kind: type) -> dict[str, Any]:
+    """The types of a dataclass' fields, by name."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def without_none(hint: Any) -> tuple[Any, bool]:
+    """A type that may be None without it, and whether it may; any other as it is."""
+    if get_origin(hint) not in (Union, UnionType):
+        return hint, False
+    (kind,) = (option for option in get_args(hint) if option is not NoneType)
+    return kind, True
+
+
+def item_types(hint: Any, count: int) -> tuple[Any, ...]:
+    """The types of a tuple's items, which are `count` where the tuple may be of any length."""
+    kinds = get_args(hint)
+    return kinds[:1] * count if kinds[-1] is Ellipsis else kinds
+
+
+def _checked(hint: Any, value: Any, name: str) -> Any:
+    hint, optional = without_none(hint)
+    if value is None and optional:
+        return None
+    if get_origin(hint) is Literal:
+        return _required(value in get_args(hint), value, name, f"one of {', '.join(map(str, get_args(hint)))}")
+    if get_origin(hint) is tuple:
+        return _checked_items(hint, value, name)
+    if is_dataclass(hint):
+        what = f"a section of keys and values, in Python {hint.__name__}(...)"  # type: ignore[union-attr]
+        return _required(isinstance(value, hint), value, name, what)  # type: ignore[arg-type]
+    if hint in (int, float):
+        right = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+        number = _required(right, value, name, _WORDS[hint])
+        return number if isinstance(number, int) else hint(number)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    return _required(isinstance(value, hint), value, name, _WORDS[hint])
+
+
+def _checked_items(hint: Any, value: Any, name: str) -> tuple[Any, ...]:
+    _required(isinstance(value, list | tuple), value, name, "a list, such as [a, b]")
+    kinds = item_types(hint, len(value))
+    _required(len(value) == len(kinds), value, name, f"a list of {len(kinds)} values")
+    return tuple(_checked(kind, item, f"{name}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _required(right: bool, value: Any, name: str, what: str) -> Any:
+    """The value, if it is right."""
+    if not right:
+        shown = list(value) if isinstance(value, tuple) else value  # as YAML has it
+        raise ConfigError(f"{name}={shown!r}: must be {what}")
+    return value

@@ -1,0 +1,227 @@
+"""From a training run to a directory that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import processors
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from ultramem.convert.published_checkpoint import read_published_checkpoint
+from ultramem.convert.transformers_models import to_transformers
+from ultramem.data.documents import parse_size
+from ultramem.data.tokenizers import ChosenTokenizer, load_tokenizer
+from ultramem.errors import ConfigError, UltraMemError
+from ultramem.files.whole_directories import partial_directory
+from ultramem.files.whole_files import write_text
+from ultramem.hosts.olmo_core import model_statistics
+from ultramem.hosts.transformers.files import MODEL_CONFIG_NAME, MODEL_CONTENTS, save_model_file
+from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
+from ultramem.runs.layout import EVALUATION_NAME, SUMMARY_NAME, TOKENIZER_NAME
+from ultramem.runs.tokenizer import find_tokenizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What `export` wrote.
+
+    Attributes:
+        directory: the directory.
+        step: training step of the checkpoint.
+        has_tokenizer: whether the run had a tokenizer.
+    """
+
+    directory: Path
+    step: int
+    has_tokenizer: bool
+
+
+def export(
+    checkpoint: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> ExportResult:
+    """Write a checkpoint as a transformers directory: safetensors, configurations, tokenizer, model card.
+
+    A run on token files without a tokenizer is exported without one.
+
+    Args:
+        checkpoint: a run directory for its latest complete checkpoint, or a checkpoint's own directory.
+        directory: to write, whole or not at all.
+        dtype: of the parameters. In float32 they are those of the checkpoint to the bit.
+        max_shard_size: of one safetensors file, such as `5GB`.
+        overwrite: replace an earlier export.
+
+    Raises:
+        ConfigError: there is no such dtype.
+        UltraMemError: the checkpoint or its tokenizer is missing or damaged, or the directory is not empty or cannot
+            be written.
+    """
+    shard_bytes = _checked(dtype, max_shard_size)
+    found = find_checkpoint(checkpoint)
+    config = found.config
+    with partial_directory(Path(directory).absolute(), overwrite, MODEL_CONFIG_NAME, MODEL_CONTENTS) as partial:
+        tokenizer = _tokenizer(found)
+        model = to_transformers(
+            found.load_model("cpu").state_dict(),
+            config.model,
+            max_position_embeddings=config.data.sequence_length,
+            **_token_ids(tokenizer),
+        )
+        _write(model, tokenizer, partial, dtype, shard_bytes)
+        write_text(partial / "README.md", model_card(found, tokenizer is not None))
+    return ExportResult(Path(directory), found.step, tokenizer is not None)
+
+
+def import_published(
+    checkpoint: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    tokenizer: str | None = None,
+    dtype: str = "float32",
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Write an unsharded checkpoint of the published UltraMem code as a transformers directory.
+
+    Args:
+        checkpoint: directory with `config.yaml` and `model.pt` or `model.safetensors`.
+        directory: to write, whole or not at all.
+        tokenizer: as in `load_tokenizer`; None for a directory without.
+        dtype, max_shard_size, overwrite: as in `export`.
+
+    Raises:
+        ConfigError, UltraMemError: the checkpoint or the tokenizer cannot be read or does not fit, or as in `export`.
+    """
+    shard_bytes = _checked(dtype, max_shard_size)
+    with partial_directory(Path(directory).absolute(), overwrite, MODEL_CONFIG_NAME, MODEL_CONTENTS) as partial:
+        config, state = read_published_checkpoint(Path(checkpoint))
+        chosen = None if tokenizer is None else _for_transformers(load_tokenizer(tokenizer))
+        if chosen is not None and len(chosen) > config.vocab_size:
+            raise UltraMemError(
+                f"tokenizer {tokenizer} has {len(chosen)} tokens, but the model {config.vocab_size}; name its own"
+            )
+        _write(to_transformers(state, config, **_token_ids(chosen)), chosen, partial, dtype, shard_bytes)
+
+
+def _checked(dtype: str, max_shard_size: str) -> int:
+    """The size in bytes."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}")
+    return parse_size(max_shard_size, "max_shard_size")
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast | None,
+    directory: Path,
+    dtype: str,
+    shard_bytes: int,
+) -> None:
+    transformers_logging.disable_progress_bar()
+    if dtype != "float32":
+        model = model.to(getattr(torch, dtype))
+    if tokenizer is not None:
+        # The embedding has more rows than there are tokens; those were never trained.
+        unused = list(range(len(tokenizer), model.config.vocab_size))
+        model.generation_config = GenerationConfig(**_token_ids(tokenizer), suppress_tokens=unused or None)
+        tokenizer.save_pretrained(directory)
+    save_model_file(model, directory, max_shard_size=shard_bytes)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, int]:
+    if tokenizer is None:
+        return {}
+    return {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+
+
+def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast | None:
+    config = checkpoint.config
+    if not (checkpoint.run / TOKENIZER_NAME).is_file() and config.data.directory is None:
+        return None
+    return _for_transformers(find_tokenizer(checkpoint), model_max_length=config.data.sequence_length)
+
+
+def _for_transformers(chosen: ChosenTokenizer, **options: Any) -> PreTrainedTokenizerFast:
+    """For transformers; it adds no tokens of its own, as in training, and pads on the left."""
+    tokenizer = chosen.tokenizer
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # adds nothing
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=tokenizer.id_to_token(chosen.eos_token_id),
+        pad_token=tokenizer.id_to_token(chosen.pad_token_id),
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        **options,
+    )
+
+
+def model_card(checkpoint: Checkpoint, has_tokenizer: bool) -> str:
+    """A README for the directory: what the model is, the run's figures, how to load it."""
+    config, model = checkpoint.config, checkpoint.config.model
+    counts = model_statistics(model, config.data.sequence_length)
+    rows = [
+        ("system", model.system),
+        ("parameters", f"{counts.total:,}"),
+        ("parameters that a token uses", f"{counts.active:,}"),
+        ("blocks, width, attention heads", f"{model.num_blocks}, {model.d_model}, {model.num_heads}"),
+        ("sequence length", f"{config.data.sequence_length:,}"),
+        ("training step", f"{checkpoint.step:,} of {config.trainer.total_steps:,}"),
+        ("training tokens", f"{checkpoint.step * config.trainer.batch_size:,}"),
+        ("learning rate", f"{config.optimizer.learning_rate:g}"),
+        *_figures(checkpoint),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    imports = "import ultramem.hosts.transformers  # registers the model\n" if model.memory is not None else ""
+    tokenizer = (
+        "tokenizer = AutoTokenizer.from_pretrained(directory)\n"
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n"
+        if has_tokenizer
+        else ""
+    )
+    install = "ultramem[hf]" if model.memory is not None else "transformers"
+    tags = "\n".join(f"- {tag}" for tag in ("ultramem", model.system))
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n{tags}\n---\n\n"
+        f"# {checkpoint.run.name}\n\nA language model trained with ultramem.\n\n| | |\n| --- | --- |\n{table}\n\n"
+        f"It needs `pip install '{install}'`:\n\n"
+        f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n{imports}"
+        'directory = "."  # where this file is\n'
+        f"model = AutoModelForCausalLM.from_pretrained(directory)\n{tokenizer}```\n"
+    )
+
+
+def _figures(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """What `train` and `evaluate` left in the run directory."""
+    rows: list[tuple[str, str]] = []
+    summary = _read_json(checkpoint.run / SUMMARY_NAME)
+    if "device" in summary:
+        rows.append(("trained on", f"{summary['device']}, PyTorch {summary.get('torch')}"))
+    evaluation = _read_json(checkpoint.run / EVALUATION_NAME)
+    if evaluation.get("checkpoint") == checkpoint.name:
+        rows += [
+            (f"held-out {label}", f"{evaluation[name]:.4f}")
+            for name, label in (("loss", "loss"), ("perplexity", "perplexity"), ("bits_per_byte", "bits per byte"))
+            if isinstance(evaluation.get(name), float)
+        ]
+    return rows
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

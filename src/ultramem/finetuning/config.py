@@ -1,0 +1,92 @@
+"""What to fine-tune, on what, and how."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ultramem.configuration.field_types import check_types
+from ultramem.errors import ConfigError
+from ultramem.hosts.transformers.sparse_finetuning import OptimizerKind
+
+Method = Literal["sparse", "full", "lora"]
+LEARNING_RATES = {
+    "sparse": {"sgd": 100.0, "adamw": 3e-3},
+    "full": {"sgd": 1e-2, "adamw": 1e-4},
+    "lora": {"sgd": 1e-1, "adamw": 1e-3},
+}
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What to fine-tune, on what, and how.
+
+    Attributes:
+        model: transformers directory with a tokenizer.
+        data: files or directories of new documents.
+        output: directory to write.
+        memory: directory of `save_memory`, for a model whose memory was attached to it.
+        background: documents that the model must not forget, by which method `sparse` chooses rows.
+        heldout: documents whose loss shows what was forgotten; not the background's.
+        text_field: field of JSON lines that holds the text.
+        include: shell patterns of the files to take from directories, such as `*.py`.
+        method: `sparse` (arXiv:2510.15103), `full` or `lora` (arXiv:2106.09685).
+        rows: most rows of each table that one step of `sparse` trains.
+        rank: of the LoRA matrices.
+        steps: optimiser steps.
+        epochs: passes over the data instead; without both, one.
+        batch_size: documents, or pieces of them, in a step.
+        sequence_length: tokens at which documents are cut.
+        learning_rate: constant; by default one for method and optimiser.
+        optimizer: `sgd` or `adamw`. For `sparse` the paper prefers SGD, whose learning rate depends on the model more.
+        background_batches: most batches of the background to look at.
+        seed: of the order of the data and of LoRA's initial values.
+        device: auto, cpu or cuda.
+
+    Raises:
+        ConfigError: a value cannot work.
+    """
+
+    model: Path
+    data: tuple[Path, ...]
+    output: Path
+    memory: Path | None = None
+    background: tuple[Path, ...] = ()
+    heldout: tuple[Path, ...] = ()
+    text_field: str = "text"
+    include: tuple[str, ...] = ()
+    method: Method = "sparse"
+    rows: int = 4096
+    rank: int = 8
+    steps: int | None = None
+    epochs: int | None = None
+    batch_size: int = 32
+    sequence_length: int = 256
+    learning_rate: float | None = None
+    optimizer: OptimizerKind = "adamw"
+    background_batches: int = 1000
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("rows", "rank", "steps", "epochs", "batch_size", "sequence_length", "background_batches"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name}={value}: must be at least 1")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate={self.learning_rate}: must be above 0 and finite")
+        if self.sequence_length < 2:
+            raise ConfigError(f"sequence_length={self.sequence_length}: must be at least 2")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed}: must be from 0 to 2**32 - 1")
+        if self.steps and self.epochs:
+            raise ConfigError(f"steps={self.steps} and epochs={self.epochs}: give one of them")
+        if self.method == "sparse" and not self.background:
+            raise ConfigError("method=sparse: chooses rows by a background; give documents of what the model knows")
+
+    @property
+    def chosen_learning_rate(self) -> float:
+        """The learning rate, or that of method and optimiser."""
+        return self.learning_rate or LEARNING_RATES[self.method][self.optimizer]

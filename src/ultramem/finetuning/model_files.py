@@ -1,0 +1,65 @@
+"""The model that is fine-tuned: its files before and after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ultramem.errors import UltraMemError, first_line
+from ultramem.hosts.transformers import detach_memory, load_memory, save_memory
+from ultramem.hosts.transformers.files import load_model_file, save_model_file
+
+MEMORY_NAME = "memory"
+
+
+def load_model_and_tokenizer(
+    directory: Path, memory: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model, with parameters in float32, and its tokenizer.
+
+    Args:
+        directory: of transformers.
+        memory: of `save_memory`, to attach.
+
+    Raises:
+        UltraMemError: one of them is missing or damaged, or the tokenizer has no end-of-text token.
+    """
+    model = load_model_file(directory, torch.float32)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # of transformers and tokenizers, of any kind
+        reason = first_line(error)
+        raise UltraMemError(f"the tokenizer in {directory} cannot be loaded ({reason}); put it there") from error
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UltraMemError(
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens, but the model {rows}; put its own there"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UltraMemError(f"the tokenizer in {directory} has no end-of-text token; give its eos_token there")
+    if memory is not None:
+        load_memory(model, memory).float()
+    return model, tokenizer
+
+
+def save_model_and_tokenizer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, attached: bool
+) -> None:
+    """Write what `load_model_and_tokenizer` reads.
+
+    Args:
+        model: to write.
+        tokenizer: to write.
+        directory: of transformers.
+        attached: whether the model's memory was attached to it; it goes into a directory of its own, `memory/`.
+
+    Raises:
+        UltraMemError: the directory cannot be written.
+    """
+    if attached:
+        save_memory(model, directory / MEMORY_NAME)
+        detach_memory(model)
+    save_model_file(model, directory)
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,148 @@
+"""Fine-tuning a model of transformers, from its files to new ones."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+from ultramem.device import choose_device
+from ultramem.errors import UltraMemError
+from ultramem.files.whole_directories import partial_directory
+from ultramem.files.whole_files import write_text
+from ultramem.finetuning.config import FinetuneConfig
+from ultramem.finetuning.examples import make_examples, mean_loss, read_texts
+from ultramem.finetuning.methods import Finetuning, read_background
+from ultramem.finetuning.model_files import load_model_and_tokenizer, save_model_and_tokenizer
+from ultramem.hosts.transformers.files import MODEL_CONFIG_NAME, MODEL_CONTENTS
+from ultramem.hosts.transformers.sparse_finetuning import find_tables
+
+RESULT_NAME = "finetuning.json"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean cross-entropies in nats per token.
+
+    Attributes:
+        new: on the data.
+        heldout: on the held-out documents, or None.
+    """
+
+    new: float
+    heldout: float | None
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What fine-tuning changed.
+
+    Attributes:
+        before, after: losses.
+        steps: optimiser steps.
+        trained_rows: table rows that were trained.
+        table_rows: all rows of all tables.
+        trained_parameters: parameters that were trained.
+        parameters: all parameters of the model.
+    """
+
+    before: Losses
+    after: Losses
+    steps: int
+    trained_rows: int
+    table_rows: int
+    trained_parameters: int
+    parameters: int
+
+    def print_table(self) -> None:
+        """Print it to the terminal."""
+        table = Table()
+        for column in ("loss (nats per token)", "before", "after"):
+            table.add_column(column, justify="left" if column.startswith("loss") else "right")
+        table.add_row("new data", f"{self.before.new:.4f}", f"{self.after.new:.4f}")
+        if self.before.heldout is not None:
+            table.add_row("held-out data", f"{self.before.heldout:.4f}", f"{self.after.heldout:.4f}")
+        table.caption = (
+            f"{self.steps:,} steps; trained {self.trained_rows:,} of {self.table_rows:,} table rows, "
+            f"{self.trained_parameters:,} of {self.parameters:,} parameters"
+        )
+        Console().print(table)
+
+
+def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> FinetuneResult:
+    """Fine-tune a model and write it as a transformers directory, with `finetuning.json`.
+
+    LoRA's matrices are merged into the weights. A memory that was attached is written to the directory's `memory/`.
+
+    Args:
+        config: what to do.
+        overwrite: replace a model that is in the output directory.
+
+    Raises:
+        ConfigError: the device is not there.
+        UltraMemError: model, data or output is missing or does not fit; nothing is written then.
+    """
+    device = choose_device(config.device)
+    with partial_directory(config.output.absolute(), overwrite, MODEL_CONFIG_NAME, MODEL_CONTENTS) as partial:
+        new, background, heldout = (
+            read_texts(paths, config.text_field, config.include) if paths else []
+            for paths in (config.data, config.background, config.heldout)
+        )
+        _quieten()
+        set_seed(config.seed)
+        model, tokenizer = load_model_and_tokenizer(config.model, config.memory)
+        if config.method == "sparse":
+            find_tables(model)
+        model.to(device)
+        new_examples, background_examples, heldout_examples = (
+            make_examples(texts, tokenizer, config.sequence_length) for texts in (new, background, heldout)
+        )
+
+        def losses() -> Losses:
+            return Losses(
+                mean_loss(model, new_examples, config.batch_size),
+                mean_loss(model, heldout_examples, config.batch_size) if heldout else None,
+            )
+
+        before = losses()
+        background_reads = None
+        if config.method == "sparse":
+            background_reads = read_background(model, config, new_examples, background_examples)
+        run = Finetuning(model, config, new_examples, background_reads)
+        run.train(partial)
+        model = run.merged()
+        result = FinetuneResult(before, losses(), run.steps, *run.counts())
+        if not math.isfinite(result.after.new):
+            raise UltraMemError("the loss is no longer finite: training diverged; lower --learning-rate")
+        if config.method == "sparse" and not result.trained_rows:
+            raise UltraMemError("no row is special to the data: every background batch reads them all; give fewer")
+        save_model_and_tokenizer(model, tokenizer, partial, attached=config.memory is not None)
+        write_text(partial / RESULT_NAME, json.dumps(_content(config, result), indent=2) + "\n")
+    return result
+
+
+def _quieten() -> None:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def _content(config: FinetuneConfig, result: FinetuneResult) -> dict[str, Any]:
+    settings = {
+        name: [str(path) for path in value]
+        if isinstance(value, tuple)
+        else str(value)
+        if isinstance(value, Path)
+        else value
+        for name, value in asdict(config).items()
+    }
+    settings["learning_rate"] = config.chosen_learning_rate
+    return {"settings": settings, **asdict(result)}

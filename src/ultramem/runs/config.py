@@ -1,0 +1,291 @@
+"""The configuration of a training run: its sections, as dataclasses that check themselves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ultramem.configuration.decoding import encode
+from ultramem.configuration.field_types import check_types
+from ultramem.errors import ConfigError
+from ultramem.files.whole_files import write_text
+from ultramem.hosts.olmo_core import ModelConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on: a directory written by `ultramem tokenize`, or token files named one by one.
+
+    Relative paths start at the working directory.
+
+    Attributes:
+        directory: directory written by `ultramem tokenize`.
+        sequence_length: tokens of one training sequence. Documents are joined and cut into such sequences.
+        more_directories: with `directory`: others, written with the same tokenizer, to train on as well. What they hold
+            out is not used.
+        train_files: instead of `directory`: headerless little-endian token files.
+        heldout_files: token files to evaluate on, with `train_files`.
+        vocab_size: with `train_files`: one more than the largest token id.
+        eos_token_id: with `train_files`: the token that ends a document.
+        dtype: with `train_files`: `uint16` or `uint32`.
+    """
+
+    directory: Path | None = None
+    sequence_length: int = 1024
+    more_directories: tuple[Path, ...] = ()
+    train_files: tuple[Path, ...] = ()
+    heldout_files: tuple[Path, ...] = ()
+    vocab_size: int | None = None
+    eos_token_id: int | None = None
+    dtype: Literal["uint16", "uint32"] | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _make_absolute(self, "directory", "more_directories", "train_files", "heldout_files")
+        if self.sequence_length < 2:
+            raise ConfigError(f"sequence_length={self.sequence_length}: must be at least 2")
+        for_files = {name: getattr(self, name) for name in ("vocab_size", "eos_token_id", "dtype")}
+        if self.directory is not None:
+            given = [name for name, value in for_files.items() if value is not None]
+            given += [name for name in ("train_files", "heldout_files") if getattr(self, name)]
+            if given:
+                raise ConfigError(f"{given[0]}: directory={self.directory} says it already; leave out one of them")
+        elif not self.train_files:
+            raise ConfigError("directory is missing: name one written by `ultramem tokenize`, or train_files")
+        elif self.more_directories:
+            raise ConfigError("more_directories: go with directory; name all token files in train_files")
+        else:
+            for name, value in for_files.items():
+                if value is None:
+                    raise ConfigError(f"{name} is missing: token files without a directory need it")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv:1711.05101). The values of memory tables have a learning rate of their own: `model.memory`.
+
+    Attributes:
+        learning_rate: at its highest.
+        betas: decay rates of the two moments.
+        eps: added to the denominator.
+        weight_decay: of all parameters.
+        value_weight_decay: of the values and pre-values of memory tables; as the others by default.
+        max_grad_norm: gradients are scaled down to this norm; null for no limit.
+    """
+
+    learning_rate: float = 4e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    value_weight_decay: float | None = None
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _check(self, "learning_rate", self.learning_rate > 0, "above 0")
+        _check(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
+        _check(self, "eps", self.eps > 0, "above 0")
+        _check(self, "weight_decay", self.weight_decay >= 0, "at least 0")
+        _check(self, "value_weight_decay", (self.value_weight_decay or 0) >= 0, "at least 0")
+        _check(self, "max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "above 0, or null")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How the learning rate changes over training: a linear warm-up, then `kind`.
+
+    Attributes:
+        kind: `cosine`, `linear`, `wsd` (constant, then linear over the last `decay_share`) or `constant`.
+        warmup_steps: steps of the warm-up; null for `warmup_share`.
+        warmup_share: share of all steps that the warm-up takes.
+        decay_share: share of all steps over which `wsd` decays.
+        final_share: learning rate at the end, as a share of the highest; `constant` does without.
+    """
+
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: int | None = None
+    warmup_share: float = 0.02
+    decay_share: float = 0.1
+    final_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _check(self, "warmup_steps", (self.warmup_steps or 0) >= 0, "at least 0, or null")
+        _check(self, "warmup_share", 0 <= self.warmup_share <= 1, "from 0 to 1")
+        _check(self, "decay_share", 0 <= self.decay_share <= 1, "from 0 to 1")
+        _check(self, "final_share", 0 <= self.final_share < 1, "from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long to train, on what, and what to write when.
+
+    Attributes:
+        directory: the run directory; made if it is not there.
+        batch_size: tokens of one step, of all processes together; a multiple of the sequence length.
+        steps: length of training; either this or `tokens`.
+        tokens: length of training in tokens, rounded up to whole steps.
+        micro_batch_size: tokens that a process takes at once, which bounds its use of memory; by default all of its
+            share of a batch. Does not change the result beyond rounding.
+        precision: `float32`; `bfloat16` for matrix products in bfloat16 (autocast); `auto` for the latter on GPUs
+            that have it.
+        device: `cpu`, `cuda`, or `auto` for CUDA where there is a device.
+        parallel: with several processes (torchrun): `fsdp` (FSDP2: parameters are divided between them) or `ddp`
+            (each holds all). `auto` is `fsdp` there and `none` for a single process.
+        compile: whether to compile the model (CUDA only).
+        deterministic: use deterministic algorithms, so that the same run on the same kind of machine gives the same
+            bits. Slower on a GPU; a CPU needs OMP_NUM_THREADS=1 besides.
+        activation_checkpointing: whether to recompute the blocks' activations in the backward pass instead of
+            keeping them.
+        checkpoint_interval: steps from one checkpoint to the next; there is also one at the end.
+        keep_checkpoints: how many of them to keep, the last one of a run aside.
+        metrics_interval: steps from one progress report to the next. Metrics of every step are written.
+        memory_metrics_interval: steps between reports of what each memory layer or mixture of experts reads.
+        evaluate_interval: steps between evaluations on held-out data; null for none.
+        evaluate_tokens: held-out tokens of one evaluation, spread evenly over the files.
+        evaluate_tasks: tasks to evaluate on, as in `ultramem evaluate --tasks`, such as `[table3, memory]`. Needs a
+            tokenizer.
+        evaluate_tasks_interval: steps between those evaluations; null for the end of training alone.
+        evaluate_tasks_questions: most questions of each task, or of each part of a memory task; null for all.
+        seed: of the data's order and of dropout. The initial weights have `model.seed`.
+        initial_weights: start from another model's weights instead: a transformers directory, such as `ultramem
+            export` writes. The model section may then be left out, or replace some of that model's values.
+    """
+
+    directory: Path
+    batch_size: int
+    steps: int | None = None
+    tokens: int | None = None
+    micro_batch_size: int | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    compile: bool = False
+    deterministic: bool = False
+    activation_checkpointing: bool = False
+    checkpoint_interval: int = 1000
+    keep_checkpoints: int = 2
+    metrics_interval: int = 10
+    memory_metrics_interval: int = 100
+    evaluate_interval: int | None = 1000
+    evaluate_tokens: int = 2**20
+    evaluate_tasks: tuple[str, ...] = ()
+    evaluate_tasks_interval: int | None = None
+    evaluate_tasks_questions: int | None = None
+    seed: int = 0
+    initial_weights: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _make_absolute(self, "directory", "initial_weights")
+        for name in ("batch_size", "checkpoint_interval", "keep_checkpoints", "metrics_interval"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("memory_metrics_interval", "evaluate_tokens"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        optional = ("steps", "tokens", "micro_batch_size", "evaluate_interval")
+        for name in (*optional, "evaluate_tasks_interval", "evaluate_tasks_questions"):
+            _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        _check(self, "seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
+        if (self.steps is None) == (self.tokens is None):
+            raise ConfigError(
+                "steps is missing: give either steps or tokens"
+                if self.steps is None
+                else f"tokens={self.tokens}: steps={self.steps} says how long to train; leave out one of them"
+            )
+        if self.tokens is not None:
+            object.__setattr__(self, "steps", math.ceil(self.tokens / self.batch_size))
+            object.__setattr__(self, "tokens", None)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole training."""
+        assert self.steps is not None
+        return self.steps
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Where on Weights & Biases the metrics go.
+
+    Attributes:
+        project: the project's name.
+        entity: the user or team; the account's default if null.
+    """
+
+    project: str
+    entity: str | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Where metrics go besides the run directory's `metrics.jsonl`.
+
+    Attributes:
+        tensorboard: whether to write TensorBoard event files, to the run directory's `tensorboard`.
+        wandb: Weights & Biases, if given. Needs the package `wandb`, and WANDB_API_KEY or WANDB_MODE=offline in the
+            environment.
+    """
+
+    tensorboard: bool = False
+    wandb: WandbConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything about a training run. A value that cannot work raises `ConfigError` on construction.
+
+    Attributes:
+        model: the model. In YAML also `preset: NAME`, with further keys that replace some of the preset's values. By
+            default `vocab_size` is that of the data, rounded up to a multiple of 128.
+        data: the tokens.
+        trainer: length, batch, device, checkpoints and reports.
+        optimizer: AdamW.
+        schedule: the learning rate over time.
+        logging: other places for metrics.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    trainer: TrainerConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        length, batch, micro_batch = self.data.sequence_length, self.trainer.batch_size, self.trainer.micro_batch_size
+        for name, size in (("batch_size", batch), ("micro_batch_size", micro_batch)):
+            if size is not None and size % length:
+                raise ConfigError(
+                    f"trainer.{name}={size}: must be a multiple of data.sequence_length={length}, such as "
+                    f"{max(size // length, 1) * length}"
+                )
+        warmup, steps = self.schedule.warmup_steps or 0, self.trainer.total_steps
+        if warmup > steps:
+            raise ConfigError(f"schedule.warmup_steps={warmup}: must be at most trainer.steps={steps}")
+
+    def save(self, path: Path) -> None:
+        """Write as YAML that `load_config` reads back, whole or not at all."""
+        write_text(path, yaml.safe_dump(encode(self), sort_keys=False, allow_unicode=True))
+
+
+def _check(config: Any, name: str, right: bool, what: str) -> None:
+    if not right:
+        raise ConfigError(f"{name}={encode(getattr(config, name))}: must be {what}")
+
+
+def _make_absolute(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        absolute = tuple(path.absolute() for path in value) if isinstance(value, tuple) else value and value.absolute()
+        object.__setattr__(config, name, absolute)

@@ -1,0 +1,103 @@
+"""Reading a run's configuration from a YAML file, with values replaced on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ultramem.config import MemoryConfig
+from ultramem.configuration.decoding import decode, dotted_keys, encode
+from ultramem.configuration.overrides import apply_overrides
+from ultramem.configuration.yaml_text import parse_yaml
+from ultramem.errors import ConfigError
+from ultramem.hosts.olmo_core import ModelConfig, preset
+from ultramem.runs.config import DataConfig, RunConfig
+from ultramem.runs.tokens import open_token_data
+
+VOCABULARY_MULTIPLE = 128  # embedding rows: matrix products on GPUs are fastest so
+_REQUIRED_OF_A_MODEL = {item.name for item in dataclasses.fields(ModelConfig) if item.default is dataclasses.MISSING}
+
+
+def load_config(
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    read_model: Callable[[Path], ModelConfig] | None = None,
+) -> RunConfig:
+    """Read a YAML file.
+
+    Args:
+        path: the file.
+        overrides: such as `--optimizer.learning_rate=3e-4` or `model.memory=null`; values are YAML.
+        read_model: gives the configuration of the model in the directory that `trainer.initial_weights` names. Where
+            the model section neither names a preset nor gives all that a model needs, it replaces values of that one.
+
+    Raises:
+        ConfigError: the file is missing or not valid, or a key or value is wrong.
+        UltraMemError: the vocabulary is that of the data, and the data is missing or damaged.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path"
+        ) from error
+    content = parse_yaml(text, str(path)) or {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold sections of keys and values, such as `trainer:` with `steps: 1000`")
+    apply_overrides(content, overrides)
+    keys = [*dotted_keys(RunConfig), "model.preset"]
+    other = _read_other_model(content, read_model)
+    if other is not None or isinstance(content.get("model"), dict):
+        content["model"] = _resolve_model(content, other, keys)
+    return decode(RunConfig, content, keys)
+
+
+def _read_other_model(
+    content: dict[str, Any], read_model: Callable[[Path], ModelConfig] | None
+) -> dict[str, Any] | None:
+    """The model of the initial weights, where the model section does not describe one itself."""
+    trainer, section = content.get("trainer"), content.get("model") or {}
+    weights = trainer.get("initial_weights") if isinstance(trainer, dict) else None
+    if read_model is None or not isinstance(weights, str) or not isinstance(section, dict):
+        return None
+    described = "preset" in section or section.keys() >= _REQUIRED_OF_A_MODEL
+    return None if described else encode(read_model(Path(weights)))
+
+
+def _resolve_model(content: dict[str, Any], other: dict[str, Any] | None, keys: list[str]) -> dict[str, Any]:
+    """The model section on top of the other model or the preset, with the data's vocabulary filled in."""
+    section = dict(content.get("model") or {})
+    if other is not None:
+        return _on_top(other, section)
+    if "vocab_size" not in section:
+        data = open_token_data(decode(DataConfig, content.get("data"), keys, "data"))
+        section["vocab_size"] = math.ceil(data.vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    name = section.pop("preset", None)
+    if name is None:
+        return section
+    try:
+        return _on_top(encode(preset(name)), section)
+    except ConfigError as error:
+        raise ConfigError(f"model.{error}") from error
+
+
+def _on_top(base: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:
+    """A model's values, of which a section replaces some, also within its memory or its mixture of experts."""
+    section = dict(section)
+    for part in ("memory", "moe"):
+        if isinstance(section.get(part), dict) and base[part] is not None:
+            if section[part].get("kind", base[part].get("kind")) != base[part].get("kind"):
+                _leave_to_kind(base[part])
+            section[part] = base[part] | section[part]
+    return base | section
+
+
+def _leave_to_kind(memory: dict[str, Any]) -> None:
+    """Remove what another kind of memory prescribes for itself: the fields whose default is None."""
+    for item in dataclasses.fields(MemoryConfig):
+        if item.default is None:
+            del memory[item.name]

@@ -1,0 +1,234 @@
+"""The run directory: whose it is, what is in it, and its cleaning."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ultramem.configuration.decoding import encode
+from ultramem.errors import ConfigError, UltraMemError
+from ultramem.files.locks import locked
+from ultramem.files.removal import remove
+from ultramem.files.whole_files import write_text
+from ultramem.hosts.olmo_core import ModelConfig, ModelStatistics, model_statistics
+from ultramem.runs.checkpoints import checkpoint_name, complete_steps, is_complete
+from ultramem.runs.config import RunConfig
+from ultramem.runs.config_files import load_config
+from ultramem.runs.layout import (
+    CONFIG_NAME,
+    EVALUATION_NAME,
+    METRICS_NAME,
+    REPORT_NAME,
+    SAMPLES_NAME,
+    SUMMARY_NAME,
+    TASKS_NAME,
+    TOKENIZER_NAME,
+)
+from ultramem.runs.tokens import TokenData
+
+# Everything that a run, or a tool on it, may have written. The configuration goes last, it tells whose the rest is.
+CONTENTS = (
+    "step[0-9]*",
+    METRICS_NAME,
+    SUMMARY_NAME,
+    TOKENIZER_NAME,
+    "data_order",
+    "tensorboard",
+    "wandb",
+    EVALUATION_NAME,
+    TASKS_NAME,
+    SAMPLES_NAME,
+    REPORT_NAME,
+    CONFIG_NAME,
+)
+# What a resumed run may change: where things are, how they are computed, what is reported; not what is learned.
+CHANGEABLE = {
+    "trainer.directory",
+    "trainer.micro_batch_size",
+    "trainer.precision",
+    "trainer.device",
+    "trainer.parallel",
+    "trainer.compile",
+    "trainer.deterministic",
+    "trainer.activation_checkpointing",
+    "trainer.checkpoint_interval",
+    "trainer.keep_checkpoints",
+    "trainer.metrics_interval",
+    "trainer.memory_metrics_interval",
+    "trainer.evaluate_interval",
+    "trainer.evaluate_tokens",
+    "trainer.evaluate_tasks",
+    "trainer.evaluate_tasks_interval",
+    "trainer.evaluate_tasks_questions",
+    "logging.tensorboard",
+    "logging.wandb",
+}
+
+
+class RunDirectory:
+    """The directory of one run. Only one process writes to it but for checkpoints.
+
+    Args:
+        config: of the run.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.path = config.trainer.directory
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold a lock on the directory, made if need be; the system releases it however the process ends.
+
+        Raises:
+            UltraMemError: another process trains in it, or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UltraMemError(
+                f"trainer.directory={self.path}: cannot be made ({error.strerror}); name another directory"
+            ) from error
+        with locked(self.path, f"another process is training in {self.path}; wait for it, or name another directory"):
+            yield
+
+    def claim(self, overwrite: bool) -> int | None:
+        """Make the directory this run's, and clean up what a killed run left.
+
+        Args:
+            overwrite: remove another run's files, this run's as well, and start anew.
+
+        Returns:
+            The step of the latest complete checkpoint; None for a run at its start.
+
+        Raises:
+            UltraMemError: another run's files are there.
+        """
+        if overwrite:
+            self._clear()
+        self._check_owner()
+        for path in self.path.glob("step[0-9]*"):
+            if path.is_dir() and not is_complete(path):
+                shutil.rmtree(path)
+        _cut_torn_line(self.path / METRICS_NAME)
+        self.config.save(self.path / CONFIG_NAME)
+        return self.latest_step()
+
+    def latest_step(self) -> int | None:
+        """Step of the latest complete checkpoint."""
+        return max(complete_steps(self.path), default=None)
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step is or will be."""
+        return self.path / checkpoint_name(step)
+
+    def describe(self, data: TokenData, device: torch.device, world_size: int) -> ModelStatistics:
+        """Write `summary.json` and the tokenizer, where they are not there yet, and return the model's statistics."""
+        config = self.config
+        statistics = model_statistics(config.model, config.data.sequence_length)
+        if data.tokenizer is not None:
+            _write_once(self.path / TOKENIZER_NAME, data.tokenizer.read_text(encoding="utf-8"))
+        tokens = config.trainer.total_steps * config.trainer.batch_size
+        summary = {
+            "system": config.model.system,
+            "parameters": {
+                name: getattr(statistics, name)
+                for name in ("total", "active", "total_without_embeddings", "active_without_embeddings")
+            },
+            "flops_per_token": statistics.flops_per_token,
+            "bytes_per_token": statistics.bytes_per_token,
+            "memory": _memory_sizes(config.model),
+            "train_tokens": tokens,
+            "train_bytes": None if data.train_bytes_per_token is None else round(tokens * data.train_bytes_per_token),
+            "git": _git_revision(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "world_size": world_size,
+        }
+        _write_once(self.path / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
+        return statistics
+
+    def _check_owner(self) -> None:
+        if not (self.path / CONFIG_NAME).is_file():
+            foreign = sorted(path.name for pattern in CONTENTS for path in self.path.glob(pattern))
+            if foreign:
+                raise UltraMemError(
+                    f"{self.path} has {foreign[0]} but no {CONFIG_NAME}: it is not known whose run it is; name another "
+                    "directory with --trainer.directory=..."
+                )
+            return
+        remedy = "name another directory with --trainer.directory=..., or replace that run with --overwrite"
+        try:
+            other = load_config(self.path / CONFIG_NAME)
+        except ConfigError as error:
+            raise UltraMemError(
+                f"{self.path} holds a run whose configuration cannot be read ({error}); {remedy}"
+            ) from error
+        own, others = _flat(encode(self.config)), _flat(encode(other))
+        different = [key for key in {**own, **others} if own.get(key) != others.get(key) and not _changeable(key)]
+        if different:
+            shown = ", ".join(f"{key}={others.get(key)} there, {own.get(key)} here" for key in different[:3])
+            more = "" if len(different) <= 3 else f", and {len(different) - 3} more"
+            raise UltraMemError(f"{self.path} holds another run ({shown}{more}); {remedy}")
+
+    def _clear(self) -> None:
+        if not (self.path / CONFIG_NAME).is_file():
+            return  # what is not a run is never removed
+        for pattern in CONTENTS:
+            for path in self.path.glob(pattern):
+                remove(path)
+
+
+def _changeable(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE)
+
+
+def _flat(content: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        key = f"{path}{name}"
+        flat |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Remove the half of a line that a killed process left at the end."""
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
+def _write_once(path: Path, text: str) -> None:
+    if not path.exists():
+        write_text(path, text)
+
+
+def _memory_sizes(model: ModelConfig) -> dict[str, int] | None:
+    if model.memory is None:
+        return None
+    layers = len(model.memory.insertions(model.num_blocks))
+    layout = model.memory.layout(layers)
+    return {"table_rows": layout.num_tables * layout.table_rows, "window_rows": layout.window_rows, "layers": layers}
+
+
+def _git_revision() -> str | None:
+    """The revision that is checked out in the working directory, marked if files differ from it."""
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

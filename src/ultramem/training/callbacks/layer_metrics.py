@@ -1,0 +1,40 @@
+"""What memory layers and mixtures of experts read, as metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from olmo_core.train.callbacks import Callback
+
+from ultramem.hosts.olmo_core.model import MemoryTransformer
+from ultramem.hosts.olmo_core.moe import DroplessMoE
+
+
+@dataclass
+class LayerMetrics(Callback):
+    """Reports what memory layers and mixtures of experts read.
+
+    Attributes:
+        model: the model.
+        interval: steps between reports.
+    """
+
+    model: MemoryTransformer
+    interval: int = 100
+
+    def pre_train(self) -> None:
+        """Start counting."""
+        if self.model.memory is not None:
+            self.model.memory.track_usage()
+
+    def post_train_batch(self) -> None:
+        """Report; all processes take part."""
+        if self.step % self.interval:
+            return
+        if self.model.memory is not None:
+            for name, value in self.model.memory.usage_metrics().items():
+                self.trainer.record_metric(f"memory/{name}", value)
+        for number, block in self.model.blocks.items():
+            if isinstance(block.feed_forward, DroplessMoE):
+                for name, (value, reduce) in block.feed_forward.compute_metrics().items():
+                    self.trainer.record_metric(f"moe/block {int(number):02d}/{name}", value, reduce)

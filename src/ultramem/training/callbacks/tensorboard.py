@@ -1,0 +1,43 @@
+"""Metrics as TensorBoard events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from olmo_core.distributed.utils import get_rank
+from olmo_core.train.callbacks import Callback
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass
+class TensorBoard(Callback):
+    """Writes all metrics as TensorBoard events, from the first process.
+
+    Attributes:
+        directory: where to.
+    """
+
+    directory: Path = field(default_factory=Path)
+    _writer: SummaryWriter | None = None
+
+    def pre_train(self) -> None:
+        """Open the event file; what an interrupted run wrote of later steps is to be ignored."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        if get_rank() == 0:
+            self._writer = SummaryWriter(self.directory, purge_step=self.step + 1)
+
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Write."""
+        if self._writer is not None:
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,18 @@
+"""Metrics on Weights & Biases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from olmo_core.train.callbacks import WandBCallback
+
+
+@dataclass
+class WeightsAndBiases(WandBCallback):
+    """OLMo-core's, working with recent versions of wandb, too."""
+
+    def finalize(self, exit_code: int = 0) -> None:
+        """End the run there."""
+        if not self.finalized:
+            self.wandb.finish(exit_code=exit_code)
+            self._finalized = True

@@ -1,0 +1,215 @@
+"""A training run from its configuration to its last checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from olmo_core.train import Trainer
+from rich.console import Console
+from rich.markup import escape
+
+from ultramem.convert.initial_weights import load_weights, read_weights
+from ultramem.data.tokenizers import load_model_tokenizer
+from ultramem.errors import ConfigError, UltraMemError
+from ultramem.evaluation.task_suite import TaskSuite, task_names
+from ultramem.hosts.olmo_core import ModelStatistics
+from ultramem.hosts.olmo_core.checkpoint import check_stored_model
+from ultramem.runs.checkpoints import MODEL_NAME
+from ultramem.runs.config import RunConfig
+from ultramem.runs.directory import RunDirectory
+from ultramem.runs.tokens import TokenData, check_token_data, open_token_data
+from ultramem.training.callbacks import DivergedError
+from ultramem.training.deterministic import deterministic_algorithms
+from ultramem.training.processes import Processes, join_processes
+from ultramem.training.trainer import build_trainer, load_checkpoint
+
+# Of PyTorch, about what OLMo-core does on purpose, and of FSDP about views that nobody changes in place.
+_KNOWN_WARNINGS = (
+    "called a synchronizing CUDA operation",
+    "torch.distributed is disabled, unavailable or uninitialized",
+    "DTensor random operators may not have complete support on cpu",
+    "FSDP2-wrapped module .* returned a view tensor",
+)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a call of `train` ended.
+
+    Attributes:
+        directory: the run directory.
+        step: the last step, of which there is a checkpoint.
+        status: `finished`; `interrupted` by a signal; or `already finished` before.
+    """
+
+    directory: Path
+    step: int
+    status: Literal["finished", "interrupted", "already finished"]
+
+
+def train(
+    config: RunConfig, *, overwrite: bool = False, verbose: bool = False, console: Console | None = None
+) -> RunResult:
+    """Train, or go on with a run that was interrupted, until its last step.
+
+    A run goes on from its latest complete checkpoint exactly as if it had not been interrupted. Under torchrun
+    all processes call this.
+
+    Args:
+        config: of the run.
+        overwrite: replace whatever run is in the directory, also this one.
+        verbose: show OLMo-core's log.
+        console: where progress is shown; standard output by default.
+
+    Raises:
+        ConfigError: the configuration does not suit the machine, the data or the number of processes.
+        UltraMemError: the data is missing or damaged, the directory holds another run, a checkpoint cannot be written
+            or read, or the loss is no longer finite. Complete checkpoints are kept in every case.
+    """
+    console = console or Console(highlight=False, soft_wrap=True)
+    data = open_token_data(config.data)
+    check_token_data(data, config)
+    _check_wandb(config)
+    suite = _load_tasks(config, data)
+    directory = RunDirectory(config)
+    with ExitStack() as stack:
+        processes = stack.enter_context(join_processes(config))
+        stack.enter_context(_quiet_engine(verbose))
+        if config.trainer.deterministic:
+            stack.enter_context(deterministic_algorithms())
+
+        def claim() -> tuple[int | None, ModelStatistics]:
+            stack.enter_context(directory.locked())
+            return directory.claim(overwrite), directory.describe(data, processes.device, processes.count)
+
+        step, statistics = processes.on_first(claim)
+        if step == config.trainer.total_steps:
+            return RunResult(directory.path, step, "already finished")
+        if step is not None:
+            check_stored_model(directory.checkpoint(step) / MODEL_NAME, config.model)
+        if processes.rank == 0:
+            _announce(console, config, statistics, data, processes, step)
+        weights = None
+        if step is None and config.trainer.initial_weights is not None:
+            weights = read_weights(config.trainer.initial_weights, config.model)
+        trainer = build_trainer(config, data, suite, processes, console)
+        if step is not None:
+            load_checkpoint(trainer, directory.checkpoint(step))
+        elif weights is not None:
+            load_weights(trainer.train_module.model, weights)
+        _fit(trainer, directory)
+        finished = trainer.global_step >= config.trainer.total_steps
+        return RunResult(directory.path, trainer.global_step, "finished" if finished else "interrupted")
+
+
+def _load_tasks(config: RunConfig, data: TokenData) -> TaskSuite | None:
+    """The tasks to evaluate on, before anything is written."""
+    trainer = config.trainer
+    if not trainer.evaluate_tasks:
+        return None
+    try:
+        names = task_names(trainer.evaluate_tasks)
+    except ConfigError as error:
+        raise ConfigError(f"trainer.evaluate_{error}") from error
+    if data.tokenizer is None:
+        raise UltraMemError(
+            "trainer.evaluate_tasks: needs a tokenizer, and data.train_files come without one; name a data.directory, "
+            "or leave the tasks out"
+        )
+    tokenizer = load_model_tokenizer(data.tokenizer, data.eos_token_id, config.model.vocab_size)
+    return TaskSuite(names, tokenizer, config.data.sequence_length, trainer.evaluate_tasks_questions)
+
+
+def _check_wandb(config: RunConfig) -> None:
+    if config.logging.wandb is None:
+        return
+    if importlib.util.find_spec("wandb") is None:
+        raise UltraMemError("logging.wandb: the package wandb is not installed; install it with: pip install wandb")
+    if "WANDB_API_KEY" not in os.environ and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+        raise UltraMemError("logging.wandb: set WANDB_API_KEY, or WANDB_MODE=offline, in the environment")
+
+
+def _announce(
+    console: Console,
+    config: RunConfig,
+    statistics: ModelStatistics,
+    data: TokenData,
+    processes: Processes,
+    step: int | None,
+) -> None:
+    count = "" if processes.count == 1 else f", {processes.count} processes"
+    console.print(
+        f"{config.model.system}: {statistics.active / 1e6:,.1f} M active of {statistics.total / 1e6:,.1f} M "
+        f"parameters; {config.trainer.total_steps:,} steps of {config.trainer.batch_size:,} tokens on "
+        f"{processes.device.type}{count}"
+    )
+    console.print(f"run directory: {escape(str(config.trainer.directory))}")
+    if not data.heldout:
+        console.print("no held-out data: no evaluation during training")
+    if step is not None:
+        console.print(f"going on from step {step:,}")
+
+
+def _fit(trainer: Trainer, directory: RunDirectory) -> None:
+    """Train; errors that are the user's, or the machine's, say what is left."""
+    try:
+        trainer.fit()
+    except torch.OutOfMemoryError as error:
+        raise UltraMemError(
+            "the GPU is out of memory; lower trainer.micro_batch_size, or set trainer.activation_checkpointing=true"
+        ) from error
+    except (UltraMemError, OSError, RuntimeError) as error:
+        described = _describe(error)
+        if described is None:
+            raise
+        latest = directory.latest_step()
+        left = (
+            "there is no checkpoint"
+            if latest is None
+            else f"the last good checkpoint is {directory.checkpoint(latest)}"
+        )
+        raise UltraMemError(f"{described}; {left}") from error
+
+
+def _describe(error: Exception) -> str | None:
+    """What went wrong and what to do, or None for an error that is neither the user's nor the machine's."""
+    not_finite = re.fullmatch(r"(\S+) loss encountered at step (\d+)", str(error))  # OLMo-core's words
+    if not_finite is not None:
+        error = DivergedError("loss", float(not_finite[1]), int(not_finite[2]))
+    if isinstance(error, DivergedError):
+        return f"{error}: try a new run with a lower optimizer.learning_rate"
+    if isinstance(error, UltraMemError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be written ({error.strerror}): make room and run the same command again"
+    return None
+
+
+@contextmanager
+def _quiet_engine(verbose: bool) -> Iterator[None]:
+    """Let OLMo-core log what `train` does not say itself, or everything; undo what it sets for the whole process."""
+    logger = logging.getLogger("olmo_core" if verbose else "olmo_core.train.trainer")
+    level, handler = logger.level, logging.StreamHandler()
+    logger.setLevel(logging.INFO if verbose else logging.CRITICAL)
+    if verbose:
+        logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            for known in _KNOWN_WARNINGS:
+                warnings.filterwarnings("ignore", known)
+            yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("default")

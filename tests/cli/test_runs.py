@@ -1,0 +1,127 @@
+"""`ultramem evaluate` and `ultramem generate` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+import pytest
+
+from ultramem.cli import main
+from ultramem.evaluation import evaluate
+from ultramem.report.run import ReportedSample
+from ultramem.runs.results import LossResult
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Exit status of `ultramem` with these arguments."""
+    monkeypatch.setattr("sys.argv", ["ultramem", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    return int(exit_.value.code or 0)
+
+
+def test_evaluate(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "evaluate", run.path, "--device", "cpu") == 0
+    content = json.loads((run.path / "evaluation.json").read_text())
+    expected = evaluate(run.path)
+    assert content["loss"] == expected.loss
+    assert LossResult.parse(content).unigram_bits_per_byte == expected.unigram_bits_per_byte
+    printed = capsys.readouterr().out
+    for number in (expected.loss, expected.bits_per_byte, expected.unigram_bits_per_byte):
+        assert f"{number:.4f}" in printed
+    assert "tokens per second" in printed
+
+
+def test_evaluate_options(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = sorted((run.data / "heldout").glob("*.npy"))
+    options = ["--data", files[0], "--data", files[1], "--dtype", "uint16", "--max-tokens", 50, "--batch-size", 2]
+    options += ["--sequence-length", 8, "--no-unigram", "--output", run.path / "other.json"]
+    assert call(monkeypatch, "evaluate", run.path / "step7", *options) == 0
+    expected = evaluate(run.path, files[:2], max_tokens=50, sequence_length=8)
+    assert json.loads((run.path / "other.json").read_text())["loss"] == pytest.approx(expected.loss, rel=1e-6)
+    assert not (run.path / "evaluation.json").exists()
+
+
+def test_evaluate_several(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    other = shutil.copytree(run.path, run.path.with_name("other"))
+    (other / "step7").rename(other / "step8")
+    assert call(monkeypatch, "evaluate", run.path, other) == 0
+    printed = capsys.readouterr().out
+    assert "run/step7" in printed
+    assert "other/step8" in printed
+    assert printed.count(f"{evaluate(run.path).loss:.4f}") == 2
+    for path in (run.path, other):
+        assert json.loads((path / "evaluation.json").read_text())["loss"] == evaluate(run.path).loss
+
+
+def test_evaluate_tasks(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    other = shutil.copytree(run.path, run.path.with_name("other"))
+    options = ["--tasks", "openbook_qa,arc_easy", "--tasks", "arc_challenge", "--max-questions", 5, "--device", "cpu"]
+    assert call(monkeypatch, "evaluate", run.path, other, *options) == 0
+    content = json.loads((run.path / "tasks.json").read_text())
+    assert content == json.loads((other / "tasks.json").read_text())
+    assert {result["name"]: result["questions"] for result in content["results"]} == {
+        "openbook_qa": 5,
+        "arc_easy": 5,
+        "arc_challenge": 5,
+    }
+    printed = capsys.readouterr().out
+    assert "run/step7" in printed
+    assert "other/step7" in printed
+    assert printed.count("written to") == 2
+    assert not (run.path / "evaluation.json").exists()
+
+
+def test_generate(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--max-new-tokens", 10, "--temperature", 1.2, "--top-k", 9, "--top-p", 0.9, "--seed", 4, "--save"]
+    assert call(monkeypatch, "generate", run.path, "import", *options) == 0
+    (sample,) = json.loads((run.path / "samples.json").read_text(encoding="utf-8"))
+    assert capsys.readouterr().out.startswith(f"{sample['text']}\n")
+    assert ReportedSample.parse(sample).settings == {"temperature": 1.2, "top-k": 9, "top-p": 0.9, "seed": 4}
+
+
+def test_generate_several(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = run.path / "prompt.txt"
+    prompt.write_text("a [b] c\n")
+    options = ["--prompt-file", prompt, "--num-samples", 2, "--max-new-tokens", 2]
+    assert call(monkeypatch, "generate", run.path, "first", "second", *options) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("--- sample") == 6
+    assert printed.count("\nfirst") == printed.count("\nsecond") == printed.count("\na [b] c\n") == 2
+    assert not (run.path / "samples.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "nothing"], "neither a run directory"),
+        (["evaluate", "RUN/step8"], "step8 does not exist; the complete ones are step7"),
+        (["evaluate", "RUN", "--split", "test"], "no split 'test'"),
+        (["evaluate", "RUN", "--max-tokens", "0"], "max_tokens=0"),
+        (["evaluate", "RUN", "nothing"], "neither a run directory"),
+        (["evaluate", "RUN", "RUN", "--output", "all.json"], "--output=all.json: is for one checkpoint"),
+        (["evaluate", "RUN", "--max-questions", "5"], "--max-questions: has no meaning here; it is for --tasks"),
+        (["evaluate", "RUN", "--tasks", "memory"], "task recall: no question fits in the 16 tokens"),
+        (["evaluate", "RUN", "--tasks", "squad"], "tasks=squad: must be among table3, memory, arc_challenge"),
+        (["evaluate", "RUN", "--tasks", "piqa", "--split", "train"], "--split: has no meaning here; leave it out with"),
+        (["evaluate", "RUN", "--tasks", "piqa", "--no-unigram"], "--no-unigram: has no meaning here"),
+        (["generate", "RUN", "--temperature", "-1"], "temperature=-1.0"),
+        (["generate", "RUN", "--prompt-file", "nothing"], "nothing cannot be read"),
+        (["generate", "nothing"], "neither a run directory"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    run: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    status = call(monkeypatch, *(argument.replace("RUN", str(run.path)) for argument in arguments))
+    captured = capsys.readouterr()
+    assert status == 1
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1

@@ -1,0 +1,179 @@
+"""Configurations take values of exactly their fields' types, from Python and from YAML, and say the same of others."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from ultramem.config import MemoryConfig
+from ultramem.configuration.decoding import decode
+from ultramem.configuration.field_types import check_finite, check_types, field_types
+from ultramem.errors import ConfigError
+from ultramem.hosts.olmo_core import ModelConfig, MoEConfig
+from ultramem.runs.config import (
+    DataConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainerConfig,
+    WandbConfig,
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    number: int = 1
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True)
+class Config:
+    switch: bool = False
+    count: int = 1
+    limit: int | None = None
+    rate: float = 0.5
+    name: str = "a"
+    path: Path = Path()
+    other: Path | None = None
+    choice: Literal["one", "two"] = "one"
+    pair: tuple[float, float] = (0.0, 1.0)
+    paths: tuple[Path, ...] = ()
+    section: Section = field(default_factory=Section)
+    maybe: Section | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("switch", True),
+        ("count", 0),
+        ("limit", 3),
+        ("limit", None),
+        ("rate", 1),
+        ("rate", math.inf),
+        ("name", ""),
+        ("path", Path("a")),
+        ("other", None),
+        ("choice", "two"),
+        ("pair", (1, 0.5)),
+        ("section", Section(2)),
+        ("maybe", None),
+    ],
+)
+def test_right(name: str, value: Any) -> None:
+    found = getattr(Config(**{name: value}), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("path", "a/b", Path("a/b")),
+        ("other", "a/b", Path("a/b")),
+        ("paths", ["a", Path("b")], (Path("a"), Path("b"))),
+        ("pair", [1, 2.5], (1, 2.5)),
+        ("count", np.int64(3), 3),
+        ("rate", np.float32(0.5), 0.5),
+    ],
+)
+def test_kept_as_the_fields_type(name: str, value: Any, kept: Any) -> None:
+    found = getattr(Config(**{name: value}), name)
+    assert found == kept
+    assert type(found) is type(kept)
+
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("switch", 1, "switch=1: must be true or false"),
+    ("switch", None, "switch=None: must be true or false"),
+    ("count", True, "count=True: must be a whole number"),
+    ("count", 1.5, "count=1.5: must be a whole number"),
+    ("count", None, "count=None: must be a whole number"),
+    ("count", "64", "count='64': must be a whole number"),
+    ("limit", "3", "limit='3': must be a whole number"),
+    ("rate", "0.5", "rate='0.5': must be a number"),
+    ("rate", False, "rate=False: must be a number"),
+    ("rate", None, "rate=None: must be a number"),
+    ("name", 3, "name=3: must be text; put it in quotes if it looks like something else"),
+    ("path", 7, "path=7: must be a path"),
+    ("other", 7, "other=7: must be a path"),
+    ("choice", "three", "choice='three': must be one of one, two"),
+    ("choice", None, "choice=None: must be one of one, two"),
+    ("choice", ["one"], "choice=['one']: must be one of one, two"),
+    ("pair", 0.5, "pair=0.5: must be a list, such as [a, b]"),
+    ("pair", [0.5], "pair=[0.5]: must be a list of 2 values"),
+    ("pair", [0.5, "x"], "pair[1]='x': must be a number"),
+    ("paths", "a", "paths='a': must be a list, such as [a, b]"),
+    ("paths", ["a", 3], "paths[1]=3: must be a path"),
+    ("section", 5, "section=5: must be a section of keys and values"),
+    ("maybe", 5, "maybe=5: must be a section of keys and values"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), WRONG)
+def test_wrong_in_python_and_in_yaml(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as from_python:
+        Config(**{name: value})
+    with pytest.raises(ConfigError) as from_yaml:
+        decode(Config, {name: value}, [])
+    for error in (from_python, from_yaml):
+        assert str(error.value).startswith(message)
+        assert name in ("section", "maybe") or str(error.value) == message
+
+
+def test_a_whole_number_may_have_a_point_in_yaml_alone() -> None:
+    assert decode(Config, {"count": 1e9}, []).count == 10**9
+    with pytest.raises(ConfigError, match=r"^count=1\.0: must be a whole number$"):
+        Config(count=1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_not_finite(value: float) -> None:
+    with pytest.raises(ConfigError, match=f"^rate={value}: must be a finite number$"):
+        check_finite(Config(rate=value))
+    check_finite(Config())
+
+
+REQUIRED: dict[type, dict[str, Any]] = {
+    RunConfig: {},
+    ModelConfig: {"d_model": 32, "num_blocks": 1, "num_heads": 2, "feed_forward_size": 48},
+    MemoryConfig: {},
+    MoEConfig: {"hidden_size": 16},
+    DataConfig: {"directory": "tokens"},
+    TrainerConfig: {"directory": "run", "batch_size": 64, "steps": 1},
+    OptimizerConfig: {},
+    ScheduleConfig: {},
+    LoggingConfig: {},
+    WandbConfig: {"project": "p"},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, item.name) for kind in REQUIRED for item in fields(kind) if item.name != "tokens"]
+)
+def test_every_field_of_a_run_is_checked(kind: type, name: str) -> None:
+    if kind is RunConfig:
+        sections = {
+            section: of_section(**REQUIRED[of_section]) for section, of_section in field_types(RunConfig).items()
+        }
+        arguments = sections | {name: {"a": 1}}
+    else:
+        arguments = REQUIRED[kind] | {name: {"a": 1}}
+    with pytest.raises(ConfigError, match=rf"^{name}={{'a': 1}}: must be "):
+        kind(**arguments)
+
+
+def test_the_words_of_the_command_line() -> None:
+    with pytest.raises(ConfigError, match=r"^batch_size='64': must be a whole number$"):
+        TrainerConfig(directory="x", batch_size="64")  # type: ignore[arg-type]

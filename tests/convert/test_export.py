@@ -1,0 +1,210 @@
+"""Training runs as transformers directories, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from typer.testing import CliRunner
+
+from ultramem import UltraMemError
+from ultramem.cli import app
+from ultramem.convert.export import export
+from ultramem.convert.model_directory import read_model
+from ultramem.data.tokenizers import load_tokenizer
+from ultramem.evaluation import TextGenerator, find_checkpoint, load_model
+from ultramem.hosts.transformers import UltraMemForCausalLM
+from ultramem.training import load_config, train
+
+SYSTEMS = ("dense", "ultramem_v2", "ultramem", "memory_plus", "pkm", "moe")
+ARCHITECTURES = {"dense": "Qwen3ForCausalLM", "moe": "Qwen3MoeForCausalLM"}
+systems = pytest.mark.parametrize("system", SYSTEMS)
+TrainRun = Callable[[str], Path]
+
+
+@systems
+def test_logits_are_the_training_models(system: str, train_run: TrainRun, tmp_path: Path) -> None:
+    run = train_run(system)
+    result = export(run, tmp_path / "model")
+    assert (result.step, result.has_tokenizer) == (4, True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert type(model).__name__ == ARCHITECTURES.get(system, "UltraMemForCausalLM")
+    trained, config = load_model(run, "cpu")
+    tokens = torch.randint(config.model.vocab_size, (2, 32))
+    with torch.no_grad():
+        found, expected = model(tokens).logits, trained(tokens)
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@systems
+def test_state_comes_back_to_the_bit(system: str, train_run: TrainRun, tmp_path: Path) -> None:
+    export(train_run(system), tmp_path / "model", max_shard_size="50KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    config, state = read_model(tmp_path / "model")
+    trained, run = load_model(train_run(system), "cpu")
+    expected = trained.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
+    for name in ("memory", "d_model", "num_blocks", "num_heads", "tie_embeddings", "rope_theta", "norm_eps", "system"):
+        assert getattr(config, name) == getattr(run.model, name)
+
+
+@systems
+def test_pretraining_goes_on_from_a_directory(
+    system: str, train_run: TrainRun, run_yaml: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The first loss of the new run is that of the exported model, not of a new one."""
+    export(train_run(system), tmp_path / "model")
+    config = load_config(run_yaml(tmp_path / "model"), ["--optimizer.learning_rate=1e-12"])
+    assert config.model.system == system
+    train(config)
+    old, _ = load_model(train_run(system), "cpu")
+    new, _ = load_model(config.trainer.directory, "cpu")
+    for name, tensor in old.state_dict().items():
+        if name.endswith("table.values") and system in ("pkm", "memory_plus"):
+            continue  # they have a learning rate of their own
+        torch.testing.assert_close(new.state_dict()[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_tokenizer_is_the_runs(train_run: TrainRun, token_directory: Path, tmp_path: Path) -> None:
+    export(train_run("ultramem_v2"), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    reference = load_tokenizer(str(token_directory / "tokenizer.json"))
+    text = "line 3 of text 4:  12\n\tödd"
+    assert tokenizer(text).input_ids == reference.tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (reference.eos_token_id, reference.pad_token_id)
+    assert tokenizer.padding_side == "left"
+    assert tokenizer.model_max_length == 32
+
+
+def test_generates_what_the_training_host_does(train_run: TrainRun, tmp_path: Path) -> None:
+    run = train_run("ultramem_v2")
+    export(run, tmp_path / "model")
+    generator = TextGenerator.from_checkpoint(run, "cpu")
+    generate = pipeline("text-generation", model=str(tmp_path / "model"), device="cpu")
+    model, tokenizer = generate.model, generate.tokenizer
+    prompts = ["line 1", "line 12 of text 3: 3"]
+    expected = []
+    for prompt in prompts:
+        tokens = tokenizer(prompt).input_ids
+        for _ in range(8):
+            tokens.append(int(generator.next_logits(tokens).argmax()))
+        expected.append(tokens)
+    found = model.generate(**tokenizer(prompts[0], return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    assert found[0].tolist() == expected[0]
+    texts = generate(prompts, max_new_tokens=8, do_sample=False, batch_size=2)
+    assert [text[0]["generated_text"] for text in texts] == [tokenizer.decode(tokens) for tokens in expected]
+    # Rows of the embedding beyond the tokenizer are never chosen.
+    assert model.generation_config.suppress_tokens == list(range(280, 384))
+
+
+def test_model_card_and_dtype(train_run: TrainRun, tmp_path: Path) -> None:
+    run = train_run("ultramem_v2")
+    evaluation = {"checkpoint": "step4", "loss": 5.25, "perplexity": 190.5, "bits_per_byte": 2.5}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    export(run, tmp_path / "model", dtype="bfloat16")
+    (run / "evaluation.json").unlink()
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| held-out loss | 5.2500 |" in card
+    assert "| training step | 4 of 4 |" in card
+    assert "| training tokens | 512 |" in card
+    code = card.partition("```python\n")[2].partition("```")[0].replace('"."', repr(str(tmp_path / "model")))
+    exec(compile(code, "model card", "exec"), {})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert isinstance(model, UltraMemForCausalLM)
+    assert model.dtype == torch.bfloat16
+
+
+def test_run_without_a_tokenizer(train_run: TrainRun, token_directory: Path, tmp_path: Path) -> None:
+    """A run on files that are named one by one knows no tokenizer."""
+    original = load_config(train_run("dense") / "config.yaml")
+    files = sorted((token_directory / "train").glob("*.npy"))
+    config = load_config(
+        train_run("dense") / "config.yaml",
+        [
+            f"--trainer.directory={tmp_path / 'run'}",
+            f"--data={{train_files: [{files[0]}], sequence_length: 32, vocab_size: 280, eos_token_id: 0, "
+            "dtype: uint16}",
+        ],
+    )
+    assert config.model == original.model
+    train(config)
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "run"), str(tmp_path / "model")])
+    assert result.exit_code == 0, result.output
+    assert "without a tokenizer" in result.output
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.eos_token_id is None
+
+
+def test_an_export_is_replaced_only_when_asked(train_run: TrainRun, tmp_path: Path) -> None:
+    run, directory = train_run("dense"), tmp_path / "model"
+    export(run, directory)
+    (directory / "mark.json").touch()
+    with pytest.raises(UltraMemError, match="is finished already; replace it with --overwrite"):
+        export(run, directory)
+    with pytest.raises(UltraMemError, match="max_shard_size is 'large'; give bytes"):
+        export(run, directory, max_shard_size="large", overwrite=True)
+    assert (directory / "mark.json").exists()
+    export(run, directory, overwrite=True)
+    assert not (directory / "mark.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    with pytest.raises(UltraMemError, match=r"holds other files, but no config\.json"):
+        export(run, other, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "run", "message"),
+    [("int8", True, "dtype=int8: must be one of"), ("float32", False, "neither a run directory")],
+)
+def test_errors(dtype: str, run: bool, message: str, train_run: TrainRun, tmp_path: Path) -> None:
+    with pytest.raises(UltraMemError, match=message):
+        export(train_run("dense") if run else tmp_path, tmp_path / "model", dtype=dtype)
+    assert not (tmp_path / "model").exists()
+
+
+def test_initial_weights_that_do_not_fit(train_run: TrainRun, run_yaml: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UltraMemError, match=r"has no config\.json"):
+        load_config(run_yaml(tmp_path))
+    export(train_run("ultramem_v2"), tmp_path / "model")
+    dense = find_checkpoint(train_run("dense")).config
+    config = load_config(run_yaml(tmp_path / "model"), ["--model={preset: dense_small, vocab_size: 384}"])
+    assert config.model != dense.model
+    with pytest.raises(UltraMemError, match=r"initial_weights=.*: .* there, .* in this run's model; leave the model"):
+        train(config)
+    weights = next((tmp_path / "model").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UltraMemError, match="cannot be loaded"):
+        read_model(tmp_path / "model")
+    other = tmp_path / "gpt2"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UltraMemError, match="model_type gpt2: the training host has the architectures"):
+        read_model(other)
+
+
+def test_weights_that_are_not_complete(train_run: TrainRun, tmp_path: Path) -> None:
+    export(train_run("dense"), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.mlp.gate_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UltraMemError, match=r"model\.layers\.0\.mlp\.gate_proj\.weight is missing"):
+        read_model(tmp_path / "model")
+
+
+def test_what_else_is_in_a_directory_is_not_lost(train_run: TrainRun, tmp_path: Path) -> None:
+    export(train_run("dense"), tmp_path / "model")
+    (tmp_path / "model" / "thesis.tex").touch()
+    with pytest.raises(UltraMemError, match=r"holds thesis\.tex as well, which would be lost"):
+        export(train_run("dense"), tmp_path / "model", overwrite=True)
+    assert (tmp_path / "model" / "thesis.tex").exists()
