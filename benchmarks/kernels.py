@@ -50,7 +50,7 @@ from ultramem import Memory, MemoryConfig
 from ultramem.device import autocast
 from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core import MoEConfig, preset
-from ultramem.layers import MemoryLayer, TuckerMemory
+from ultramem.layers import MemoryLayer
 from ultramem.ops import use_backend
 
 try:
@@ -196,7 +196,7 @@ class Work:
             query_operations=2 * tokens * queries * d_model,
             retrieval_bytes=2 * (tokens * queries + keys) + tokens * reads * (2 * config.cores + 4),
             lookup_bytes=2 * tokens * reads * width,
-            gradient_bytes=4 * layer.table.values.shape[0] * width,
+            gradient_bytes=4 * layer.table.rows * width,
         )
 
     def forward_floor(self, rates: Rates, gather: float) -> float:
@@ -404,11 +404,10 @@ def measure_memory(
     for row, sharing in ((whole, len(layers)), (changed, len(layers)), (alone, 1)):
         row.forward_floor_ms = work.forward_floor(rates, gather)
         row.training_floor_ms = work.training_floor(rates, gather, sharing)
-    assert isinstance(layers[0], TuckerMemory)
     return [whole, *measure_parts(layers[0], inputs, work, rates, gather), changed, alone, naive]
 
 
-def measure_parts(layer: TuckerMemory, inputs: list[Tensor], work: Work, rates: Rates, gather: float) -> list[Row]:
+def measure_parts(layer: MemoryLayer, inputs: list[Tensor], work: Work, rates: Rates, gather: float) -> list[Row]:
     """Forward passes of the query projection, the retrieval, and the lookup."""
     device = inputs[0].device
     queries, chosen = [], []
@@ -416,12 +415,14 @@ def measure_parts(layer: TuckerMemory, inputs: list[Tensor], work: Work, rates: 
         for x in inputs:
             queries.append(layer.queries(x).detach().requires_grad_())
             scores, indices = layer.retrieve(queries[-1])
-            pre_input = None if layer.pre_proj is None else layer.pre_proj(x).detach().requires_grad_()
-            chosen.append((scores.detach().requires_grad_(), layer.locate(indices)[0], pre_input))
+            reads = layer.locate(indices, scores.detach().requires_grad_(), x)
+            if reads.pre_input is not None:
+                reads = reads._replace(pre_input=reads.pre_input.detach().requires_grad_())
+            chosen.append(reads)
         parts = (
             lambda i: layer.queries(inputs[i % len(inputs)]),
             lambda i: layer.retrieve(queries[i % len(queries)]),
-            lambda i: layer.table.lookup(*chosen[i % len(chosen)]),
+            lambda i: layer.table.lookup(chosen[i % len(chosen)]),
         )
         project_ms, retrieve_ms, lookup_ms = (
             graphed_ms(part, device, repeats=10, rotations=len(inputs)) or median_ms(part, device, repeats=10)

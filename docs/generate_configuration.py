@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from ultramem import MemoryConfig, UltraMemError
-from ultramem.config import Kind
 from ultramem.configuration.decoding import encode
 from ultramem.hosts.olmo_core import PRESETS, model_statistics
+from ultramem.layers import KINDS
 from ultramem.training import RunConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -42,9 +42,9 @@ would be right. In Python the same dataclasses are `ultramem.MemoryConfig`, `Mod
 """
 
 KIND_INTRODUCTION = """\
-Where these are not given, they follow the kind. PKM and Memory+ have no use for `axis_top_k`, `tucker_rank`, `cores`,
-`pre_value_dim`, `pre_activation`, `query_per_rank`, `key_expansion`, `value_projectors` and `tucker_penalty_coef`; only
-UltraMemV2 has one for `share_ratio` and `sharing`. Setting what a kind has no use for is an error.
+Where these are not given, they follow the kind. Setting a field that the kind does not use is an error. These are the
+fields that each kind does not use:
+
 """
 
 PRESET_INTRODUCTION = f"""\
@@ -65,7 +65,7 @@ def page() -> str:
     for key, kind in sections(RunConfig):
         parts.append(f"## `{key}`\n\n{summary(kind)}\n\n{field_table(key, kind)}")
         if kind is MemoryConfig:
-            parts.append(f"### Defaults by kind of memory\n\n{KIND_INTRODUCTION}\n{kind_table()}")
+            parts.append(f"### Defaults by kind of memory\n\n{KIND_INTRODUCTION}{unused_fields()}\n{kind_table()}")
     parts.append(f"## Presets\n\n{PRESET_INTRODUCTION}\n{preset_table()}")
     return "\n".join(parts)
 
@@ -103,10 +103,17 @@ def field_table(key: str, kind: type) -> str:
     """Key, type, default and meaning of every field."""
     texts, hints, prefix = descriptions(kind), get_type_hints(kind), f"{key}." if key else ""
     rows = [
-        (f"`{prefix}{field.name}`", type_name(hints[field.name]), default(kind, field), texts[field.name])
+        (f"`{prefix}{field.name}`", choices(kind, field.name, hints), default(kind, field), texts[field.name])
         for field in dataclasses.fields(kind)
     ]
     return table(("key", "type", "default", "meaning"), rows)
+
+
+def choices(kind: type, name: str, hints: dict[str, Any]) -> str:
+    """A field's type, or what there is to choose from."""
+    if kind is MemoryConfig and name == "kind":
+        return ", ".join(f"`{choice}`" for choice in KINDS)
+    return type_name(hints[name])
 
 
 def type_name(hint: Any) -> str:
@@ -141,7 +148,7 @@ def as_yaml(value: Any) -> str:
 
 def kind_defaults() -> dict[str, dict[str, Any]]:
     """What each kind of memory takes for the fields that it prescribes, by field and kind."""
-    configs = {kind: MemoryConfig(kind=kind) for kind in get_args(Kind)}
+    configs = {kind: MemoryConfig(kind=kind) for kind in KINDS}
     resolved = {
         field.name: {kind: getattr(config, field.name) for kind, config in configs.items()}
         for field in dataclasses.fields(MemoryConfig)
@@ -152,12 +159,18 @@ def kind_defaults() -> dict[str, dict[str, Any]]:
 
 def kind_table() -> str:
     """The defaults that depend on the kind."""
-    kinds = get_args(Kind)
+    kinds = list(KINDS)
     rows = [
         (f"`model.memory.{name}`", *(f"`{as_yaml(values[kind])}`" for kind in kinds))
         for name, values in kind_defaults().items()
     ]
     return table(("key", *(f"`{kind}`" for kind in kinds)), rows)
+
+
+def unused_fields() -> str:
+    """A list of the fields that each kind has no use for."""
+    lines = {kind: ", ".join(f"`{name}`" for name in layer.unused) for kind, layer in KINDS.items()}
+    return "".join(f"- `{kind}`: {names or 'uses all of them'}\n" for kind, names in lines.items())
 
 
 def preset_table() -> str:

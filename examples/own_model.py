@@ -9,7 +9,7 @@ class Model(nn.Module):
     def __init__(self, d_model=128, num_blocks=4):
         super().__init__()
         config = MemoryConfig(num_keys=64, key_dim=64, value_dim=64, pre_value_dim=64)
-        self.memory = Memory(config, d_model, num_blocks)  # a layer for each block, one table for all of them
+        self.memory = Memory(config, d_model, num_blocks)  # one layer per block; all share one table
         self.feed_forwards = nn.ModuleList(
             nn.Sequential(nn.Linear(d_model, 256), nn.SiLU(), nn.Linear(256, d_model)) for _ in range(num_blocks)
         )
@@ -23,7 +23,7 @@ class Model(nn.Module):
 
 model = Model()
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-x, target = torch.randn(2, 4, 32, 128)  # inputs and what is to be learnt: 4 sequences of 32 tokens each
+x, target = torch.randn(2, 4, 32, 128)  # inputs and targets: 4 sequences of 32 tokens each
 for step in range(20):
     loss = (model(x) - target).square().mean()
     loss.backward()

@@ -1,4 +1,4 @@
-"""Put memory into a model that was trained without: only the memory learns, and it is saved by itself."""
+"""Add memory to a pretrained model, train only the memory, and save it separately."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -8,7 +8,7 @@ from ultramem.hosts.transformers import attach_memory, load_memory, save_memory
 
 
 def pretrained():
-    """Stands for `AutoModelForCausalLM.from_pretrained(...)` of a model that you have."""
+    """Stands in for `AutoModelForCausalLM.from_pretrained(...)`."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=256, **sizes))
@@ -20,7 +20,7 @@ before = model(tokens, labels=tokens)
 
 config = MemoryConfig(num_keys=64, key_dim=32, value_dim=32, pre_value_dim=32, top_k=16, init="zero_output")
 memory = attach_memory(model, config, blocks=[1, 2])
-assert torch.equal(model(tokens).logits, before.logits)  # an untrained memory changes nothing
+assert torch.equal(model(tokens).logits, before.logits)  # until it is trained, it changes nothing
 
 for parameter in model.parameters():
     parameter.requires_grad = False
@@ -33,7 +33,7 @@ for _ in range(30):
     optimizer.zero_grad()
 print(f"loss {before.loss:.2f} without memory, {loss:.2f} with it")
 
-save_memory(model, "runs/memory")  # the memory alone
+save_memory(model, "runs/memory")  # writes the memory only
 again = pretrained()
 load_memory(again, "runs/memory")
 assert torch.equal(again(tokens).logits, model(tokens).logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -34,6 +35,15 @@ def generator(device: torch.device) -> torch.Generator:
     seed = int(os.environ.get("TEST_SEED", random.SystemRandom().randrange(2**32)))
     print(f"seed {seed}: repeat with TEST_SEED={seed}")
     return torch.Generator(device).manual_seed(seed)
+
+
+@pytest.fixture
+def fused() -> Iterator[None]:
+    """All operations take their kernels, or raise."""
+    from ultramem.ops import use_backend
+
+    with use_backend("fused"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -72,6 +72,9 @@ def test_a_bad_value_is_named(field: str, value: Any) -> None:
         ("pre_activation", "gelu"),
         ("share_ratio", 0.5),
         ("sharing", "block"),
+        ("tucker_penalty_threshold", 0.1),
+        ("value_lr_multiplier", 2.0),
+        ("value_lr_decay", 0.5),
     ],
 )
 def test_a_switch_that_the_kind_does_not_have(kind: str, field: str, value: Any) -> None:
@@ -83,6 +86,24 @@ def test_a_switch_that_the_kind_does_not_have(kind: str, field: str, value: Any)
 def test_only_ultramem_v2_pools_its_tables(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{field}={value!r}: ultramem does not pool"):
         MemoryConfig(kind="ultramem", **{field: value})
+
+
+def test_pkm_has_no_norms() -> None:
+    with pytest.raises(ConfigError, match=r"norm_eps=1e-06: pkm normalises neither .*; leave it out, or choose kind="):
+        MemoryConfig(kind="pkm", norm_eps=1e-6)
+    assert MemoryConfig(kind="memory_plus", norm_eps=1e-6).norm_eps == 1e-6
+
+
+@pytest.mark.parametrize(("field", "value"), [("value_lr_multiplier", 2.0), ("value_lr_decay", 0.5)])
+def test_a_constant_rate_and_one_that_falls(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{field}={value}: .*value_lr=0.001.*; leave out one of them"):
+        MemoryConfig(value_lr=1e-3, **{field: value})
+
+
+@pytest.mark.parametrize(("step", "factor"), [(0, 5.0), (25, 3.0), (50, 1.0), (99, 1.0)])
+def test_the_values_learning_rate(step: int, factor: float) -> None:
+    assert MemoryConfig(value_lr_multiplier=5.0, value_lr_decay=0.5).value_lr_factor(step, 100) == pytest.approx(factor)
+    assert MemoryConfig(value_lr=1e-3).value_lr_factor(step, 100) == 1.0
 
 
 def test_replace_checks_again() -> None:
@@ -116,7 +137,7 @@ def test_defaults_of_each_kind(
 def test_defaults_of_a_kind_give_way() -> None:
     config = MemoryConfig(kind="ultramem", key_expansion=3, value_projectors="single", query_per_rank=True)
     assert (config.key_expansion, config.value_projectors, config.query_per_rank) == (3, "single", True)
-    assert config.virtual_blocks == 9
+    assert config.virtual_copies == 9
     assert config.output_width == config.value_dim
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ultramem import ConfigError, Memory, MemoryConfig
-from ultramem.layers import TuckerMemory
+from ultramem.layers.tucker import TuckerMemory
 
 D_MODEL, BLOCKS = 8, 4
 KINDS = ["pkm", "memory_plus", "ultramem", "ultramem_v2"]
@@ -158,7 +158,7 @@ def test_usage_metrics(kind: str) -> None:
     y = memory.layers[0](x), layer(x)
     with torch.no_grad():
         scores, indices = layer.retrieve(layer.queries(x))
-        rows, _ = layer.locate(indices)
+        rows = layer.locate(indices, scores, x).rows
     metrics = memory.usage_metrics(reset=False)
     reads = np.unique_counts(rows.numpy())
     share = reads.counts / reads.counts.sum()
@@ -221,3 +221,31 @@ def test_usage_metrics_of_two_processes(tmp_path: Path) -> None:
     for process in processes:
         output, _ = process.communicate(timeout=120)
         assert [json.loads(line) for line in output.splitlines()] == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameter_groups(kind: str) -> None:
+    """Every parameter of the model is in one group; the values' rate is the model's times the factor, or their own."""
+    model = torch.nn.ModuleDict({"memory": build(kind), "linear": torch.nn.Linear(3, 3)})
+    memory = model["memory"]
+    others, values = memory.parameter_groups(1e-2, model, weight_decay=0.5)
+    assert len(others["params"]) + len(values["params"]) == len(list(model.parameters()))
+    assert {id(parameter) for parameter in values["params"]} == {
+        id(parameter) for name, parameter in model.named_parameters() if name.endswith("values")
+    }
+    constant = kind in ("pkm", "memory_plus")
+    assert (others["lr"], values["lr"]) == (1e-2, 1e-3 if constant else 1e-2)
+    assert others["weight_decay"] == values["weight_decay"] == 0.5
+    alone = memory.parameter_groups(1e-2)
+    assert sum(len(group["params"]) for group in alone) == len(list(memory.parameters()))
+    optimizer = torch.optim.AdamW(memory.parameter_groups(1e-2, model))
+    factors = [lambda step: 1.0, lambda step: memory.config.value_lr_factor(step, 4)]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+    rates = []
+    for _ in range(4):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    expected = [1e-3] * 4 if constant else [4e-2, 3.25e-2, 2.5e-2, 1.75e-2]
+    assert [model_rate for model_rate, _ in rates] == [1e-2] * 4
+    assert [rate for _, rate in rates] == pytest.approx(expected)

@@ -2,57 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Literal
 
 from ultramem.configuration.field_types import check_finite, check_types
 from ultramem.errors import ConfigError
+from ultramem.layers.kinds import KINDS
+from ultramem.layers.memory_layer import MemoryLayer
+from ultramem.tables.layout import TableLayout
 
-Kind = Literal["pkm", "memory_plus", "ultramem", "ultramem_v2"]
 Sharing = Literal["ring", "no_ring", "block"]
 ValueProjectors = Literal["single", "per_block"]
 Activation = Literal["gelu", "silu"]
 Initialization = Literal["matched", "published", "zero_output"]
-
-TUCKER_KINDS = ("ultramem", "ultramem_v2")
-
-# What a kind takes where the field is left at None.
-_KIND_DEFAULTS: dict[str, dict[str, Any]] = {
-    "pkm": {"query_per_rank": False, "key_expansion": 1, "value_projectors": "single", "value_lr": 1e-3},
-    "memory_plus": {
-        "query_per_rank": False,
-        "key_expansion": 1,
-        "value_projectors": "single",
-        "value_lr": 1e-3,
-    },
-    "ultramem": {"query_per_rank": False, "key_expansion": 2, "value_projectors": "per_block"},
-    "ultramem_v2": {"query_per_rank": True, "key_expansion": 1, "value_projectors": "single"},
-}
-
-
-@dataclass(frozen=True)
-class TableLayout:
-    """Which rows of which table a model's memory layers can reach.
-
-    Attributes:
-        num_tables: tables in the model: one if it is shared, else one per memory layer.
-        table_rows: rows of one table.
-        window_keys: square root of `window_rows`.
-        axis_keys: keys on each of a layer's two axes, `key_expansion * window_keys`.
-        starts: for each layer, the table row at which its window starts.
-    """
-
-    num_tables: int
-    table_rows: int
-    window_keys: int
-    axis_keys: int
-    starts: tuple[int, ...]
-
-    @property
-    def window_rows(self) -> int:
-        """Table rows that one layer can reach."""
-        return self.window_keys**2
 
 
 @dataclass(frozen=True)
@@ -100,7 +62,7 @@ class MemoryConfig:
         norm_eps: epsilon of the query and key norms.
     """
 
-    kind: Kind = "ultramem_v2"
+    kind: str = "ultramem_v2"
     num_keys: int = 128
     key_dim: int = 128
     value_dim: int = 128
@@ -131,27 +93,22 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_finite(self)
-        for name, default in _KIND_DEFAULTS[self.kind].items():
+        if self.kind not in KINDS:
+            raise ConfigError(f"kind={self.kind!r}: must be one of {', '.join(KINDS)}")
+        for name, default in self.layer_type.defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         self._check_values()
-        if self.is_tucker:
-            self._check_tucker()
-        else:
-            self._check_product_key()
+        self._check_unused()
+        self.layer_type.check(self)
 
     @property
-    def is_tucker(self) -> bool:
-        """Whether scores are Tucker decomposed (UltraMem, UltraMemV2) rather than sums (PKM, Memory+)."""
-        return self.kind in TUCKER_KINDS
+    def layer_type(self) -> type[MemoryLayer]:
+        """The class of the layers, which knows what is particular to the kind."""
+        return KINDS[self.kind]
 
     @property
-    def shares_table(self) -> bool:
-        """Whether all layers read one table (Memory+, UltraMemV2) rather than one each (PKM, UltraMem)."""
-        return self.kind in ("memory_plus", "ultramem_v2")
-
-    @property
-    def virtual_blocks(self) -> int:
+    def virtual_copies(self) -> int:
         """Virtual copies of a layer's window."""
         assert self.key_expansion is not None
         return self.key_expansion**2
@@ -159,7 +116,7 @@ class MemoryConfig:
     @property
     def output_width(self) -> int:
         """Width of what a lookup returns."""
-        return self.value_dim * (self.virtual_blocks if self.value_projectors == "per_block" else 1)
+        return self.value_dim * (self.virtual_copies if self.value_projectors == "per_block" else 1)
 
     def insertions(self, num_blocks: int) -> tuple[tuple[int, int], ...]:
         """Pairs of (block that is read, block after which is added), one for each memory layer, in order.
@@ -205,30 +162,35 @@ class MemoryConfig:
         Raises:
             ConfigError: the windows come out empty, or hold fewer rows than `top_k` reads.
         """
-        assert self.key_expansion is not None
-        layer_rows = self.num_keys**2
-        if self.kind == "ultramem_v2":
-            table_rows = layer_rows * num_layers
-            window_keys = math.isqrt(math.floor(table_rows * self.share_ratio + 1e-6))
-            starts = tuple(self._start(layer, table_rows, window_keys**2) for layer in range(num_layers))
-        else:
-            table_rows, window_keys, starts = layer_rows, self.num_keys, (0,) * num_layers
-        num_tables = min(num_layers, 1) if self.shares_table else num_layers
-        axis_keys = self.key_expansion * window_keys
-        if num_layers and axis_keys**2 < self.top_k:
+        layout = self.layer_type.layout(self, num_layers)
+        if num_layers and layout.axis_keys**2 < self.top_k:
             raise ConfigError(
-                f"top_k={self.top_k}: a layer can reach only {axis_keys**2} rows; lower top_k or raise "
+                f"top_k={self.top_k}: a layer can reach only {layout.axis_keys**2} rows; lower top_k or raise "
                 f"num_keys={self.num_keys} or share_ratio={self.share_ratio}"
             )
-        return TableLayout(num_tables, table_rows, window_keys, axis_keys, starts)
+        return layout
 
-    def _start(self, layer: int, table_rows: int, window_rows: int) -> int:
-        own = layer * self.num_keys**2
-        if self.sharing == "ring":
-            return own
-        if self.sharing == "block":
-            own = own // window_rows * window_rows
-        return min(own, table_rows - window_rows)
+    def check_width(self, d_model: int) -> None:
+        """Check that the memory fits a model of this width.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        self.layer_type.check(self, d_model)
+
+    def value_lr_factor(self, step: int, steps: int) -> float:
+        """How many times the model's learning rate the values have at a step; 1 where `value_lr` sets their own.
+
+        UltraMem (arXiv:2411.12364): `1 + (m - 1) * max(0, 1 - step / (steps * d))` with m `value_lr_multiplier` and d
+        `value_lr_decay`.
+
+        Args:
+            step: of the training, from 0.
+            steps: of the whole training.
+        """
+        if self.value_lr is not None:
+            return 1.0
+        return 1 + (self.value_lr_multiplier - 1) * max(0.0, 1 - step / (steps * self.value_lr_decay))
 
     def _check_values(self) -> None:
         for name, low in _SMALLEST.items():
@@ -245,33 +207,23 @@ class MemoryConfig:
             raise ConfigError(f"output_dropout={self.output_dropout}: must be at least 0 and below 1")
         if not 0 < self.value_lr_decay <= 1:
             raise ConfigError(f"value_lr_decay={self.value_lr_decay}: must be above 0 and at most 1")
-        for name, only in (("share_ratio", 1.0), ("sharing", "ring")):
-            if self.kind != "ultramem_v2" and getattr(self, name) != only:
+        for name, default in (("value_lr_multiplier", 4.0), ("value_lr_decay", 1.0)):
+            if self.value_lr is not None and name not in self.layer_type.unused and getattr(self, name) != default:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r}: {self.kind} does not pool its layers' tables; leave it at "
-                    f"{only!r} or choose kind='ultramem_v2'"
+                    f"{name}={getattr(self, name)}: the values have a constant learning rate, "
+                    f"value_lr={self.value_lr}; leave out one of them"
                 )
         self._parse_insertion()
 
-    def _check_tucker(self) -> None:
-        if self.value_dim % self.cores:
-            raise ConfigError(
-                f"value_dim={self.value_dim}: must be a multiple of cores={self.cores}, whose scores weigh a slice each"
-            )
-        if self.pre_activation is not None and not self.pre_value_dim:
-            raise ConfigError(f"pre_activation={self.pre_activation!r}: needs pre-values; set pre_value_dim above 0")
-        if self.axis_top_k is not None and self.axis_top_k**2 < self.top_k:
-            raise ConfigError(
-                f"axis_top_k={self.axis_top_k}: gives {self.axis_top_k**2} grid cells, fewer than top_k={self.top_k}; "
-                f"set it to at least {math.isqrt(self.top_k - 1) + 1}"
-            )
-
-    def _check_product_key(self) -> None:
-        for name, only in _TUCKER_ONLY.items():
-            if getattr(self, name) != only:
+    def _check_unused(self) -> None:
+        kind = self.layer_type
+        for field in fields(self):
+            only = kind.defaults.get(field.name, field.default)
+            if field.name in kind.unused and getattr(self, field.name) != only:
+                others = [f"kind={name!r}" for name, other in KINDS.items() if field.name not in other.unused]
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r}: {self.kind} has no such switch; leave it at {only!r} or choose "
-                    "kind='ultramem' or 'ultramem_v2'"
+                    f"{field.name}={getattr(self, field.name)!r}: {self.kind} {kind.unused[field.name]}; leave it out, "
+                    f"or choose {' or '.join(others)}"
                 )
 
 
@@ -291,15 +243,4 @@ _SMALLEST = {
     "tucker_penalty_coef": 0,
     "tucker_penalty_threshold": 0,
     "value_lr_multiplier": 0,
-}
-_TUCKER_ONLY: dict[str, Any] = {
-    "axis_top_k": None,
-    "tucker_rank": 2,
-    "cores": 2,
-    "pre_value_dim": 0,
-    "query_per_rank": False,
-    "key_expansion": 1,
-    "value_projectors": "single",
-    "tucker_penalty_coef": 0.0,
-    "pre_activation": None,
 }

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ultramem.config import MemoryConfig
 from ultramem.errors import ConfigError
-from ultramem.layers import HostScheme, MemoryLayer, MemoryPlus, ProductKeyMemory, TuckerMemory, ValueTable
-from ultramem.layers.initialization import initialize
-from ultramem.layers.tucker import refresh_directions
+from ultramem.layers.initial_values import HostScheme, initialize
+from ultramem.layers.memory_layer import MemoryLayer
+from ultramem.layers.read_counter import ReadCounter
+from ultramem.tables.table import Table
+from ultramem.tables.trainable import TrainableTable
 
-_LAYER_TYPES: dict[str, Callable[..., MemoryLayer]] = {
-    "pkm": ProductKeyMemory,
-    "memory_plus": MemoryPlus,
-    "ultramem": TuckerMemory,
-    "ultramem_v2": TuckerMemory,
-}
 # A host that is seeded alike must not draw the same numbers: its weights and the memory's would be correlated.
 _FIRST_SEED = int.from_bytes(b"memory")
 
@@ -33,7 +29,7 @@ class Memory(nn.Module):
     y = memory.layers[3](x)  # (..., 768) -> (..., 768)
     ```
 
-    After each optimiser step call `refresh()`. In training, add `auxiliary_loss()` to the loss if the configuration
+    After each optimizer step call `refresh()`. In training, add `auxiliary_loss()` to the loss if the configuration
     asks for such losses.
 
     Args:
@@ -55,7 +51,7 @@ class Memory(nn.Module):
     """
 
     layers: Sequence[MemoryLayer]
-    table: ValueTable | None
+    table: Table | None
 
     def __init__(
         self,
@@ -72,6 +68,7 @@ class Memory(nn.Module):
         for name, size in (("d_model", d_model), ("num_blocks", num_blocks)):
             if size < 1:
                 raise ConfigError(f"{name}={size}: must be at least 1")
+        config.check_width(d_model)
         self.config = config
         self.d_model = d_model
         self.num_blocks = num_blocks
@@ -79,25 +76,26 @@ class Memory(nn.Module):
         self.layout = layout = config.layout(len(self.insertions))
         self._schemes = scheme or HostScheme.paper(d_model, num_blocks)
 
-        def new_table() -> ValueTable:
+        def new_table() -> TrainableTable:
             rows, value_dim, pre_value_dim = layout.table_rows, config.value_dim, config.pre_value_dim
-            return ValueTable(rows, value_dim, pre_value_dim, device=device, dtype=dtype)
+            return TrainableTable(rows, value_dim, pre_value_dim, device=device, dtype=dtype)
 
-        self.table = new_table() if config.shares_table and self.insertions else None
+        self.table = new_table() if layout.shared and self.insertions else None
         self.layers = nn.ModuleList(
-            _LAYER_TYPES[config.kind](
+            config.layer_type(
                 config,
                 d_model,
                 self.table or new_table(),
                 axis_keys=layout.axis_keys,
                 window_start=start,
                 window_rows=layout.window_rows,
-                owns_table=not config.shares_table,
+                owns_table=not layout.shared,
                 device=device,
                 dtype=dtype,
             )
             for start in layout.starts
         )  # type: ignore[assignment]
+        self._counters: list[ReadCounter] = []
         if not any(parameter.is_meta for parameter in self.parameters()):
             self.init_weights(seed=seed)
 
@@ -119,27 +117,55 @@ class Memory(nn.Module):
         if not self.layers:
             return
         generator = torch.Generator(self.layers[0].query_proj.weight.device).manual_seed(_FIRST_SEED + seed)
-        initialize(self.config, self.layers, [schemes[add] for _, add in self.insertions], generator)
+        initialize(self.layers, [schemes[add] for _, add in self.insertions], generator)
 
     def refresh(self) -> None:
-        """Follow the parameters with what is derived from them; call once after each optimiser step.
+        """Follow the parameters with what is derived from them; call once after each optimizer step.
 
         That is the vectors that rank the keys, which follow the Tucker cores, and a table's copy in autocast's dtype.
         """
-        tucker_layers = [layer for layer in self.layers if isinstance(layer, TuckerMemory)]
-        if tucker_layers:
-            refresh_directions(tucker_layers)
-        for table in {layer.table for layer in self.layers}:
+        if self.layers:
+            self.config.layer_type.refresh_all(self.layers)
+        for table in self.tables:
             table.refresh()
 
-    def prepare(self) -> None:
-        """Call before a forward pass whose layers run in compiled programs that were compiled piece by piece.
+    @property
+    def tables(self) -> list[Table]:
+        """The tables, each once, in the order of the layers that read them."""
+        return list(dict.fromkeys(layer.table for layer in self.layers))
 
-        A program of the whole pass, or none, needs no preparation, unless the table's parameters were replaced by
-        assignment since their last pass.
+    def value_parameters(self) -> dict[str, nn.Parameter]:
+        """The tables' parameters by name, which have a learning rate of their own."""
+        tables = {id(parameter) for table in self.tables for parameter in table.parameters()}
+        return {name: parameter for name, parameter in self.named_parameters() if id(parameter) in tables}
+
+    def parameter_groups(
+        self, learning_rate: float, model: nn.Module | None = None, **options: Any
+    ) -> list[dict[str, Any]]:
+        """Two parameter groups for an optimizer of PyTorch: all parameters but the tables', and the tables'.
+
+        The tables' learning rate is `config.value_lr`, or else the model's, which a scheduler is to multiply with
+        `config.value_lr_factor` at each step:
+
+        ```python
+        optimizer = torch.optim.AdamW(memory.parameter_groups(1e-3, model))
+        factors = [lambda step: 1.0, lambda step: memory.config.value_lr_factor(step, steps)]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        ```
+
+        Args:
+            learning_rate: of the model.
+            model: that holds the memory, whose other parameters join the first group; by default the memory alone.
+            options: further entries of both groups, such as `weight_decay`.
         """
-        for table in {layer.table for layer in self.layers}:
-            table.shared.renew()
+        values = self.value_parameters().values()
+        ids = {id(parameter) for parameter in values}
+        others = [parameter for parameter in (model or self).parameters() if id(parameter) not in ids]
+        rate = learning_rate if self.config.value_lr is None else self.config.value_lr
+        return [
+            {"params": others, "lr": learning_rate, **options},
+            {"params": list(values), "lr": rate, **options},
+        ]
 
     def auxiliary_loss(self) -> Tensor | None:
         """Sum of the layers' auxiliary losses of the last forward pass in training; None if there are none."""
@@ -147,29 +173,29 @@ class Memory(nn.Module):
         return torch.stack(losses).sum() if losses else None
 
     def track_usage(self, enabled: bool = True) -> None:
-        """Start or stop counting what the layers read, for `usage_metrics`."""
-        for layer in self.layers:
-            layer.track_usage(enabled)
+        """Start or stop counting what the layers read in training mode, for `usage_metrics`."""
+        for layer, counter in zip(self.layers, self._counters, strict=bool(self._counters)):
+            layer.observers.remove(counter)
+        self._counters = []
+        if enabled:
+            for layer in self.layers:
+                self._counters.append(ReadCounter(layer.window_rows, layer.query_proj.weight.device))
+                layer.observers.append(self._counters[-1])
 
-    def usage_metrics(self, *, reset: bool = True, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
+    def usage_metrics(self, *, reset: bool = True) -> dict[str, Tensor]:
         """What the layers read since the last report: scalars, named such as `layer 03/rows read`.
 
-        For each layer: `rows read` (share of the rows in reach), `KL from uniform` (of the reads, in nats), `output
-        std`, `top score` and `last score` (means over tokens), and `singular value 1`, ... of Tucker cores.
+        For each layer: `rows read` (share of the window's rows), `KL from uniform` (of the reads, in nats), `output
+        std`, `top score` and `last score` (means over tokens), and what the kind adds, such as `singular value 1` of
+        Tucker cores. With `torch.distributed` a collective call, over the reads of all processes.
 
         Args:
             reset: start counting anew.
-            group: sum the counts over these processes first; a collective call, by default of all if distributed.
         """
         metrics: dict[str, Tensor] = {}
-        for number, layer in enumerate(self.layers):
-            if layer.usage is None:
-                continue
-            values = layer.usage.metrics(group)
-            if isinstance(layer, TuckerMemory):
-                for i, value in enumerate(layer.singular_values(), start=1):
-                    values[f"singular value {i}"] = value
+        for number, (layer, counter) in enumerate(zip(self.layers, self._counters, strict=bool(self._counters))):
+            values = counter.metrics() | layer.metrics()
             metrics |= {f"layer {number:02d}/{name}": value for name, value in values.items()}
             if reset:
-                layer.usage.reset()
+                counter.reset()
         return metrics

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ultramem import Memory, MemoryConfig
-from ultramem.layers import TuckerMemory
-from ultramem.layers.tucker import tucker_penalty
+from ultramem.layers.tucker import TuckerMemory, tucker_penalty
 
 D_MODEL = 6
 SMALL: dict[str, Any] = {"num_keys": 3, "key_dim": 4, "value_dim": 6, "top_k": 5, "insertion": "0:0/1:1"}
@@ -55,7 +54,7 @@ def by_loops(layer: TuckerMemory, x: Tensor) -> np.ndarray:
     outputs = []
     for one in x.numpy():
         q = normalise((p["query_proj.weight"] @ one).reshape(2, queries_per_axis, -1), p["query_norm.weight"])
-        blocks = np.zeros((config.virtual_blocks, config.value_dim))
+        blocks = np.zeros((config.virtual_copies, config.value_dim))
         for head in range(config.heads):
             scores = np.zeros((2, rank, keys))
             for axis, r, n in np.ndindex(2, rank, keys):

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor
 
-from ultramem.ops import use_backend
-
 if find_spec("hypothesis") is None:  # on a machine with a GPU there may be little else than torch and pytest
     collect_ignore_glob = ["*/test_naive_*"]
-
-
-@pytest.fixture
-def fused() -> Iterator[None]:
-    """All operations take their kernels, or raise."""
-    with use_backend("fused"):
-        yield
 
 
 @pytest.fixture

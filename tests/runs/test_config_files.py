@@ -85,6 +85,14 @@ def test_vocabulary_is_the_datas_unless_given(write):
     assert load_config(write(model={"preset": "dense_227m"})).model.vocab_size == 128
 
 
+def test_another_kind_than_the_presets(write):
+    """What the other kind prescribes is chosen anew, and what it has no use for is left out."""
+    section = {"preset": "ultramem_v2_227m", "memory": {"kind": "memory_plus", "value_dim": 768}}
+    memory, preset = load_config(write(model=section)).model.memory, PRESETS["ultramem_v2_227m"].memory
+    assert (memory.kind, memory.pre_value_dim, memory.share_ratio, memory.value_lr) == ("memory_plus", 0, 1.0, 1e-3)
+    assert (memory.num_keys, memory.key_dim, memory.top_k) == (preset.num_keys, preset.key_dim, preset.top_k)
+
+
 def test_preset_with_changes(write):
     config = load_config(
         write(model={"preset": "ultramem_v2_227m", "num_blocks": 3, "memory": {"top_k": 8}, "num_heads": 4}),

@@ -20,8 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ultramem.data.token_windows import TokenWindows
 from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core import model_statistics
-from ultramem.ops.weighted_lookup.shared_table import SharedTable, TableState
 from ultramem.runs.checkpoints import load_model
+from ultramem.tables.gradient_accumulator import GradientAccumulator
+from ultramem.tables.trainable import TrainableTable
 from ultramem.training import LoggingConfig, OptimizerConfig, RunConfig, WandbConfig, load_config, train
 from ultramem.training.callbacks import MetricsFile, StepSeed
 
@@ -255,12 +256,12 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(what, make_config, 
 
     # Step 20, at the end of which a checkpoint is due, is the first bad one: its loss, or only its gradient.
     at_step(monkeypatch, 20, spoil)
-    take, gather = TableState.take, SharedTable.gather_values
+    take, lookup = GradientAccumulator.take, TrainableTable.lookup
     monkeypatch.setattr(
-        TableState, "take", lambda self, nodes: [gradient * factor["of all"] for gradient in take(self, nodes)]
+        GradientAccumulator, "take", lambda *arguments: [gradient * factor["of all"] for gradient in take(*arguments)]
     )
     if what == "loss":
-        monkeypatch.setattr(SharedTable, "gather_values", lambda self, rows: gather(self, rows) * factor["of all"])
+        monkeypatch.setattr(TrainableTable, "lookup", lambda self, reads: lookup(self, reads) * factor["of all"])
     with pytest.raises(UltraMemError, match=rf"the {what} is nan at step 20: .*last good checkpoint is .*step10"):
         train(config)
     assert steps_kept(config.trainer.directory) == [10]
@@ -401,13 +402,13 @@ def test_one_gradient_of_a_shared_table(make_config, monkeypatch):
     config = make_config(steps=1, micro_batch_size=64, evaluate_interval=None)
     model = replace(config.model, num_blocks=5)
     gradients = []
-    original = TableState.take
+    original = GradientAccumulator.take
 
-    def count(self, nodes):
-        gradients.append(original(self, nodes))
+    def count(*arguments):
+        gradients.append(original(*arguments))
         return gradients[-1]
 
-    monkeypatch.setattr(TableState, "take", count)
+    monkeypatch.setattr(GradientAccumulator, "take", count)
     train(replace(config, model=model))
     # Two backward passes; values and pre-values; five layers.
     assert [[gradient.shape for gradient in taken] for taken in gradients] == [[(5 * 144, 8)] * 2] * 2

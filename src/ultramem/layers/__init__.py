@@ -1,9 +1,7 @@
-"""Memory layers as PyTorch modules."""
+"""Memory layers as PyTorch modules, a file for each kind."""
 
-from ultramem.layers.initialization import HostScheme
+from ultramem.layers.initial_values import HostScheme
+from ultramem.layers.kinds import KINDS
 from ultramem.layers.memory_layer import MemoryLayer
-from ultramem.layers.product_key import MemoryPlus, ProductKeyMemory
-from ultramem.layers.tucker import TuckerMemory
-from ultramem.layers.value_table import ValueTable
 
-__all__ = ["HostScheme", "MemoryLayer", "MemoryPlus", "ProductKeyMemory", "TuckerMemory", "ValueTable"]
+__all__ = ["KINDS", "HostScheme", "MemoryLayer"]

@@ -1,22 +1,45 @@
-"""What all memory layers share: query, retrieval, lookup, output, and what is counted on the way."""
+"""What all memory layers share: query, retrieval, lookup and output."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultramem.config import MemoryConfig
-from ultramem.layers.usage import Usage
-from ultramem.layers.value_table import ValueTable
+from ultramem.layers.initial_values import HostScheme, fill, normal, table_std
+from ultramem.ops.weighted_lookup.reads import Reads
+from ultramem.tables.layout import TableLayout
+from ultramem.tables.table import Table
+
+if TYPE_CHECKING:
+    from ultramem.config import MemoryConfig
+
+_PUBLISHED_VALUE_STD = 0.02
+
+
+class ReadObserver(Protocol):
+    """Sees what a layer's forward passes read, with the layer's graph compiled or not; it must not wait for a GPU."""
+
+    def observe(self, layer: MemoryLayer, reads: Reads, output: Tensor) -> None:
+        """One forward pass.
+
+        Args:
+            layer: that read.
+            reads: what it read.
+            output: (tokens, d_model), what it returns, before dropout.
+        """
 
 
 class MemoryLayer(nn.Module):
     """One memory layer: a few rows of a large table, chosen and weighted by each token.
 
-    Subclasses retrieve: they set the parameters of the scores and define `retrieve`.
+    A kind of memory is a subclass. It sets `defaults` and `unused`, makes the parameters of its scores, and defines
+    `queries_per_token`, `layout`, `retrieve`, `project`, `init_retrieval`, `init_output` and `init_published`; the
+    rest where it differs.
 
     Args:
         config: sizes and switches.
@@ -25,7 +48,6 @@ class MemoryLayer(nn.Module):
         axis_keys: keys on each axis.
         window_start: table row at which this layer's window starts; it wraps around the table's end.
         window_rows: rows of the window.
-        num_queries: query vectors of a token.
         owns_table: whether the table's parameters belong to this layer.
         device: of the parameters.
         dtype: of the parameters.
@@ -33,8 +55,13 @@ class MemoryLayer(nn.Module):
     Attributes:
         auxiliary_loss: scalar of the last forward pass in training, weighted and ready to be added to the loss,
             or None if the configuration asks for none. A mean over the tokens.
-        usage: what the forward passes read, while `track_usage` is on.
+        observers: see what each forward pass reads.
     """
+
+    # What the kind takes for fields of `MemoryConfig` that are left at None.
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    # Fields that the kind has no use for, and why not: after its name, as part of a sentence.
+    unused: ClassVar[Mapping[str, str]] = {}
 
     query_conv: nn.Conv1d | None
 
@@ -42,12 +69,11 @@ class MemoryLayer(nn.Module):
         self,
         config: MemoryConfig,
         d_model: int,
-        table: ValueTable,
+        table: Table,
         *,
         axis_keys: int,
         window_start: int,
         window_rows: int,
-        num_queries: int,
         owns_table: bool,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -59,16 +85,16 @@ class MemoryLayer(nn.Module):
         # A tensor, and on the CPU: a compiler makes one program for layers that differ in it, and nothing waits for it.
         self.window_start = torch.tensor(window_start, device="cpu")
         self.window_rows = window_rows
-        self.num_queries = num_queries
+        self.num_queries = self.queries_per_token(config)
         self.auxiliary_loss: Tensor | None = None
-        self.usage: Usage | None = None
+        self.observers: list[ReadObserver] = []
         if owns_table:
             self.table = table
         else:
             # Not a submodule: the table's parameters would be listed once for every layer.
             object.__setattr__(self, "table", table)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        query_width = num_queries * config.key_dim
+        query_width = self.num_queries * config.key_dim
         self.query_proj = nn.Linear(d_model, query_width, bias=False, **factory)
         if config.query_conv:
             self.query_conv = nn.Conv1d(
@@ -76,6 +102,32 @@ class MemoryLayer(nn.Module):
             )
         else:
             self.query_conv = None
+
+    @classmethod
+    def check(cls, config: MemoryConfig, d_model: int | None = None) -> None:
+        """Check what only this kind knows of a configuration.
+
+        Args:
+            config: whose fields are each checked already.
+            d_model: width of the model, where it is known.
+
+        Raises:
+            ConfigError: a value cannot work.
+        """
+
+    @classmethod
+    def queries_per_token(cls, config: MemoryConfig) -> int:
+        """Query vectors of a token."""
+        raise NotImplementedError
+
+    @classmethod
+    def layout(cls, config: MemoryConfig, num_layers: int) -> TableLayout:
+        """The tables and windows of a model with `num_layers` memory layers."""
+        raise NotImplementedError
+
+    @classmethod
+    def refresh_all(cls, layers: Sequence[MemoryLayer]) -> None:
+        """Follow the parameters of a model's layers with what is derived from them; once after each optimizer step."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Read the memory.
@@ -90,10 +142,10 @@ class MemoryLayer(nn.Module):
         self.auxiliary_loss = None
         scores, indices = self.retrieve(self.queries(x))
         flat = x.reshape(-1, self.d_model)
-        rows, blocks = self.locate(indices)
-        output = self.project(self.lookup(flat, scores, rows, blocks), flat)
-        if self.usage is not None:
-            self.usage.record((rows - self.window_start) % self.table.values.shape[0], scores, output)
+        reads = self.locate(indices, scores, flat)
+        output = self.project(self.table.lookup(reads), flat)
+        for observer in self.observers:
+            observer.observe(self, reads, output)
         if self.config.output_dropout:
             output = F.dropout(output, self.config.output_dropout, self.training)
         return output.view(x.shape)
@@ -102,7 +154,7 @@ class MemoryLayer(nn.Module):
         """Queries (tokens, num_queries, key_dim) of x (..., d_model), not yet normalised."""
         queries = self.query_proj(x)
         if self.query_conv is not None:
-            sequences = queries.reshape(x.shape[:-2].numel(), *queries.shape[-2:]).transpose(1, 2)
+            sequences = queries.reshape(math.prod(x.shape[:-2]), *queries.shape[-2:]).transpose(1, 2)
             padded = F.pad(sequences, (self.config.query_conv, 0))  # one more than needed, lest a sequence be empty
             queries = self.query_conv(padded)[..., 1:].transpose(1, 2)
         return queries.reshape(-1, self.num_queries, self.config.key_dim)
@@ -111,21 +163,50 @@ class MemoryLayer(nn.Module):
         """Weights (tokens, heads * top_k, cores) and virtual indices (tokens, heads * top_k) of the chosen rows."""
         raise NotImplementedError
 
-    def locate(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Table rows of retrieved indices, and their virtual blocks if those are kept apart."""
-        return indices, None
-
-    def lookup(self, x: Tensor, scores: Tensor, rows: Tensor, blocks: Tensor | None) -> Tensor:
-        """Weighted sums (tokens, output_width) of the rows; x is (tokens, d_model)."""
-        return self.table.lookup(scores, rows)
+    def locate(self, indices: Tensor, scores: Tensor, x: Tensor) -> Reads:
+        """What the table is asked for, from what was retrieved; x is (tokens, d_model)."""
+        return Reads(indices, scores)
 
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
         """From what was looked up, (tokens, output_width), to (tokens, d_model); x is (tokens, d_model)."""
         raise NotImplementedError
 
-    def track_usage(self, enabled: bool = True) -> None:
-        """Start or stop counting what forward passes read; see `Usage`."""
-        self.usage = Usage(self.window_rows, self.table.values.device) if enabled else None
+    def metrics(self) -> dict[str, Tensor]:
+        """Scalars that tell of the layer's parameters, for `Memory.usage_metrics`."""
+        return {}
+
+    def init_weights(self, scheme: HostScheme, generator: torch.Generator) -> float:
+        """Initialise all but the table, as `config.init` says; returns the standard deviation of the table's values."""
+        if self.query_conv is not None:  # the identity: queries start as they would be without it
+            fill(self.query_conv.weight, lambda full: full.zero_()[..., -1].fill_(1.0))
+        if self.config.init == "published":
+            self.init_published(generator)
+            return _PUBLISHED_VALUE_STD
+        normal(self.query_proj.weight, scheme.linear_std, generator)
+        squared_weights = self.init_retrieval(scheme, generator)
+        sum_std = self.init_output(scheme, generator)
+        return table_std(self.config, self.d_model, scheme.linear_std, sum_std / math.sqrt(squared_weights))
+
+    def init_retrieval(self, scheme: HostScheme, generator: torch.Generator) -> float:
+        """Initialise what chooses and weighs rows; returns the mean sum of a token's squared weights."""
+        raise NotImplementedError
+
+    def init_output(self, scheme: HostScheme, generator: torch.Generator) -> float:
+        """Initialise what follows the lookup.
+
+        Returns:
+            The standard deviation of a token's weighted sum for which the layer's output has the feed-forward's.
+        """
+        raise NotImplementedError
+
+    def init_projection(self, weight: Tensor, scheme: HostScheme, generator: torch.Generator) -> float:
+        """`init_output` for a layer that ends in an output projection."""
+        normal(weight, 0.0 if self.config.init == "zero_output" else scheme.output_std, generator)
+        return scheme.feed_forward_std / (scheme.output_std * math.sqrt(self.config.value_dim))
+
+    def init_published(self, generator: torch.Generator) -> None:
+        """Initialise all but the table with the constants of the published code."""
+        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "auxiliary_loss": None}  # it has a graph, which cannot be copied

@@ -1,38 +1,67 @@
-"""Memory layers whose scores are sums of a row and a column score: PKM and Memory+."""
+"""What PKM and Memory+ share: scores that are sums of a row and a column score."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultramem.config import MemoryConfig
-from ultramem.errors import ConfigError
-from ultramem.layers.memory_layer import MemoryLayer, rms_norm
-from ultramem.layers.value_table import ValueTable
-from ultramem.ops import product_key_topk
+from ultramem.layers.balance import balance_loss
+from ultramem.layers.initial_values import SIMULATED_TOKENS, HostScheme, fill
+from ultramem.layers.memory_layer import MemoryLayer
+from ultramem.ops.product_key_topk import product_key_topk
 from ultramem.ops.product_key_topk.naive import axis_scores
+from ultramem.ops.product_key_topk.naive import product_key_topk as product_key_topk_by_definition
+from ultramem.tables.table import Table
+
+if TYPE_CHECKING:
+    from ultramem.config import MemoryConfig
+
+_NO_TUCKER = "has no Tucker scores"
+_NO_COPIES = "has no virtual copies"
+_NO_PRE_VALUES = "has no pre-values"
+_NO_POOL = "does not pool its layers' tables"
 
 
-class ProductKeyMemory(MemoryLayer):
-    """Product-Key Memory (arXiv:1907.05242): a softmax over the top k sums, and a weighted sum of values.
+class ProductKeyLayer(MemoryLayer):
+    """A softmax over the top k sums of a row and a column score, and a weighted sum of values.
 
-    Each head has its own query and keys. Arguments as for `MemoryLayer`.
-
-    Raises:
-        ConfigError: `value_dim` differs from `d_model`; there is no projection between them.
+    Each head has its own queries and keys. Arguments as for `MemoryLayer`.
     """
 
-    def __init__(self, config: MemoryConfig, d_model: int, table: ValueTable, **options: Any) -> None:
-        super().__init__(config, d_model, table, num_queries=config.heads * 2, **options)
-        if config.kind == "pkm" and config.value_dim != d_model:
-            raise ConfigError(
-                f"value_dim={config.value_dim}: pkm adds values to the residual stream, so set it to d_model={d_model}"
-            )
+    defaults = {
+        "query_per_rank": False,
+        "key_expansion": 1,
+        "value_projectors": "single",
+        "value_lr": 1e-3,
+    }
+    unused = {
+        "axis_top_k": "searches the whole grid exactly",
+        "tucker_rank": _NO_TUCKER,
+        "cores": _NO_TUCKER,
+        "query_per_rank": _NO_TUCKER,
+        "tucker_penalty_coef": _NO_TUCKER,
+        "tucker_penalty_threshold": _NO_TUCKER,
+        "pre_value_dim": _NO_PRE_VALUES,
+        "pre_activation": _NO_PRE_VALUES,
+        "key_expansion": _NO_COPIES,
+        "value_projectors": _NO_COPIES,
+        "share_ratio": _NO_POOL,
+        "sharing": _NO_POOL,
+        "value_lr_multiplier": "trains its values at a constant rate, value_lr",
+        "value_lr_decay": "trains its values at a constant rate, value_lr",
+    }
+
+    def __init__(self, config: MemoryConfig, d_model: int, table: Table, **options: Any) -> None:
+        super().__init__(config, d_model, table, **options)
         factory: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         self.keys = nn.Parameter(torch.empty(config.heads, 2, self.axis_keys, config.key_dim, **factory))
+
+    @classmethod
+    def queries_per_token(cls, config: MemoryConfig) -> int:
+        """As in `MemoryLayer`."""
+        return config.heads * 2
 
     def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """As in `MemoryLayer`; the weights are a softmax over each head's chosen sums."""
@@ -44,50 +73,29 @@ class ProductKeyMemory(MemoryLayer):
             self.auxiliary_loss = config.balance_coef * torch.stack(losses).sum()
         return scores.softmax(-1).flatten(1).unsqueeze(-1), indices.flatten(1)
 
-    def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
-        """Nothing: values are as wide as the model."""
-        return looked_up
+    def init_retrieval(self, scheme: HostScheme, generator: torch.Generator) -> float:
+        """As in `MemoryLayer`."""
+        self.init_keys(generator)
+        return self.config.heads * self.simulate_weights(self.query_std(scheme))
 
+    def init_keys(self, generator: torch.Generator) -> None:
+        """As in PKM (arXiv:1907.05242) and Memory+: uniform, of variance 1 / (3 key_dim)."""
+        bound = self.config.key_dim**-0.5
+        fill(self.keys, lambda full: full.uniform_(-bound, bound, generator=generator))
 
-class MemoryPlus(ProductKeyMemory):
-    """Memory+ (arXiv:2412.09764): normalised queries, a SiLU gate from the input, an output projection.
+    def query_std(self, scheme: HostScheme) -> float:
+        """Standard deviation of a query's elements at the start."""
+        raise NotImplementedError
 
-    Queries are RMS-normalised, keys are not, as in the published code. Arguments as for `MemoryLayer`.
-    """
-
-    def __init__(self, config: MemoryConfig, d_model: int, table: ValueTable, **options: Any) -> None:
-        super().__init__(config, d_model, table, **options)
-        factory: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
-        self.query_norm = nn.RMSNorm(config.key_dim, eps=config.norm_eps, **factory)
-        self.gate_proj = nn.Linear(d_model, config.value_dim, bias=False, **factory)
-        self.output_proj = nn.Linear(config.value_dim, d_model, bias=False, **factory)
-
-    def queries(self, x: Tensor) -> Tensor:
-        """Normalised queries (tokens, num_queries, key_dim)."""
-        return rms_norm(super().queries(x), self.query_norm.weight, self.config.norm_eps)
-
-    def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
-        """Gate and project."""
-        return self.output_proj(looked_up * F.silu(self.gate_proj(x)))
-
-
-def balance_loss(axis_scores: Tensor, axis_top_k: int) -> Tensor:
-    """How unevenly an axis' keys are chosen: the keys' number times the sum of choice share times mean softmax.
-
-    The load-balancing loss of mixture-of-experts routers (Switch Transformer, arXiv:2101.03961, equation 4), applied
-    to keys; 1 for a uniform choice. Heads have keys of their own: the mean over heads.
-
-    Args:
-        axis_scores: (tokens, heads, keys).
-        axis_top_k: keys chosen on this axis.
-
-    Returns:
-        Scalar, in float32 or wider.
-    """
-    tokens, heads, keys = axis_scores.shape
-    wide = axis_scores.to(torch.promote_types(axis_scores.dtype, torch.float32))
-    chosen = axis_scores.detach().topk(min(axis_top_k, keys)).indices.transpose(0, 1).flatten(1)
-    counts = wide.new_zeros(heads, keys).scatter_add_(1, chosen, wide.new_ones(()).expand_as(chosen))
-    share = counts / max(chosen.shape[1], 1)
-    probability = wide.softmax(-1).sum(0) / max(tokens, 1)
-    return keys * (share * probability).sum(1).mean()
+    def simulate_weights(self, query_std: float) -> float:
+        """Mean over random queries of the sum of one head's squared weights."""
+        config, device = self.config, self.keys.device
+        generator = torch.Generator(device).manual_seed(0)
+        queries = torch.randn(2, SIMULATED_TOKENS, config.key_dim, generator=generator, device=device) * query_std
+        bound = config.key_dim**-0.5
+        shape = 2, self.axis_keys, config.key_dim
+        keys = torch.empty(shape, device=device).uniform_(-bound, bound, generator=generator)
+        scores, _ = product_key_topk_by_definition(
+            queries.transpose(0, 1).unsqueeze(1), keys.unsqueeze(0), config.top_k
+        )
+        return float(scores.softmax(-1).square().sum(-1).mean())

@@ -1,39 +1,47 @@
-"""Memory layers with Tucker-decomposed scores: UltraMem and UltraMemV2."""
+"""What UltraMem and UltraMemV2 share: Tucker-decomposed scores, several score cores, pre-values, virtual copies."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ultramem.config import MemoryConfig
+from ultramem.errors import ConfigError
+from ultramem.layers.balance import balance_loss
+from ultramem.layers.initial_values import SIMULATED_TOKENS, HostScheme, fill, normal
 from ultramem.layers.memory_layer import MemoryLayer, rms_norm
-from ultramem.layers.product_key import balance_loss
-from ultramem.layers.value_table import ValueTable
-from ultramem.ops import tucker_topk
+from ultramem.ops.tucker_topk import tucker_topk
 from ultramem.ops.tucker_topk.naive import axis_scores
+from ultramem.ops.tucker_topk.naive import tucker_topk as tucker_topk_by_definition
+from ultramem.ops.weighted_lookup.reads import Reads
+from ultramem.tables.table import Table
+
+if TYPE_CHECKING:
+    from ultramem.config import MemoryConfig
 
 
 class TuckerMemory(MemoryLayer):
-    """UltraMem (arXiv:2411.12364) and UltraMemV2 (arXiv:2508.18756), which differ in their configuration only.
+    """A layer with Tucker-decomposed scores (UltraMem, arXiv:2411.12364, section 3.1), whose weights are the scores.
 
     Heads share the queries and differ in their keys. `u` and `t` (heads, rank) are the leading singular vectors of
     each head's summed cores; they carry no gradient, and `refresh` follows the cores once per optimiser step.
     Arguments as for `MemoryLayer`.
     """
 
+    published_gain_exponent: ClassVar[float]  # of key_dim, in the published code's norm gains
+
     u: Tensor
     t: Tensor
     shuffle: Tensor
     pre_proj: nn.Linear | None
 
-    def __init__(self, config: MemoryConfig, d_model: int, table: ValueTable, **options: Any) -> None:
-        self.queries_per_axis = config.tucker_rank if config.query_per_rank else 1
-        super().__init__(config, d_model, table, num_queries=2 * self.queries_per_axis, **options)
+    def __init__(self, config: MemoryConfig, d_model: int, table: Table, **options: Any) -> None:
+        super().__init__(config, d_model, table, **options)
         factory: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         heads, rank = config.heads, config.tucker_rank
         self.query_norm = nn.RMSNorm(config.key_dim, eps=config.norm_eps, **factory)
@@ -48,6 +56,27 @@ class TuckerMemory(MemoryLayer):
         self.register_buffer("u", torch.zeros(heads, rank, **factory))
         self.register_buffer("t", torch.zeros(heads, rank, **factory))
         self.register_buffer("shuffle", torch.empty(self.axis_keys**2, dtype=torch.int64, device=options.get("device")))
+
+    @classmethod
+    def queries_per_token(cls, config: MemoryConfig) -> int:
+        """As in `MemoryLayer`."""
+        return 2 * (config.tucker_rank if config.query_per_rank else 1)
+
+    @classmethod
+    def check(cls, config: MemoryConfig, d_model: int | None = None) -> None:
+        """As in `MemoryLayer`."""
+        if config.value_dim % config.cores:
+            raise ConfigError(
+                f"value_dim={config.value_dim}: must be a multiple of cores={config.cores}, whose scores weigh a slice "
+                "each"
+            )
+        if config.pre_activation is not None and not config.pre_value_dim:
+            raise ConfigError(f"pre_activation={config.pre_activation!r}: needs pre-values; set pre_value_dim above 0")
+        if config.axis_top_k is not None and config.axis_top_k**2 < config.top_k:
+            raise ConfigError(
+                f"axis_top_k={config.axis_top_k}: gives {config.axis_top_k**2} grid cells, fewer than "
+                f"top_k={config.top_k}; set it to at least {math.isqrt(config.top_k - 1) + 1}"
+            )
 
     def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """As in `MemoryLayer`; the weights are the scores of each core."""
@@ -65,44 +94,109 @@ class TuckerMemory(MemoryLayer):
         Without their gain: it multiplies the keys, of which there are fewer.
         """
         normed = rms_norm(queries, None, self.config.norm_eps)
-        return normed.unflatten(1, (2, self.queries_per_axis)).expand(-1, -1, self.config.tucker_rank, -1)
+        return normed.unflatten(1, (2, self.num_queries // 2)).expand(-1, -1, self.config.tucker_rank, -1)
 
     def normed_keys(self) -> Tensor:
         """Normalised row and column keys (heads, 2, axis_keys, rank, key_dim), with their gain and the queries'."""
         gain = self.key_norm.weight * self.query_norm.weight
         return rms_norm(self.keys.transpose(3, 4), gain, self.config.norm_eps)
 
-    def locate(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Through the shuffle to virtual block and table row."""
-        virtual = self.shuffle[indices]
-        in_window = virtual if self.config.virtual_blocks == 1 else virtual % self.window_rows
-        rows, table_rows = in_window + self.window_start, self.table.values.shape[0]
-        rows = torch.where(rows < table_rows, rows, rows - table_rows)
-        return rows, virtual // self.window_rows if self.config.value_projectors == "per_block" else None
-
-    def lookup(self, x: Tensor, scores: Tensor, rows: Tensor, blocks: Tensor | None) -> Tensor:
-        """Weighted sums (tokens, output_width) of the rows; x is (tokens, d_model)."""
-        return self.table.lookup(
-            scores,
+    def locate(self, indices: Tensor, scores: Tensor, x: Tensor) -> Reads:
+        """Through the shuffle to virtual copy and table row."""
+        config, virtual = self.config, self.shuffle[indices]
+        in_window = virtual if config.virtual_copies == 1 else virtual % self.window_rows
+        rows = in_window + self.window_start
+        rows = torch.where(rows < self.table.rows, rows, rows - self.table.rows)
+        return Reads(
             rows,
+            scores,
             None if self.pre_proj is None else self.pre_proj(x),
-            pre_activation=self.config.pre_activation,
-            blocks=blocks,
-            num_blocks=self.config.virtual_blocks,
+            config.pre_activation,
+            virtual // self.window_rows if config.value_projectors == "per_block" else None,
+            config.virtual_copies,
         )
 
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
-        """Project to the model's width."""
+        """As in `MemoryLayer`."""
         return self.output_proj(looked_up)
 
     def refresh(self) -> None:
-        """Recompute `u` and `t` from the cores; call once per optimiser step."""
+        """Recompute `u` and `t` from the cores; call once per optimizer step."""
         refresh_directions([self])
+
+    @classmethod
+    def refresh_all(cls, layers: Sequence[MemoryLayer]) -> None:
+        """As in `MemoryLayer`: `u` and `t`."""
+        refresh_directions([layer for layer in layers if isinstance(layer, TuckerMemory)])
+
+    def metrics(self) -> dict[str, Tensor]:
+        """As in `MemoryLayer`: the singular values of the summed cores."""
+        return {f"singular value {number}": value for number, value in enumerate(self.singular_values(), start=1)}
 
     @torch.no_grad()
     def singular_values(self) -> Tensor:
         """(rank,) singular values of the summed cores, descending, mean over the heads."""
         return torch.linalg.svdvals(_summed(self.cores)).mean(0)
+
+    def init_retrieval(self, scheme: HostScheme, generator: torch.Generator) -> float:
+        """As in `MemoryLayer`; norm gains make the mean chosen score 1."""
+        normal(self.keys, self.config.key_dim**-0.5, generator)
+        self.init_cores(generator)
+        mean, second = self.simulate_scores()
+        # A layer that reads nearly every row has a mean score of about 0, which cannot be scaled to 1.
+        mean = max(mean, math.sqrt(second) / 2)
+        self._set_gains(mean**-0.25)  # scores grow with the square of both
+        if self.pre_proj is not None:
+            normal(self.pre_proj.weight, scheme.linear_std, generator)
+        return self.config.heads * self.config.top_k * second / mean**2
+
+    def init_output(self, scheme: HostScheme, generator: torch.Generator) -> float:
+        """As in `MemoryLayer`."""
+        return self.init_projection(self.output_proj.weight, scheme, generator)
+
+    def init_published(self, generator: torch.Generator) -> None:
+        """As in `MemoryLayer`."""
+        config = self.config
+        normal(self.query_proj.weight, config.key_dim**-0.5, generator)
+        normal(self.keys, config.key_dim**-0.5, generator)
+        self.init_cores(generator)
+        self._set_gains(config.key_dim**self.published_gain_exponent)
+        normal(self.output_proj.weight, config.output_width**-0.5, generator)
+        if self.pre_proj is not None:
+            normal(self.pre_proj.weight, self.d_model**-0.5, generator)
+
+    def init_cores(self, generator: torch.Generator) -> None:
+        """Initialise the cores, what follows from them, and the shuffle."""
+        fill(self.cores, lambda full: full.uniform_(0, 1, generator=generator))
+        self.shuffle.copy_(torch.randperm(self.shuffle.numel(), generator=generator, device=self.shuffle.device))
+        # Cores are positive, and so are their leading singular vectors up to the joint sign, which follows the old one.
+        self.u.fill_(1)
+        self.t.fill_(1)
+        self.refresh()
+
+    def simulate_scores(self) -> tuple[float, float]:
+        """Mean and mean square of the chosen scores with norm gains of 1, on random input."""
+        config, device = self.config, self.u.device
+        generator = torch.Generator(device).manual_seed(0)
+
+        def unit_rows(*shape: int) -> Tensor:
+            rows = torch.randn(shape, generator=generator, device=device)
+            return F.rms_norm(rows, shape[-1:], eps=config.norm_eps)
+
+        queries = unit_rows(2, self.num_queries // 2, 1, SIMULATED_TOKENS, config.key_dim)
+        keys = unit_rows(2, config.tucker_rank, config.heads, self.axis_keys, config.key_dim)
+        of_tokens = queries.squeeze(2).permute(2, 0, 1, 3).expand(-1, -1, config.tucker_rank, -1)
+        of_heads = keys.permute(2, 0, 3, 1, 4)
+        cores = self.cores.full_tensor() if isinstance(self.cores, DTensor) else self.cores
+        axis_top_k = min(config.axis_top_k or config.top_k, self.axis_keys)
+        chosen, _ = tucker_topk_by_definition(
+            of_tokens, of_heads, cores.float(), self.u.float(), self.t.float(), config.top_k, axis_top_k
+        )
+        return float(chosen.mean()), float(chosen.square().mean())
+
+    def _set_gains(self, gain: float) -> None:
+        nn.init.constant_(self.query_norm.weight, gain)
+        nn.init.constant_(self.key_norm.weight, gain)
 
     def _auxiliary_loss(self, queries: Tensor, keys: Tensor, axis_top_k: int) -> Tensor | None:
         config = self.config

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -48,35 +48,22 @@ def can_run_kernels(tensor: Tensor) -> bool:
     return HAS_KERNELS and (tensor.is_cuda or interpreted)
 
 
+def takes_kernels(operation: str, supported: bool) -> bool:
+    """Whether an operation takes its kernels: where there are some for its arguments, unless the backend is `naive`.
+
+    Args:
+        operation: its name.
+        supported: whether there are kernels for the arguments.
+
+    Raises:
+        UltraMemError: the backend is `fused`, and there are none.
+    """
+    if _backend == "fused" and not supported:
+        raise UltraMemError(f"{operation} has no fused kernel for these arguments; use the backend 'auto'")
+    return supported and _backend != "naive"
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which to compute with a tensor: autocast's where that is on, else the tensor's own."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
-
-
-class Operation:
-    """A function on tensors with a definition in plain PyTorch and, once registered, a fused kernel.
-
-    Args:
-        naive: the definition; it runs on any device and in any floating-point dtype.
-    """
-
-    def __init__(self, naive: Callable[..., Any]) -> None:
-        self.naive = naive
-        self.__doc__ = naive.__doc__
-        self.__name__ = naive.__name__
-        self._fused: Callable[..., Any] | None = None
-        self._supports: Callable[..., bool] = lambda *args, **kwargs: False
-
-    def register_fused(self, fused: Callable[..., Any], supports: Callable[..., bool]) -> None:
-        """Add a kernel of the same signature and the test of whether it takes given arguments."""
-        self._fused, self._supports = fused, supports
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _backend == "naive":
-            return self.naive(*args, **kwargs)
-        if self._fused is not None and self._supports(*args, **kwargs):
-            return self._fused(*args, **kwargs)
-        if _backend == "fused":
-            raise UltraMemError(f"{self.__name__} has no fused kernel for these arguments; use the backend 'auto'")
-        return self.naive(*args, **kwargs)

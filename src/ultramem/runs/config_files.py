@@ -15,6 +15,7 @@ from ultramem.configuration.overrides import apply_overrides
 from ultramem.configuration.yaml_text import parse_yaml
 from ultramem.errors import ConfigError, system_reason
 from ultramem.hosts.olmo_core import ModelConfig, preset
+from ultramem.layers.kinds import KINDS
 from ultramem.runs.config import DataConfig, RunConfig
 from ultramem.runs.tokens import open_token_data
 
@@ -89,14 +90,14 @@ def _on_top(base: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:
     section = dict(section)
     for part in ("memory", "moe"):
         if isinstance(section.get(part), dict) and base[part] is not None:
-            if section[part].get("kind", base[part].get("kind")) != base[part].get("kind"):
-                _leave_to_kind(base[part])
-            section[part] = base[part] | section[part]
+            kind = section[part].get("kind", base[part].get("kind"))
+            kept = base[part] if kind == base[part].get("kind") else _for_another_kind(base[part], kind)
+            section[part] = kept | section[part]
     return base | section
 
 
-def _leave_to_kind(memory: dict[str, Any]) -> None:
-    """Remove what another kind of memory prescribes for itself: the fields whose default is None."""
-    for item in dataclasses.fields(MemoryConfig):
-        if item.default is None:
-            del memory[item.name]
+def _for_another_kind(memory: dict[str, Any], kind: Any) -> dict[str, Any]:
+    """A memory's values without those that another kind prescribes for itself or has no use for."""
+    unused = KINDS[kind].unused if isinstance(kind, str) and kind in KINDS else ()
+    prescribed = {field.name for field in dataclasses.fields(MemoryConfig) if field.default is None}
+    return {name: value for name, value in memory.items() if name not in prescribed and name not in unused}

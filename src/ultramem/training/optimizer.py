@@ -26,11 +26,7 @@ GROUP_FLAG = "memory_values"  # marks a parameter group as values and pre-values
 
 def optimizer_config(config: OptimizerConfig, model: MemoryTransformer) -> AdamWConfig:
     """OLMo-core's configuration of AdamW, with a group for the tables' values if the model has any."""
-    values = [
-        f"memory.{name}"
-        for name, _ in ([] if model.memory is None else model.memory.named_parameters())
-        if name.rpartition(".")[2] in ("values", "pre_values")
-    ]
+    values = [] if model.memory is None else [f"memory.{name}" for name in model.memory.value_parameters()]
     decay = config.weight_decay if config.value_weight_decay is None else config.value_weight_decay
     options = {GROUP_FLAG: True, "weight_decay": decay}
     return AdamWConfig(
@@ -100,13 +96,7 @@ class ModelAndValuesScheduler(Scheduler):
             if self.memory.value_lr is not None:
                 learning_rate = self.memory.value_lr
             else:
-                learning_rate *= value_multiplier(self.memory, trainer.global_step, trainer.max_steps)
+                learning_rate *= self.memory.value_lr_factor(trainer.global_step, trainer.max_steps)
             group[self.lr_field] = learning_rate
         trainer.record_metric(LEARNING_RATES[name], learning_rate)
         return learning_rate
-
-
-def value_multiplier(memory: MemoryConfig, step: int, max_steps: int) -> float:
-    """How many times the model's learning rate the values have at a step."""
-    remaining = max(0.0, 1 - step / (max_steps * memory.value_lr_decay))
-    return 1 + (memory.value_lr_multiplier - 1) * remaining

@@ -17,7 +17,7 @@ from ultramem import MemoryConfig, UltraMemError
 from ultramem.hosts.olmo_core import ModelConfig, MoEConfig
 from ultramem.hosts.olmo_core import model as host
 from ultramem.hosts.olmo_core.model import MemoryTransformer
-from ultramem.ops.weighted_lookup.shared_table import TableState
+from ultramem.tables.gradient_accumulator import GradientAccumulator
 
 VOCABULARY, D_MODEL = 32, 16
 V2 = MemoryConfig(num_keys=6, key_dim=4, value_dim=6, pre_value_dim=4, top_k=5, axis_top_k=4, heads=2, share_ratio=0.4)
@@ -347,8 +347,8 @@ def test_table_gradient_is_formed_once_for_each_backward(
     kind: str, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     formed: list[list[Tensor | None]] = []
-    take = TableState.take
-    monkeypatch.setattr(TableState, "take", lambda self, nodes: formed.append(take(self, nodes)) or formed[-1])
+    take = GradientAccumulator.take
+    monkeypatch.setattr(GradientAccumulator, "take", lambda *arguments: formed.append(take(*arguments)) or formed[-1])
     model = build(make_config(replace(KINDS[kind], insertion=OVERLAPPING)))
     if checkpointed:
         model.apply_activation_checkpointing(TransformerActivationCheckpointingMode.full)
@@ -376,10 +376,8 @@ def test_micro_batches_add_up(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_auxiliary_losses_are_weighted_by_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient is that of the cross-entropy plus the token-weighted mean of the micro-batches' own losses."""
-    penalty = 0.5 if kind.startswith("ultramem") else 0.0
-    memory = replace(
-        KINDS[kind], insertion=OVERLAPPING, balance_coef=0.5, tucker_penalty_coef=penalty, tucker_penalty_threshold=0.0
-    )
+    penalty = {"tucker_penalty_coef": 0.5, "tucker_penalty_threshold": 0.0} if kind.startswith("ultramem") else {}
+    memory = replace(KINDS[kind], insertion=OVERLAPPING, balance_coef=0.5, **penalty)
     model = build(make_config(memory))
     inputs, labels = tokens(4, 6), tokens(4, 6, seed=1)
     parts = slice(0, 3), slice(3, 4)

@@ -14,7 +14,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ultramem import ConfigError, MemoryConfig, UltraMemError
-from ultramem.hosts.transformers import attach_memory, detach_memory, load_memory, save_memory
+from ultramem.hosts.transformers import (
+    UltraMemConfig,
+    UltraMemForCausalLM,
+    attach_memory,
+    detach_memory,
+    load_memory,
+    save_memory,
+)
 
 SIZES = {
     "vocab_size": 53, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -284,3 +291,19 @@ def test_copied_after_a_pass_with_gradients(tokens: Tensor) -> None:
     model(tokens, labels=tokens).loss.backward()
     twin = copy.deepcopy(model)
     assert torch.equal(twin.eval()(tokens).logits, model.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_memory_that_a_model_was_built_with_stays(inner: bool, tokens: Tensor) -> None:
+    memory = {"num_keys": 6, "key_dim": 8, "value_dim": 8, "pre_value_dim": 8, "top_k": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = UltraMemForCausalLM(
+        UltraMemConfig(vocab_size=64, head_dim=16, num_key_value_heads=2, memory=memory, **sizes)
+    )
+    owner = model.model if inner else model
+    before = model(tokens % 64).logits
+    with pytest.raises(UltraMemError, match="has a memory already; it was built with it; attach to a model without"):
+        attach_memory(owner, MemoryConfig(**memory))
+    with pytest.raises(UltraMemError, match="no memory that was attached to it: it was built with its own"):
+        detach_memory(owner)
+    assert torch.equal(model(tokens % 64).logits, before)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.cache_utils import StaticCache
 
@@ -368,3 +368,36 @@ def test_lora_on_the_dense_parts(make_model: Make, tokens: Tensor, tmp_path: Pat
     again = peft.PeftModel.from_pretrained(make_model(), tmp_path)
     torch.testing.assert_close(again(tokens).logits, changed)
     torch.testing.assert_close(adapted.merge_and_unload()(tokens).logits, changed, rtol=1e-4, atol=1e-5)
+
+
+def test_loaded_by_trusted_code_and_saved_again(make_model: Make, tmp_path: Path) -> None:
+    """The second directory is as the first: no copy of the library's source, which the next version could not read."""
+    make_model("ultramem_v2").save_pretrained(tmp_path / "first")
+    code = (
+        "import sys\nfrom transformers import AutoConfig, AutoModel, AutoModelForCausalLM\n"
+        "first, second = sys.argv[1:]\n"
+        "for auto in (AutoModel, AutoModelForCausalLM):\n"
+        "    model = auto.from_pretrained(first, trust_remote_code=True)\n"
+        "    model.save_pretrained(second)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "first", tmp_path / "second"], check=True)
+    first, second = ({path.name for path in (tmp_path / name).iterdir()} for name in ("first", "second"))
+    assert first == second
+    config, again = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "second"))
+    assert config["auto_map"] == again["auto_map"]
+    assert config["auto_map"]["AutoConfig"] == "modeling_ultramem.UltraMemConfig"
+
+
+def test_parameters_alone_on_meta(make_model: Make) -> None:
+    """Some loaders put parameters on `meta` and keep buffers: then `u`, `t` and the permutation have memory."""
+    config = make_model("ultramem_v2").config
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, None if parameter is None else nn.Parameter(parameter.to("meta"), False))
+
+    register = nn.Module.register_parameter
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "register_parameter", on_meta)
+        model = UltraMemModel(config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())

@@ -24,7 +24,8 @@ from ultramem.hosts.transformers.sparse_finetuning import (
     find_tables,
     score_rows,
 )
-from ultramem.layers import ValueTable
+from ultramem.ops.weighted_lookup.reads import Reads
+from ultramem.tables.trainable import TrainableTable
 
 V2 = {"kind": "ultramem_v2", "num_keys": 8, "key_dim": 8, "value_dim": 8, "pre_value_dim": 4, "top_k": 4,
       "share_ratio": 0.5}  # fmt: skip
@@ -59,14 +60,14 @@ def reads(model: UltraMemForCausalLM, ids: Tensor) -> list[Counter[int]]:
     """Reads of each table's rows, from what the layers look up."""
     tables = find_tables(model)
     counters = [Counter[int]() for _ in tables]
-    lookup = ValueTable.lookup
+    lookup = TrainableTable.lookup
 
-    def spying(self: ValueTable, scores: Tensor, rows: Tensor, *args: Any, **options: Any) -> Tensor:
-        counters[tables.index(self)].update(rows.flatten().tolist())
-        return lookup(self, scores, rows, *args, **options)
+    def spying(self: TrainableTable, reads: Reads) -> Tensor:
+        counters[tables.index(self)].update(reads.rows.flatten().tolist())
+        return lookup(self, reads)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(ValueTable, "lookup", spying)
+        patch.setattr(TrainableTable, "lookup", spying)
         model(input_ids=ids)
     return counters
 
@@ -134,7 +135,7 @@ def test_scores_are_tf_idf() -> None:
 def test_optimizer_is_that_of_torch_on_the_chosen_rows(kind: str) -> None:
     """Each row by a torch optimiser of its own, stepped only when the row is chosen."""
     torch.manual_seed(0)
-    table = ValueTable(600, 5, 3)
+    table = TrainableTable(600, 5, 3)
     nn.init.normal_(table.values)
     nn.init.normal_(table.pre_values)
     optimizer = SparseRows([table], learning_rate=0.1, kind=kind, weight_decay=0.2)
@@ -174,13 +175,13 @@ def test_optimizer_is_that_of_torch_on_the_chosen_rows(kind: str) -> None:
 
 
 def test_state_grows_with_the_rows_trained_and_survives_saving(tmp_path: Path) -> None:
-    tables = [ValueTable(1000, 4, 2), ValueTable(1000, 4, 2)]
+    tables = [TrainableTable(1000, 4, 2), TrainableTable(1000, 4, 2)]
     for parameter in (parameter for table in tables for parameter in table.parameters()):
         nn.init.normal_(parameter)
     other = copy.deepcopy(tables)
     optimizer = SparseRows(tables, learning_rate=0.1, kind="adamw")
 
-    def step(target: list[ValueTable], stepped: SparseRows, seed: int, sizes: tuple[int, int]) -> None:
+    def step(target: list[TrainableTable], stepped: SparseRows, seed: int, sizes: tuple[int, int]) -> None:
         torch.manual_seed(seed)
         for parameter in (parameter for table in target for parameter in table.parameters()):
             parameter.grad = torch.randn_like(parameter)
@@ -240,7 +241,7 @@ def test_trainer_changes_the_best_rows_alone(memory: dict[str, Any], kind: str, 
         assert all(score <= worst + 1e-9 for row, score in scores.items() if row not in changed)
     assert changed_tables == 2
     assert sparse.optimizer.trained_rows == (5 if memory is V2 else 10)
-    assert all(layer.usage is None for layer in model.memory.layers)
+    assert all(layer.observers == [] for layer in model.memory.layers)
 
 
 def test_accumulated_micro_batches_are_one_batch(tmp_path: Path) -> None:

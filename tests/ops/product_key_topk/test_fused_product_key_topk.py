@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 
 from comparison import assert_near
 from ultramem import UltraMemError
-from ultramem.ops import product_key_topk, use_backend
-from ultramem.ops.product_key_topk import fused, naive
+from ultramem.ops import use_backend
+from ultramem.ops.product_key_topk import fused, naive, product_key_topk
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("fused")]
 

@@ -84,13 +84,9 @@ class ModelConfig:
     def _check_memory(self, memory: MemoryConfig) -> None:
         try:
             memory.layout(len(memory.insertions(self.num_blocks)))
+            memory.check_width(self.d_model)
         except ConfigError as error:
             raise ConfigError(f"memory.{error}") from error
-        if memory.kind == "pkm" and memory.value_dim != self.d_model:
-            raise ConfigError(
-                f"memory.value_dim={memory.value_dim}: pkm adds values to the residual stream, so set it to "
-                f"d_model={self.d_model}"
-            )
 
     @property
     def system(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer
 from transformers import PreTrainedModel
 
 from ultramem.config import MemoryConfig
@@ -19,6 +18,7 @@ from ultramem.hosts.transformers.blocks import check_blocks, find_blocks
 from ultramem.hosts.transformers.modes import evaluation_mode
 from ultramem.layers import HostScheme, MemoryLayer
 from ultramem.memory import Memory
+from ultramem.tables.optimizer_steps import after_each_step
 
 IGNORED_LABEL = -100
 
@@ -48,7 +48,9 @@ def attach_memory(
         UltraMemError: the model does not fit, for the reason that is given, or has a memory already.
     """
     if hasattr(model, "memory"):
-        raise UltraMemError(f"{type(model).__name__} has a memory already; remove it with detach_memory")
+        attached = hasattr(model, "_memory_connection")
+        remedy = "remove it with detach_memory" if attached else "it was built with it; attach to a model without"
+        raise UltraMemError(f"{type(model).__name__} has a memory already; {remedy}")
     if blocks is not None:
         config = replace(config, insertion=_insertion(config, blocks))
     modules = find_blocks(model)
@@ -81,7 +83,8 @@ def detach_memory(model: PreTrainedModel) -> Memory:
     """
     connection = getattr(model, "_memory_connection", None)
     if connection is None:
-        raise UltraMemError(f"{type(model).__name__} has no memory that was attached to it")
+        built = ": it was built with its own, which cannot be removed" if hasattr(model, "memory") else ""
+        raise UltraMemError(f"{type(model).__name__} has no memory that was attached to it{built}")
     connection.remove()
     memory: Memory = model.memory
     del model.memory, model._memory_connection
@@ -124,7 +127,7 @@ class Connection:
             .register_forward_hook(partial(self._after_feed_forward, reads.get(number, ()), adds.get(number, ())))
             for number in sorted({*reads, *adds})
         ]
-        _connections.add(self)
+        after_each_step(self, _follow_step)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -136,7 +139,7 @@ class Connection:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        _connections.add(self)  # a copy of a model trains too
+        after_each_step(self, _follow_step)  # a copy of a model trains too
 
     def _after_feed_forward(
         self, reads: Sequence[int], adds: Sequence[int], _: nn.Module, inputs: Any, output: Tensor
@@ -169,14 +172,14 @@ def add_auxiliary_loss(model: Any, _: Any, options: dict[str, Any], output: Any)
 
 
 def _read(layer: MemoryLayer, x: Tensor) -> Tensor:
-    values = layer.table.values
-    if values.is_meta and not x.is_meta:
+    table = layer.table
+    if table.device.type == "meta" and not x.is_meta:
         raise UltraMemError(
             "the memory was left out of memory by device_map, but each token reads it; give the module `memory` a "
             "device of its own there, such as 'cpu'"
         )
-    dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else values.dtype
-    output: Tensor = layer(x.to(values.device, dtype))
+    dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else table.dtype
+    output: Tensor = layer(x.to(table.device, dtype))
     return output
 
 
@@ -189,17 +192,8 @@ def _insertion(config: MemoryConfig, blocks: Iterable[int]) -> str:
     return "/".join(f"{number}:{number}" for number in numbers)
 
 
-_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
-
-
-def _follow_step(optimizer: Optimizer, *_: Any) -> None:
-    """Refresh the memories whose parameters the optimiser has changed."""
-    if not _connections:
-        return
+def _follow_step(connection: Connection, optimizer: Optimizer) -> None:
+    """Refresh a memory whose parameters the optimizer has changed."""
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for connection in _connections:
-        if any(id(parameter) in stepped for parameter in connection.memory.parameters()):
-            connection.memory.refresh()
-
-
-register_optimizer_step_post_hook(_follow_step)
+    if any(id(parameter) in stepped for parameter in connection.memory.parameters()):
+        connection.memory.refresh()

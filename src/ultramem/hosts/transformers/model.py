@@ -25,7 +25,18 @@ __all__ = ["UltraMemConfig", "UltraMemForCausalLM", "UltraMemModel"]
 '''
 
 
-class UltraMemConfig(Qwen3Config):
+class _NamedInItsDirectory:
+    """Is found by the name that `CODE_NAME` imports, not by a copy of this library's source.
+
+    After loading with `trust_remote_code=True` transformers would save such a copy, which no later version could read.
+    """
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing: `auto_map` names the classes already."""
+
+
+class UltraMemConfig(_NamedInItsDirectory, Qwen3Config):
     """A decoder with a memory: RMSNorm before each sublayer, RoPE, query and key norms per head, SwiGLU.
 
     That is the architecture of Qwen3, whose configuration this one extends.
@@ -63,16 +74,8 @@ class UltraMemConfig(Qwen3Config):
         return config
 
 
-class _SavedAndLoaded:
-    """Saves the code by which `trust_remote_code=True` finds the classes, and loads models ready for compilers."""
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        """As in transformers."""
-        loaded = super().from_pretrained(*args, **options)  # type: ignore[misc]
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.memory.prepare()  # its parameters were replaced, and the first pass may be a compiled one
-        return loaded
+class _SavedWithCode(_NamedInItsDirectory):
+    """Saves the code by which `trust_remote_code=True` finds the classes."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
         """As in transformers."""
@@ -82,7 +85,7 @@ class _SavedAndLoaded:
         super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
 
 
-class UltraMemModel(_SavedAndLoaded, Qwen3Model):
+class UltraMemModel(_SavedWithCode, Qwen3Model):
     """The decoder without its output layer.
 
     Attributes:
@@ -97,16 +100,16 @@ class UltraMemModel(_SavedAndLoaded, Qwen3Model):
         super().__init__(config)
         std = config.initializer_range
         scheme = HostScheme.swiglu(config.hidden_size, config.intermediate_size, std, std)
-        # Where parameters are: on `meta` while a checkpoint is loaded.
         weight = self.embed_tokens.weight
         memory = Memory(
             config.memory_config(), config.hidden_size, config.num_hidden_layers, scheme=scheme,
-            device=weight.device, dtype=weight.dtype,
+            # While a checkpoint is loaded, the loader says what is on `meta`: parameters, and buffers or not.
+            device=None if weight.is_meta else weight.device, dtype=weight.dtype,
         )  # fmt: skip
         if not weight.is_meta:
             _mark_initialised(memory)
         self.memory = memory
-        self._memory_connection = Connection(memory, self.layers)
+        self._own_connection = Connection(memory, self.layers)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise what a checkpoint lacks: of the memory nothing, or all of it."""
@@ -126,7 +129,7 @@ class UltraMemModel(_SavedAndLoaded, Qwen3Model):
             raise UltraMemError(f"the checkpoint lacks memory.{missing}, though it has memory.{loaded[0]}")
 
 
-class UltraMemForCausalLM(_SavedAndLoaded, Qwen3ForCausalLM):
+class UltraMemForCausalLM(_SavedWithCode, Qwen3ForCausalLM):
     """The decoder with its output layer: loads, generates, trains and is saved as other models of transformers are."""
 
     config_class = UltraMemConfig

@@ -25,14 +25,17 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.hosts.transformers.modes import evaluation_mode
-from ultramem.layers import MemoryLayer, ValueTable
+from ultramem.layers import MemoryLayer
 from ultramem.memory import Memory
+from ultramem.ops.weighted_lookup.reads import Reads
+from ultramem.tables.table import Table
+from ultramem.tables.trainable import TrainableTable
 
 OptimizerKind = Literal["sgd", "adamw"]
 _SMALLEST_CAPACITY = 256
 
 
-def find_tables(model: nn.Module) -> list[ValueTable]:
+def find_tables(model: nn.Module) -> list[TrainableTable]:
     """The tables of a model's memory, each once, in the order of the layers that read them.
 
     Raises:
@@ -41,7 +44,7 @@ def find_tables(model: nn.Module) -> list[ValueTable]:
     memory = getattr(model, "memory", None)
     if not isinstance(memory, Memory) or not memory.layers:
         raise UltraMemError(f"{type(model).__name__} has no memory layers, whose rows could be trained")
-    return list(dict.fromkeys(layer.table for layer in memory.layers))
+    return [table for table in memory.tables if isinstance(table, TrainableTable)]
 
 
 class RowCounter:
@@ -59,15 +62,14 @@ class RowCounter:
         self.mask: Tensor | None = None
         self._model = model
         self._tables = find_tables(model)
-        self._counts: dict[ValueTable, Tensor] = {}
+        self._counts: dict[Table, Tensor] = {}
         self._handle: RemovableHandle | None = None
 
     def attach(self) -> None:
-        """Start counting; what `track_usage` counts rests meanwhile."""
+        """Start counting."""
         self.detach()
-        self._usages = [layer.usage for layer in self._model.memory.layers]
         for layer in self._model.memory.layers:
-            layer.usage = _LayerReads(self, layer)
+            layer.observers.append(self)
         self._handle = self._model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
 
     def detach(self) -> None:
@@ -76,8 +78,8 @@ class RowCounter:
             return
         self._handle.remove()
         self._handle = None
-        for layer, usage in zip(self._model.memory.layers, self._usages, strict=True):
-            layer.usage = usage
+        for layer in self._model.memory.layers:
+            layer.observers.remove(self)
 
     def take(self) -> list[Tensor]:
         """The counts since the last call, for each table (rows,) in int64; of all processes if distributed."""
@@ -85,35 +87,28 @@ class RowCounter:
         for table in self._tables:
             counts = self._counts.pop(table, None)
             if counts is None:
-                counts = torch.zeros(len(table.values), dtype=torch.int64, device=table.values.device)
+                counts = torch.zeros(table.rows, dtype=torch.int64, device=table.values.device)
             if dist.is_initialized():
                 dist.all_reduce(counts)
             taken.append(counts)
         return taken
 
-    def add(self, table: ValueTable, rows: Tensor) -> None:
-        """Count one read of each of the rows (tokens, k), but for tokens of padding."""
-        if self.mask is not None and self.mask.numel() == len(rows):
-            rows = rows[self.mask.flatten().bool().to(rows.device)]
-        counts = torch.bincount(rows.flatten(), minlength=len(table.values))
-        self._counts[table] = self._counts[table] + counts if table in self._counts else counts
+    @torch.no_grad()
+    def observe(self, layer: MemoryLayer, reads: Reads, output: Tensor) -> None:
+        """Count one read of each of the rows, but for tokens of padding; see `ReadObserver`."""
+        if layer.training != self.training:
+            return
+        table, rows = layer.table, reads.rows
+        if table not in self._counts:
+            self._counts[table] = torch.zeros(table.rows, dtype=torch.int64, device=rows.device)
+        read = torch.ones_like(rows)
+        if self.mask is not None and self.mask.numel() == rows.shape[0]:
+            read = read * self.mask.flatten().bool().to(rows.device).unsqueeze(1)
+        self._counts[table].index_add_(0, rows.flatten(), read.flatten())
 
     def _before_pass(self, _: nn.Module, inputs: Any, options: Mapping[str, Any]) -> None:
         given = inspect.signature(self._model.forward).bind_partial(*inputs, **options)
         self.mask = given.arguments.get("attention_mask")
-
-
-class _LayerReads:
-    """Stands in a layer's `usage`."""
-
-    def __init__(self, counter: RowCounter, layer: MemoryLayer) -> None:
-        self.counter, self.layer = counter, layer
-
-    @torch.no_grad()
-    def record(self, window_rows: Tensor, scores: Tensor, output: Tensor) -> None:
-        if self.layer.training == self.counter.training:
-            table = self.layer.table
-            self.counter.add(table, (window_rows + self.layer.window_start) % len(table.values))
 
 
 @dataclass(frozen=True)
@@ -205,7 +200,7 @@ class SparseRows(Optimizer):
 
     def __init__(
         self,
-        tables: Sequence[ValueTable],
+        tables: Sequence[TrainableTable],
         *,
         learning_rate: float,
         kind: OptimizerKind = "sgd",
@@ -370,7 +365,7 @@ class SparseFinetuning(TrainerCallback):
         if not 0 < learning_rate < math.inf:
             raise ConfigError(f"learning_rate={learning_rate}: must be above 0 and finite")
         tables = find_tables(model)
-        if [len(frequencies) for frequencies in background.frequencies] != [len(table.values) for table in tables]:
+        if [len(frequencies) for frequencies in background.frequencies] != [table.rows for table in tables]:
             raise UltraMemError("the background is of another model's tables; count it with this model")
         self.optimizer = SparseRows(tables, learning_rate=learning_rate, kind=optimizer, weight_decay=weight_decay)
         self._background, self._rows = background, rows

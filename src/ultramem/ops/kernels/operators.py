@@ -27,6 +27,8 @@ class FusedOperator:
         save: `(ctx, inputs, output)`, what `backward` needs.
         gradients: `(backward, ctx, *output_gradients)`, a gradient or None for each input.
         backward_tags: of the operator of the gradient.
+        schema: of the operator, where `forward` has no annotations to tell.
+        backward_schema: of the operator of the gradient, likewise.
     """
 
     def __init__(
@@ -41,11 +43,17 @@ class FusedOperator:
         gradients: Callable[..., tuple[Tensor | None, ...]],
         backward_operator: Callable[..., Any] | None = None,
         backward_tags: tuple[torch.Tag, ...] = (),
+        schema: str | None = None,
+        backward_schema: str | None = None,
     ) -> None:
-        self._operator = torch.library.custom_op(f"ultramem::{name}", forward, mutates_args=())
+        self._operator = torch.library.custom_op(f"ultramem::{name}", forward, mutates_args=(), schema=schema)
         self._operator.register_fake(fake)
         of_gradient = torch.library.custom_op(
-            f"ultramem::{name}_backward", backward_operator or backward, mutates_args=(), tags=backward_tags
+            f"ultramem::{name}_backward",
+            backward_operator or backward,
+            mutates_args=(),
+            schema=backward_schema,
+            tags=backward_tags,
         )
         of_gradient.register_fake(backward_fake)
         self._operator.register_autograd(partial(gradients, of_gradient), setup_context=save)

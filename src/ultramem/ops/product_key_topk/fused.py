@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 
 from ultramem.ops.backend import autocast_dtype, can_run_kernels
-from ultramem.ops.grid_topk import (
-    MAX_CANDIDATES,
-    MAX_KEYS,
-    axis_scores,
-    axis_scores_backward,
-    best_cells,
-    best_cells_backward,
-    pad_keys,
-)
+from ultramem.ops.kernels.axis_scores import axis_scores, axis_scores_backward, pad_keys
+from ultramem.ops.kernels.candidates import MAX_KEYS
+from ultramem.ops.kernels.cells import MAX_CANDIDATES, best_cells
+from ultramem.ops.kernels.gradients import best_cells_backward
 from ultramem.ops.kernels.operators import FusedOperator
 
 
@@ -41,7 +36,7 @@ def product_key_topk(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Ten
 def _forward(queries: Tensor, padded: Tensor, keys: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """`padded` (heads, 2, padded keys, key_dim) are the keys, of which each axis has `keys`."""
     scores = axis_scores(_batch(queries), padded.flatten(0, 1).unsqueeze(1))
-    cells = best_cells(_by_axis(scores, len(padded)), keys, k, min(k, keys))
+    cells = best_cells(_by_axis(scores, padded.shape[0]), keys, k, min(k, keys))
     return cells.scores.squeeze(-1), cells.indices, cells.keys
 
 
@@ -55,8 +50,8 @@ def _fake(queries: Tensor, padded: Tensor, keys: int, k: int) -> tuple[Tensor, T
 
 
 def _backward(gradient: Tensor, queries: Tensor, padded: Tensor, chosen_keys: Tensor) -> tuple[Tensor, Tensor]:
-    heads = len(padded)
-    gradients = padded.new_zeros(heads * 2, len(queries), 1, padded.shape[2])
+    heads = padded.shape[0]
+    gradients = padded.new_zeros(heads * 2, queries.shape[0], 1, padded.shape[2])
     best_cells_backward(
         gradient.contiguous().unsqueeze(-1), chosen_keys, gradient.new_empty(0), _by_axis(gradients, heads)
     )

@@ -17,19 +17,7 @@ def _candidate_pairs(k: int, row_keys: int, column_keys: int) -> tuple[tuple[int
 
 
 def product_key_topk(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best sums of a row score and a column score over the whole grid, exactly.
-
-    Product-Key Memory (arXiv:1907.05242), section 3.2. A key's score is its product with the query.
-
-    Args:
-        queries: (tokens, heads, 2, key_dim), row and column queries, any floating-point dtype.
-        keys: (heads, 2, keys, key_dim), row and column keys, same dtype.
-        k: sums to keep, at most `keys ** 2`.
-
-    Returns:
-        Scores (tokens, heads, k), in float32 or wider, differentiable, and int64 indices (tokens, heads, k),
-        `i * keys + j`. The sums come in any order, and equal ones are chosen among in any way.
-    """
+    """The definition; arguments and result as in `ultramem.ops.product_key_topk.product_key_topk`."""
     row_scores, column_scores = axis_scores(queries, keys)
     return best_sums(row_scores, column_scores, k)
 

@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 
 from ultramem.ops.backend import autocast_dtype, can_run_kernels
-from ultramem.ops.grid_topk import (
-    MAX_CANDIDATES,
-    MAX_KEYS,
-    axis_scores,
-    axis_scores_backward,
-    best_cells,
-    best_cells_backward,
-    pad_keys,
-)
+from ultramem.ops.kernels.axis_scores import axis_scores, axis_scores_backward, pad_keys
+from ultramem.ops.kernels.candidates import MAX_KEYS
+from ultramem.ops.kernels.cells import MAX_CANDIDATES, best_cells
+from ultramem.ops.kernels.gradients import best_cells_backward
 from ultramem.ops.kernels.operators import FusedOperator
 
 _MAX_RANK = 4
@@ -69,7 +64,7 @@ def _fake(
 def _backward(
     gradient: Tensor, queries: Tensor, padded: Tensor, cores: Tensor, chosen_keys: Tensor, chosen_scores: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = padded.new_zeros((*padded.shape[:2], len(queries), *padded.shape[2:4]))
+    gradients = padded.new_zeros((*padded.shape[:2], queries.shape[0], *padded.shape[2:4]))
     core_gradients = best_cells_backward(gradient.contiguous(), chosen_keys, chosen_scores, gradients, cores)
     assert core_gradients is not None
     query_gradients, key_gradients, _ = _backward_fake(gradient, queries, padded, cores, chosen_keys, chosen_scores)

@@ -9,32 +9,14 @@ from torch import Tensor
 def tucker_topk(
     queries: Tensor, keys: Tensor, cores: Tensor, u: Tensor, t: Tensor, k: int, axis_k: int
 ) -> tuple[Tensor, Tensor]:
-    """The k best grid cells `sum_c row[i]ᵀ C_c column[j]` among the best `axis_k` keys of each axis.
-
-    UltraMem (arXiv:2411.12364), section 3.1 (TDQKR): a key's score in each rank is its product with the query. Each
-    axis is ranked by the cores' rank-1 approximation, `row · u` and `column · t`; the grid of the candidates is scored
-    exactly.
-
-    Args:
-        queries: (tokens, 2, rank, key_dim), row and column queries, any floating-point dtype.
-        keys: (heads, 2, keys, rank, key_dim), row and column keys, same dtype.
-        cores: (cores, heads, rank, rank).
-        u: (heads, rank), leading left singular vector of each head's summed cores; no gradient flows to it.
-        t: (heads, rank), leading right singular vector; no gradient flows to it.
-        k: cells to keep, at most `axis_k ** 2`.
-        axis_k: candidates of each axis, at most `keys`.
-
-    Returns:
-        Scores (tokens, heads, k, cores), in float32 or wider, differentiable in queries, keys and cores; int64 indices
-        (tokens, heads, k), `i * keys + j`. The cells come in any order, and equal sums are chosen among in any way.
-    """
+    """The definition; arguments and result as in `ultramem.ops.tucker_topk.tucker_topk`."""
     row_scores, column_scores = axis_scores(queries, keys)
     return best_cells(row_scores, column_scores, cores, u, t, k, axis_k)
 
 
 def axis_scores(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column scores, (tokens, heads, rank, keys) each; arguments as in `tucker_topk`."""
-    tokens = len(queries)
+    tokens = queries.shape[0]
     if torch.compiler.is_compiling() and queries.device.type == "cpu" and tokens == 1:
         # Of a single token inductor makes a reduction that writes beyond its result's end (pytorch/pytorch#196681).
         queries = queries.expand(2, -1, -1, -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -13,60 +13,71 @@ from torch import Tensor
 
 from ultramem.ops.backend import autocast_dtype, can_run_kernels
 from ultramem.ops.kernels.launching import Launcher
+from ultramem.ops.kernels.numbered import find
 from ultramem.ops.kernels.operators import FusedOperator
 from ultramem.ops.kernels.sizes import next_power_of_2
-from ultramem.ops.weighted_lookup.shared_table import Products, SharedTable, TableState
+from ultramem.ops.weighted_lookup.reads import Products, Reads
+from ultramem.ops.weighted_lookup.table_gradient import table_gradients
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Widest rows that one program holds several of in registers.
 _MAX_WIDTH = 4096
 
 
-def supports(scores: Tensor, rows: Tensor, table: SharedTable, pre_input: Tensor | None = None, **options: Any) -> bool:
-    """Whether there are kernels for these arguments."""
-    tables = [table.values] if table.pre_values is None else [table.values, table.pre_values]
+class TableCopy(Protocol):
+    """Makes a copy of a table in the dtype to compute in, for all lookups until the table changes."""
+
+    def in_dtype(self, values: Tensor, pre_values: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Values and pre-values in `dtype`."""
+
+
+class ProductCollector(Protocol):
+    """Makes one gradient of a table from what the lookups of a backward pass know."""
+
+    def add_products(self, products: Products) -> None:
+        """Keep what one knows."""
+
+
+def supports(values: Tensor, pre_values: Tensor | None = None) -> bool:
+    """Whether there are kernels for lookups in these tables."""
+    tables = [values] if pre_values is None else [values, pre_values]
     return (
-        can_run_kernels(table.values)
+        can_run_kernels(values)
         and all(part.dtype in _DTYPES and part.shape[1] <= _MAX_WIDTH for part in tables)
-        and autocast_dtype(table.values) in _DTYPES
+        and autocast_dtype(values) in _DTYPES
     )
 
 
 def weighted_lookup(
-    scores: Tensor,
-    rows: Tensor,
-    table: SharedTable,
-    pre_input: Tensor | None = None,
+    reads: Reads,
+    values: Tensor,
+    pre_values: Tensor | None = None,
     *,
-    pre_activation: str | None = None,
-    blocks: Tensor | None = None,
-    num_blocks: int = 1,
+    link: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> Tensor:
-    """As the definition in `naive.py`, computed and returned in autocast's dtype where that is on."""
-    dtype = autocast_dtype(table.values)
-    result: Tensor = _weighted_lookup(
-        scores.float().contiguous(),
-        rows.contiguous(),
-        None if blocks is None else blocks.contiguous(),
-        table.values.detach(),
-        None if table.pre_values is None else table.pre_values.detach(),
-        None if pre_input is None else pre_input.to(dtype).contiguous(),
-        table.link if torch.is_grad_enabled() else table.link.detach(),
-        table.number,
-        pre_activation or "",
-        1 if blocks is None else num_blocks,
-        dtype,
+    """As the definition in `naive.py`, computed and returned in autocast's dtype where that is on.
+
+    Args:
+        reads: what is read.
+        values: (table_rows, value_dim).
+        pre_values: (table_rows, pre_value_dim), or None.
+        link: by which autograd knows that the lookup depends on the table. With it the table has no gradient from this
+            lookup: what is known of it goes to the `ProductCollector`.
+        numbers: (2,), int64, on the CPU, by which a `TableCopy` and a `ProductCollector` are found, or None.
+    """
+    dtype = autocast_dtype(values)
+    if link is not None:
+        values, pre_values = values.detach(), None if pre_values is None else pre_values.detach()
+    contiguous = reads._replace(
+        rows=reads.rows.contiguous(),
+        scores=reads.scores.float().contiguous(),
+        pre_input=None if reads.pre_input is None else reads.pre_input.to(dtype).contiguous(),
+        virtual_copies=None if reads.virtual_copies is None else reads.virtual_copies.contiguous(),
+        num_virtual_copies=reads.sums,
     )
+    result: Tensor = _weighted_lookup(*contiguous, values, pre_values, link, numbers, dtype)
     return result
-
-
-def _compute_tables(
-    number: Tensor, values: Tensor, pre_values: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    state = TableState.find(number)
-    if state is not None:
-        return state.compute_tables(values, pre_values, dtype)
-    return values.to(dtype), None if pre_values is None else pre_values.to(dtype)
 
 
 @triton.jit
@@ -101,12 +112,12 @@ def _load_rows(table, stride, rows, columns, mask, WIDTH: tl.constexpr):
 @Launcher
 @triton.jit
 def _lookup_kernel(
-    scores, rows, blocks, values, value_stride, pre_values, pre_stride, pre_input, output,
-    HAS_BLOCKS: tl.constexpr, ACTIVATION: tl.constexpr, K: tl.constexpr, CORES: tl.constexpr,
+    scores, rows, copies, values, value_stride, pre_values, pre_stride, pre_input, output,
+    HAS_COPIES: tl.constexpr, ACTIVATION: tl.constexpr, K: tl.constexpr, CORES: tl.constexpr,
     VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One token's sum, of one virtual block if these are kept apart."""
-    token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """One token's sum, of one virtual copy if these are kept apart."""
+    token, copy = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns, pre_columns = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_P)
     if PRE_DIM > 0:
         x = tl.load(pre_input + token * PRE_DIM + pre_columns, pre_columns < PRE_DIM, 0.0).to(tl.float32)
@@ -115,8 +126,8 @@ def _lookup_kernel(
         reads = start + tl.arange(0, BLOCK_K)
         mask = reads < K
         row = tl.load(rows + token * K + reads, mask, 0)
-        if HAS_BLOCKS:
-            mask = mask & (tl.load(blocks + token * K + reads, mask, -1) == block)
+        if HAS_COPIES:
+            mask = mask & (tl.load(copies + token * K + reads, mask, -1) == copy)
         value = _load_rows(values, value_stride, row, columns, mask, VALUE_DIM)
         if PRE_DIM > 0:
             pre_value = _load_rows(pre_values, pre_stride, row, pre_columns, mask, PRE_DIM)
@@ -129,16 +140,16 @@ def _lookup_kernel(
             weight = tl.load(scores + (token * K + reads) * CORES + core, mask, 0.0) * factor
             weights = tl.where((columns >= core * (VALUE_DIM // CORES))[None, :], weight[:, None], weights)
         total += weights * value
-    place = output + (token * tl.num_programs(1) + block) * VALUE_DIM + columns
+    place = output + (token * tl.num_programs(1) + copy) * VALUE_DIM + columns
     tl.store(place, tl.sum(total, axis=0), columns < VALUE_DIM)
 
 
 @Launcher
 @triton.jit
 def _lookup_backward_kernel(
-    gradients, scores, rows, blocks, values, value_stride, pre_values, pre_stride, pre_input,
+    gradients, scores, rows, copies, values, value_stride, pre_values, pre_stride, pre_input,
     score_gradients, input_gradients, weights, pre_weights, gradient_width,
-    HAS_BLOCKS: tl.constexpr, ACTIVATION: tl.constexpr, K: tl.constexpr, CORES: tl.constexpr,
+    HAS_COPIES: tl.constexpr, ACTIVATION: tl.constexpr, K: tl.constexpr, CORES: tl.constexpr,
     VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one token's scores and pre-value input, and what its reads weigh in the table's gradient."""
@@ -148,7 +159,7 @@ def _lookup_backward_kernel(
     if PRE_DIM > 0:
         x = tl.load(pre_input + token * PRE_DIM + pre_columns, pre_columns < PRE_DIM, 0.0).to(tl.float32)
         input_gradient = tl.zeros([BLOCK_K, BLOCK_P], tl.float32)
-    if not HAS_BLOCKS:
+    if not HAS_COPIES:
         whole_gradient = tl.load(gradients + columns, columns < VALUE_DIM, 0.0).to(tl.float32)
     for start in range(0, K, BLOCK_K):
         reads = start + tl.arange(0, BLOCK_K)
@@ -161,9 +172,9 @@ def _lookup_backward_kernel(
             factor = _activation(product, ACTIVATION)
         else:
             factor = tl.full([BLOCK_K], 1.0, tl.float32)
-        if HAS_BLOCKS:
-            block = tl.load(blocks + token * K + reads, mask, 0)
-            value *= _load_rows(gradients, VALUE_DIM, block, columns, mask, VALUE_DIM)
+        if HAS_COPIES:
+            copy = tl.load(copies + token * K + reads, mask, 0)
+            value *= _load_rows(gradients, VALUE_DIM, copy, columns, mask, VALUE_DIM)
         else:
             value *= whole_gradient[None, :]
         factor_gradient = tl.zeros([BLOCK_K], tl.float32)
@@ -203,138 +214,116 @@ def _sizes(k: int, cores: int, value_dim: int, pre_dim: int, *, backward: bool) 
     }
 
 
-def _forward(
-    scores: Tensor,
-    rows: Tensor,
-    blocks: Tensor | None,
-    values: Tensor,
-    pre_values: Tensor | None,
-    pre_input: Tensor | None,
-    link: Tensor,
-    number: Tensor,
-    pre_activation: str,
-    num_blocks: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    state = TableState.find(number)
-    if state is not None:
-        state.forget_failed_passes()
-    tokens, k, cores = scores.shape
-    output = values.new_empty((tokens, num_blocks * values.shape[1]), dtype=dtype)
-    if not tokens:
-        return output
-    value_copy, pre_copy = _compute_tables(number, values, pre_values, dtype)
-    _lookup_kernel(
-        (tokens, num_blocks), scores, rows, blocks,
-        value_copy, value_copy.stride(0), pre_copy, 0 if pre_copy is None else pre_copy.stride(0), pre_input, output,
-        HAS_BLOCKS=blocks is not None, ACTIVATION=pre_activation,
-        **_sizes(k, cores, values.shape[1], 0 if pre_input is None else pre_input.shape[1], backward=False),
-    )  # fmt: skip
+_READS = "Tensor rows, Tensor scores, Tensor? pre_input, str? pre_activation, Tensor? copies, int num_copies"
+_TABLE = "Tensor values, Tensor? pre_values"
+
+
+def _tables(numbers: Tensor | None, values: Tensor, pre_values: Tensor | None, dtype: torch.dtype) -> list[Any]:
+    """Values, pre-values and the strides of their rows, in the dtype to compute in."""
+    copy: TableCopy | None = find(numbers, 0)
+    if copy is not None:
+        values, pre_values = copy.in_dtype(values, pre_values, dtype)
+    else:
+        values, pre_values = values.to(dtype), None if pre_values is None else pre_values.to(dtype)
+    return [values, values.stride(0), pre_values, 0 if pre_values is None else pre_values.stride(0)]
+
+
+def _forward(*inputs: Any) -> Tensor:
+    reads, (values, pre_values, _, numbers, dtype) = Reads(*inputs[:6]), inputs[6:]
+    output = _fake(*inputs)
+    tokens, k, cores = reads.scores.shape
+    if tokens:
+        _lookup_kernel(
+            (tokens, reads.num_virtual_copies), reads.scores, reads.rows, reads.virtual_copies,
+            *_tables(numbers, values, pre_values, dtype), reads.pre_input, output,
+            HAS_COPIES=reads.virtual_copies is not None, ACTIVATION=reads.pre_activation or "",
+            **_sizes(k, cores, values.shape[1], _width(reads.pre_input), backward=False),
+        )  # fmt: skip
     return output
 
 
-def _fake(
-    scores: Tensor,
-    rows: Tensor,
-    blocks: Tensor | None,
-    values: Tensor,
-    pre_values: Tensor | None,
-    pre_input: Tensor | None,
-    link: Tensor,
-    number: Tensor,
-    pre_activation: str,
-    num_blocks: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return values.new_empty((scores.shape[0], num_blocks * values.shape[1]), dtype=dtype)
+def _fake(*inputs: Any) -> Tensor:
+    reads, values, dtype = Reads(*inputs[:6]), inputs[6], inputs[-1]
+    shape = (reads.rows.shape[0], reads.num_virtual_copies * values.shape[1])
+    output: Tensor = values.new_empty(shape, dtype=dtype)
+    return output
 
 
-def _backward(
-    gradient: Tensor,
-    scores: Tensor,
-    rows: Tensor,
-    blocks: Tensor | None,
-    values: Tensor,
-    pre_values: Tensor | None,
-    pre_input: Tensor | None,
-    number: Tensor,
-    pre_activation: str,
-    table_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, k, cores = scores.shape
-    score_gradients, weights = torch.empty_like(scores), torch.empty_like(scores)
-    input_gradients = scores.new_empty(0) if pre_input is None else torch.empty_like(pre_input)
-    pre_weights = None if pre_input is None else scores.new_empty(tokens, k)
+def _width(pre_input: Tensor | None) -> int:
+    return 0 if pre_input is None else pre_input.shape[1]
+
+
+def _backward(gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """Gradients of scores, pre-value input, values, pre-values and link; empty where none is wanted."""
+    reads, (values, pre_values, numbers, has_link, needs) = Reads(*inputs[:6]), inputs[6:]
+    tokens, k, cores = reads.scores.shape
+    score_gradients, weights = torch.empty_like(reads.scores), torch.empty_like(reads.scores)
+    input_gradients = reads.scores.new_empty(0) if reads.pre_input is None else torch.empty_like(reads.pre_input)
+    pre_weights = None if reads.pre_input is None else reads.scores.new_empty(tokens, k)
     gradient = gradient.contiguous()
     if tokens:
-        value_copy, pre_copy = _compute_tables(number, values, pre_values, gradient.dtype)
         _lookup_backward_kernel(
-            (tokens,), gradient, scores, rows, blocks,
-            value_copy, value_copy.stride(0), pre_copy, 0 if pre_copy is None else pre_copy.stride(0), pre_input,
+            (tokens,), gradient, reads.scores, reads.rows, reads.virtual_copies,
+            *_tables(numbers, values, pre_values, gradient.dtype), reads.pre_input,
             score_gradients, input_gradients, weights, pre_weights, gradient.shape[1],
-            HAS_BLOCKS=blocks is not None, ACTIVATION=pre_activation,
-            **_sizes(k, cores, values.shape[1], 0 if pre_input is None else pre_input.shape[1], backward=True),
+            HAS_COPIES=reads.virtual_copies is not None, ACTIVATION=reads.pre_activation or "",
+            **_sizes(k, cores, values.shape[1], _width(reads.pre_input), backward=True),
         )  # fmt: skip
-    if table_gradient:
-        state = TableState.find(number)
-        assert state is not None
-        state.add_products(Products(rows, blocks, weights, gradient, pre_weights, pre_input))
-    return score_gradients, input_gradients, scores.new_zeros(1)
+    products = Products(reads.rows, reads.virtual_copies, weights, gradient, pre_weights, reads.pre_input)
+    nothing = reads.scores.new_empty(0)
+    if has_link:
+        collector: ProductCollector = find(numbers, 1)
+        collector.add_products(products)
+        return score_gradients, input_gradients, nothing, nothing.clone(), reads.scores.new_zeros(1)
+    tables = [part if needed else None for part, needed in zip((values, pre_values), needs, strict=True)]
+    found = table_gradients([products], tables)
+    whole = [
+        nothing.clone() if part is None else torch.zeros_like(part) if g is None else g
+        for part, g in zip(tables, found, strict=True)
+    ]
+    return score_gradients, input_gradients, *whole, nothing
 
 
-def _backward_fake(
-    gradient: Tensor,
-    scores: Tensor,
-    rows: Tensor,
-    blocks: Tensor | None,
-    values: Tensor,
-    pre_values: Tensor | None,
-    pre_input: Tensor | None,
-    number: Tensor,
-    pre_activation: str,
-    table_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    input_gradients = scores.new_empty(0) if pre_input is None else torch.empty_like(pre_input)
-    return torch.empty_like(scores), input_gradients, scores.new_empty(1)
-
-
-def _backward_of_operator(
-    gradient: Tensor,
-    scores: Tensor,
-    rows: Tensor,
-    blocks: Tensor | None,
-    values: Tensor,
-    pre_values: Tensor | None,
-    pre_input: Tensor | None,
-    number: Tensor,
-    pre_activation: str,
-    table_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_backward`, but the table's state keeps copies: a compiler uses the memory of the originals again."""
-    gradient, rows = gradient.clone(), rows.clone()
-    blocks, pre_input = (None if part is None else part.clone() for part in (blocks, pre_input))
-    return _backward(
-        gradient, scores, rows, blocks, values, pre_values, pre_input, number, pre_activation, table_gradient
+def _backward_fake(gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    reads, (values, pre_values, _, has_link, needs) = Reads(*inputs[:6]), inputs[6:]
+    scores = reads.scores
+    input_gradients = scores.new_empty(0) if reads.pre_input is None else torch.empty_like(reads.pre_input)
+    tables = (
+        torch.empty_like(part, memory_format=torch.contiguous_format) if needed else scores.new_empty(0)
+        for part, needed in zip((values, pre_values), needs, strict=True)
     )
+    return torch.empty_like(scores), input_gradients, *tables, scores.new_empty(1 if has_link else 0)
+
+
+def _backward_of_operator(gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """As `_backward`, but what is kept beyond it are copies: a compiler uses the memory of the originals again."""
+    if inputs[-2]:
+        reads = Reads(*inputs[:6])
+        kept = reads._replace(
+            rows=reads.rows.clone(),
+            pre_input=None if reads.pre_input is None else reads.pre_input.clone(),
+            virtual_copies=None if reads.virtual_copies is None else reads.virtual_copies.clone(),
+        )
+        gradient, inputs = gradient.clone(), (*kept, *inputs[6:])
+    return _backward(gradient, *inputs)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    scores, rows, blocks, values, pre_values, pre_input, _, number, ctx.pre_activation, *_ = inputs
-    ctx.save_for_backward(scores, rows, blocks, values, pre_values, pre_input, number)
+    reads, (values, pre_values, link, numbers, _) = Reads(*inputs[:6]), inputs[6:]
+    ctx.save_for_backward(reads.rows, reads.scores, reads.pre_input, reads.virtual_copies, values, pre_values, numbers)
+    ctx.pre_activation, ctx.num_copies, ctx.has_link = reads.pre_activation, reads.num_virtual_copies, link is not None
 
 
 def _gradients(backward: Callable[..., Any], ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    rows, scores, pre_input, copies, values, pre_values, numbers = ctx.saved_tensors
+    reads = Reads(rows, scores, pre_input, ctx.pre_activation, copies, ctx.num_copies)
     needs = ctx.needs_input_grad
-    score_gradients, input_gradients, link_gradient = backward(
-        gradient, *ctx.saved_tensors, ctx.pre_activation, needs[6]
+    has_link = ctx.has_link and needs[8]
+    found = backward(gradient, *reads, values, pre_values, numbers, has_link, list(needs[6:8]))
+    of_scores, of_input, of_values, of_pre_values, of_link = (
+        part if needed else None for part, needed in zip(found, (needs[1], needs[2], *needs[6:9]), strict=True)
     )
-    return (
-        score_gradients,
-        *(None,) * 4,
-        input_gradients if needs[5] else None,
-        link_gradient if needs[6] else None,
-        *(None,) * 4,
-    )
+    return None, of_scores, of_input, None, None, None, of_values, of_pre_values, of_link, None, None
 
 
 _weighted_lookup = FusedOperator(
@@ -346,6 +335,11 @@ _weighted_lookup = FusedOperator(
     backward_operator=_backward_of_operator,
     save=_save,
     gradients=_gradients,
-    # What it leaves with the table's state, a replayed graph of kernels would not leave there.
+    # What it leaves with the table, a replayed graph of kernels would not leave there.
     backward_tags=(torch.Tag.cudagraph_unsafe,),
+    schema=f"({_READS}, {_TABLE}, Tensor? link, Tensor? numbers, ScalarType dtype) -> Tensor",
+    backward_schema=(
+        f"(Tensor gradient, {_READS}, {_TABLE}, Tensor? numbers, bool has_link, bool[] needs) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
 )

@@ -8,6 +8,7 @@ behind, which a second kernel adds up.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
@@ -17,19 +18,22 @@ from torch import Tensor
 
 from ultramem.ops.kernels.launching import Launcher
 from ultramem.ops.kernels.sizes import ceil_div, next_power_of_2
-from ultramem.ops.weighted_lookup.shared_table import Products
+from ultramem.ops.weighted_lookup.reads import Products
 
 _CHUNK = 128
 
 
 def table_gradients(
-    products: list[Products], tables: list[Tensor | None], sums: list[Tensor | None], buffers: list[Tensor | None]
+    products: list[Products],
+    tables: Sequence[Tensor | None],
+    sums: Sequence[Tensor | None] = (None, None),
+    buffers: Sequence[Tensor | None] = (None, None),
 ) -> list[Tensor | None]:
-    """Gradients of values and pre-values, in the tables' dtype; None for a table that needs none.
+    """Gradients of values and pre-values, in the tables' dtype; None for those that were not read.
 
     Args:
         products: what the lookups know.
-        tables: values and pre-values (None: there are none).
+        tables: values and pre-values; None for one that needs no gradient.
         sums: gradients that other lookups have summed up already, to be added, or None.
         buffers: tensors of the tables' shape and dtype to add to and return, or None for new ones.
     """
@@ -37,7 +41,7 @@ def table_gradients(
     read = [True, any(product.pre_inputs is not None for product in products)]
     gradients = [
         _gradient_to_add_to(table, total, buffer, len(groups) > 1)
-        if table is not None and table.requires_grad and (is_read or total is not None or buffer is not None)
+        if table is not None and (is_read or total is not None or buffer is not None)
         else None
         for table, total, buffer, is_read in zip(tables, sums, buffers, read, strict=True)
     ]
@@ -75,8 +79,8 @@ def _gradient_to_add_to(table: Tensor, total: Tensor | None, buffer: Tensor | No
 
 
 def _add(products: Products, gradients: list[Tensor | None], accumulate: bool) -> None:
-    rows, blocks, weights, value_gradients, pre_weights, pre_inputs = products
-    assert blocks is not None
+    rows, copies, weights, value_gradients, pre_weights, pre_inputs = products
+    assert copies is not None
     assert pre_inputs is not None
     values, pre_values = gradients
     if not pre_inputs.numel():
@@ -103,8 +107,8 @@ def _add(products: Products, gradients: list[Tensor | None], accumulate: bool) -
         "num_warps": 1 if max(value_dim, pre_value_dim) <= 1024 else 4,
     }
     _sum_chunk_kernel(
-        (chunks,), sorted_rows, order, weights, value_gradients, blocks, pre_weights, pre_inputs, values, pre_values,
-        partials, reads, rows.shape[1], value_gradients.shape[1], CORES=cores, HAS_BLOCKS=blocks.numel() > 0, **sizes,
+        (chunks,), sorted_rows, order, weights, value_gradients, copies, pre_weights, pre_inputs, values, pre_values,
+        partials, reads, rows.shape[1], value_gradients.shape[1], CORES=cores, HAS_COPIES=copies.numel() > 0, **sizes,
     )  # fmt: skip
     _sum_border_kernel((chunks,), sorted_rows, partials, values, pre_values, reads, **sizes)
 
@@ -117,8 +121,8 @@ def _within(columns, WIDTH: tl.constexpr, condition):
 
 @triton.jit
 def _contribution(
-    position, order, weights, value_gradients, blocks, pre_weights, pre_inputs, reads, k, gradient_width,
-    value_columns, pre_columns, CORES: tl.constexpr, HAS_BLOCKS: tl.constexpr,
+    position, order, weights, value_gradients, copies, pre_weights, pre_inputs, reads, k, gradient_width,
+    value_columns, pre_columns, CORES: tl.constexpr, HAS_COPIES: tl.constexpr,
     VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """What one read adds to its row's values and pre-values; nothing beyond the last read."""
@@ -128,8 +132,8 @@ def _contribution(
     value = tl.zeros([BLOCK_V], tl.float32)
     if VALUE_DIM > 0:
         start = token * gradient_width
-        if HAS_BLOCKS:
-            start += tl.load(blocks + read, inside, 0) * VALUE_DIM
+        if HAS_COPIES:
+            start += tl.load(copies + read, inside, 0) * VALUE_DIM
         gradient = tl.load(value_gradients + start + value_columns, _within(value_columns, VALUE_DIM, inside), 0.0)
         weight = tl.load(weights + read * CORES)
         weight_of_column = tl.zeros([BLOCK_V], tl.float32) + weight
@@ -182,8 +186,8 @@ def _finish_read(
 @Launcher
 @triton.jit
 def _sum_chunk_kernel(
-    rows, order, weights, value_gradients, blocks, pre_weights, pre_inputs, values, pre_values, partials,
-    reads, k, gradient_width, CORES: tl.constexpr, HAS_BLOCKS: tl.constexpr, CHUNK: tl.constexpr,
+    rows, order, weights, value_gradients, copies, pre_weights, pre_inputs, values, pre_values, partials,
+    reads, k, gradient_width, CORES: tl.constexpr, HAS_COPIES: tl.constexpr, CHUNK: tl.constexpr,
     VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -202,20 +206,20 @@ def _sum_chunk_kernel(
         position = begin + offset
         # All loads of four reads are under way before the first is needed.
         value_0, pre_value_0 = _contribution(
-            position, order, weights, value_gradients, blocks, pre_weights, pre_inputs, reads, k, gradient_width,
-            value_columns, pre_columns, CORES, HAS_BLOCKS, VALUE_DIM, PRE_DIM, BLOCK_V, BLOCK_P,
+            position, order, weights, value_gradients, copies, pre_weights, pre_inputs, reads, k, gradient_width,
+            value_columns, pre_columns, CORES, HAS_COPIES, VALUE_DIM, PRE_DIM, BLOCK_V, BLOCK_P,
         )  # fmt: skip
         value_1, pre_value_1 = _contribution(
-            position + 1, order, weights, value_gradients, blocks, pre_weights, pre_inputs, reads, k, gradient_width,
-            value_columns, pre_columns, CORES, HAS_BLOCKS, VALUE_DIM, PRE_DIM, BLOCK_V, BLOCK_P,
+            position + 1, order, weights, value_gradients, copies, pre_weights, pre_inputs, reads, k, gradient_width,
+            value_columns, pre_columns, CORES, HAS_COPIES, VALUE_DIM, PRE_DIM, BLOCK_V, BLOCK_P,
         )  # fmt: skip
         value_2, pre_value_2 = _contribution(
-            position + 2, order, weights, value_gradients, blocks, pre_weights, pre_inputs, reads, k, gradient_width,
-            value_columns, pre_columns, CORES, HAS_BLOCKS, VALUE_DIM, PRE_DIM, BLOCK_V, BLOCK_P,
+            position + 2, order, weights, value_gradients, copies, pre_weights, pre_inputs, reads, k, gradient_width,
+            value_columns, pre_columns, CORES, HAS_COPIES, VALUE_DIM, PRE_DIM, BLOCK_V, BLOCK_P,
         )  # fmt: skip
         value_3, pre_value_3 = _contribution(
-            position + 3, order, weights, value_gradients, blocks, pre_weights, pre_inputs, reads, k, gradient_width,
-            value_columns, pre_columns, CORES, HAS_BLOCKS, VALUE_DIM, PRE_DIM, BLOCK_V, BLOCK_P,
+            position + 3, order, weights, value_gradients, copies, pre_weights, pre_inputs, reads, k, gradient_width,
+            value_columns, pre_columns, CORES, HAS_COPIES, VALUE_DIM, PRE_DIM, BLOCK_V, BLOCK_P,
         )  # fmt: skip
         value, pre_value = _finish_read(
             position, rows, first_row, continued, value + value_0, pre_value + pre_value_0, values, pre_values, partial,

@@ -14,7 +14,7 @@ from olmo_core.train.callbacks.checkpointer import CheckpointRemovalStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ultramem.errors import UltraMemError
-from ultramem.training.callbacks.apart_from_training import timed_apart
+from ultramem.training.callbacks.timing import timed_apart
 
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE)
 

@@ -8,8 +8,8 @@ from olmo_core.train.callbacks import Callback, EvaluatorCallback
 
 from ultramem.evaluation.task_suite import TaskSuite
 from ultramem.runs.layout import TASK_METRICS
-from ultramem.training.callbacks.apart_from_training import apart_from_training
 from ultramem.training.callbacks.checkpoints import Checkpoints
+from ultramem.training.callbacks.timing import timed_apart
 
 
 @dataclass
@@ -18,7 +18,7 @@ class HeldoutCallback(EvaluatorCallback):
 
     def perform_eval(self, prefix: str = "eval") -> None:
         """Evaluate apart from training."""
-        with apart_from_training(self):
+        with timed_apart(self):
             super().perform_eval(prefix)
 
 
@@ -45,7 +45,7 @@ class TaskCallback(Callback):
         if self.step == self.last_step:  # a failure from here on must not cost the steps
             self.checkpoints.post_train()
         model = self.trainer.train_module.model
-        with apart_from_training(self):
+        with timed_apart(self):
             model.eval()
             results = self.suite.run(model, group=self.trainer.dp_process_group)
             model.train()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from ultramem.ops.grid_topk import Cells, best_cells, best_cells_backward
+from ultramem.ops.kernels.cells import Cells, best_cells
 
 pytestmark = pytest.mark.kernels
 
@@ -109,20 +109,6 @@ def test_weighted_cells(keys: int, axis_k: int, k: int, dtype: torch.dtype, gene
     grid.scatter_(2, left_out[0].unsqueeze(3).expand(-1, -1, -1, keys), -torch.inf)
     grid.scatter_(3, left_out[1].unsqueeze(2).expand(-1, -1, keys, -1), -torch.inf)
     check_cells(cells, keys, grid)
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_gradients_of_keys_that_were_not_chosen_are_left_alone(weighted: bool, generator: torch.Generator) -> None:
-    device, keys, k = generator.device, 12, 6
-    scores = torch.randn(2, 2 if weighted else 1, 2, 1, keys, generator=generator, device=device)
-    cores = torch.ones(1, 1, 2, 2, device=device) if weighted else None
-    direction = torch.ones(1, 2, device=device) if weighted else None
-    cells = best_cells(scores, keys, k, k, cores, direction, direction)
-    gradients = torch.full_like(scores, 7.0)
-    best_cells_backward(torch.zeros_like(cells.scores), cells.keys, cells.chosen_scores, gradients, cores)
-    chosen = torch.zeros(2, 2, 1, keys, dtype=torch.bool, device=device)
-    chosen.scatter_(3, cells.keys.long().permute(2, 0, 1, 3), True)
-    assert torch.equal(gradients, torch.where(chosen, 0.0, 7.0).unsqueeze(1).expand_as(gradients))
 
 
 @pytest.mark.gpu  # NumPy's minimum, in the interpreter, hands NaN on

@@ -1,0 +1,124 @@
+"""Initial values: matched to the feed-forward beside the memory, or as published.
+
+`matched` follows UltraMemV2 (arXiv:2508.18756), appendix A: each memory layer's output starts with the standard
+deviation of the feed-forward's output beside it. Linear layers take the host's own scheme; norm gains make the mean
+chosen score 1; the table's scale follows from the host's numbers and a seeded simulation of the retrieval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ultramem.ops.weighted_lookup.naive import ACTIVATIONS
+from ultramem.tables.table import Table
+
+if TYPE_CHECKING:
+    from ultramem.config import MemoryConfig
+    from ultramem.layers.memory_layer import MemoryLayer
+
+SIMULATED_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class HostScheme:
+    """How the host initialises the block that a memory layer stands in.
+
+    Attributes:
+        linear_std: standard deviation of the weights of linear layers that read the residual stream.
+        output_std: standard deviation of the weights of linear layers that write to it.
+        feed_forward_std: standard deviation of the feed-forward's output, for inputs of variance 1.
+    """
+
+    linear_std: float
+    output_std: float
+    feed_forward_std: float
+
+    @classmethod
+    def swiglu(cls, d_model: int, hidden_size: int, linear_std: float, output_std: float) -> HostScheme:
+        """The scheme of a block with a SwiGLU feed-forward of width `hidden_size` and normal weights."""
+        hidden = linear_std**2 * d_model
+        variance = hidden_size * second_moment(F.silu, math.sqrt(hidden)) * hidden * output_std**2
+        return cls(linear_std, output_std, math.sqrt(variance))
+
+    @classmethod
+    def paper(cls, d_model: int, num_blocks: int) -> HostScheme:
+        """The scheme of UltraMemV2: weights of variance 2 / (5 d), outputs scaled by 1 / sqrt(2 L)."""
+        std = math.sqrt(2 / (5 * d_model))
+        return cls.swiglu(d_model, 8 * d_model // 3, std, std / math.sqrt(2 * num_blocks))
+
+    @classmethod
+    @torch.no_grad()
+    def measured(cls, feed_forward: nn.Module, d_model: int, linear_std: float, output_std: float) -> HostScheme:
+        """The scheme of a block with any feed-forward, (1, tokens, d_model) to the same, measured on random input."""
+        parameter = next(feed_forward.parameters())
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, SIMULATED_TOKENS, d_model, generator=generator).to(parameter.device, parameter.dtype)
+        return cls(linear_std, output_std, float(feed_forward(x).float().std()))
+
+
+@torch.no_grad()
+def initialize(layers: Sequence[MemoryLayer], schemes: Sequence[HostScheme], generator: torch.Generator) -> None:
+    """Initialise memory layers and the tables that they read, as their `config.init` says.
+
+    Args:
+        layers: the memory layers of one model.
+        schemes: the host's scheme in the block whose residual stream each layer adds to.
+        generator: on the layers' device; the same seed gives the same values, sharded or not.
+    """
+    stds: dict[Table, list[float]] = {}
+    for layer, scheme in zip(layers, schemes, strict=True):
+        stds.setdefault(layer.table, []).append(layer.init_weights(scheme, generator))
+    for table, wanted in stds.items():
+        # A shared table serves all its layers best with the geometric mean of what each would want.
+        std = math.exp(sum(map(math.log, wanted)) / len(wanted)) if all(wanted) else 0.0
+        for parameter in table.parameters():
+            normal(parameter, std, generator)
+
+
+def table_std(config: MemoryConfig, d_model: int, linear_std: float, product_std: float) -> float:
+    """The standard deviation of values (and pre-values) for which a weighted value has std `product_std`."""
+    if not config.pre_value_dim:
+        return product_std
+    # The std of a pre-value product, for pre-values of std 1.
+    pre_std = linear_std * math.sqrt(d_model * config.pre_value_dim)
+    activation = ACTIVATIONS[config.pre_activation]
+    low, high = 1e-9, 1e9
+    for _ in range(64):  # bisection: the product's std grows with the table's
+        middle = math.sqrt(low * high)
+        if middle * math.sqrt(second_moment(activation, pre_std * middle)) < product_std:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(low * high)
+
+
+def second_moment(function: Callable[[Tensor], Tensor], std: float) -> float:
+    """E[f(z)²] for z normal with mean 0, by quadrature over 10 standard deviations."""
+    z = torch.linspace(-10, 10, 4001, dtype=torch.float64, device="cpu")
+    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    return float(torch.trapezoid(function(z * std).square() * density, z))
+
+
+def normal(parameter: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill a parameter with normal numbers of mean 0."""
+    fill(parameter, lambda full: full.normal_(0, std, generator=generator))
+
+
+def fill(parameter: Tensor, draw: Callable[[Tensor], object]) -> None:
+    """Fill a parameter; of a sharded one, every process draws the whole and keeps its shard."""
+    if not isinstance(parameter, DTensor):
+        draw(parameter)
+        return
+    full = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    draw(full)
+    # Every process drew the same values, so nothing is sent.
+    shards = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.to_local().copy_(shards.to_local())

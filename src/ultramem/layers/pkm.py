@@ -1,0 +1,56 @@
+"""PKM: product keys and nothing else."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ultramem.errors import ConfigError
+from ultramem.layers.initial_values import HostScheme, normal
+from ultramem.layers.product_key import ProductKeyLayer
+from ultramem.tables.layout import TableLayout, whole_tables
+
+if TYPE_CHECKING:
+    from ultramem.config import MemoryConfig
+
+
+class ProductKeyMemory(ProductKeyLayer):
+    """Product-Key Memory (arXiv:1907.05242): values join the residual stream as they are. Each layer owns its table.
+
+    Arguments as for `MemoryLayer`.
+    """
+
+    unused = {**ProductKeyLayer.unused, "norm_eps": "normalises neither queries nor keys"}
+
+    @classmethod
+    def check(cls, config: MemoryConfig, d_model: int | None = None) -> None:
+        """As in `MemoryLayer`: there is no projection between `value_dim` and `d_model`."""
+        if d_model is not None and config.value_dim != d_model:
+            raise ConfigError(
+                f"value_dim={config.value_dim}: pkm adds values to the residual stream, so set it to d_model={d_model}"
+            )
+
+    @classmethod
+    def layout(cls, config: MemoryConfig, num_layers: int) -> TableLayout:
+        """As in `MemoryLayer`."""
+        return whole_tables(config.num_keys, num_layers, shared=False)
+
+    def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
+        """As in `MemoryLayer`."""
+        return looked_up
+
+    def init_output(self, scheme: HostScheme, generator: torch.Generator) -> float:
+        """As in `MemoryLayer`."""
+        return 0.0 if self.config.init == "zero_output" else scheme.feed_forward_std
+
+    def init_published(self, generator: torch.Generator) -> None:
+        """As in `MemoryLayer`."""
+        normal(self.query_proj.weight, self.d_model**-0.5, generator)
+        self.init_keys(generator)
+
+    def query_std(self, scheme: HostScheme) -> float:
+        """As in `ProductKeyLayer`."""
+        return scheme.linear_std * math.sqrt(self.d_model)

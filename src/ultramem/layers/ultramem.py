@@ -1,0 +1,28 @@
+"""UltraMem: Tucker scores, virtual copies with a projection each, a table for each layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ultramem.layers.tucker import TuckerMemory
+from ultramem.tables.layout import TableLayout, whole_tables
+
+if TYPE_CHECKING:
+    from ultramem.config import MemoryConfig
+
+
+class UltraMem(TuckerMemory):
+    """UltraMem (arXiv:2411.12364). Arguments as for `MemoryLayer`."""
+
+    defaults = {"query_per_rank": False, "key_expansion": 2, "value_projectors": "per_block"}
+    unused = {
+        "share_ratio": "does not pool its layers' tables",
+        "sharing": "does not pool its layers' tables",
+    }
+    published_gain_exponent = -0.33
+
+    @classmethod
+    def layout(cls, config: MemoryConfig, num_layers: int) -> TableLayout:
+        """As in `MemoryLayer`."""
+        assert config.key_expansion is not None
+        return whole_tables(config.num_keys, num_layers, key_expansion=config.key_expansion, shared=False)

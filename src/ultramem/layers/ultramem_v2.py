@@ -1,0 +1,24 @@
+"""UltraMemV2: Tucker scores with a query for each rank, one projection, a table that all layers share in part."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ultramem.layers.tucker import TuckerMemory
+from ultramem.tables.layout import TableLayout, pooled_table
+
+if TYPE_CHECKING:
+    from ultramem.config import MemoryConfig
+
+
+class UltraMemV2(TuckerMemory):
+    """UltraMemV2 (arXiv:2508.18756); with `pre_activation` PEER (arXiv:2407.04153). Arguments as for `MemoryLayer`."""
+
+    defaults = {"query_per_rank": True, "key_expansion": 1, "value_projectors": "single"}
+    published_gain_exponent = -0.4
+
+    @classmethod
+    def layout(cls, config: MemoryConfig, num_layers: int) -> TableLayout:
+        """As in `MemoryLayer`."""
+        assert config.key_expansion is not None
+        return pooled_table(config.num_keys, num_layers, config.key_expansion, config.share_ratio, config.sharing)

@@ -1,0 +1,193 @@
+"""One gradient of a table in a backward pass, however many lookups read it."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ultramem.ops.backend import HAS_KERNELS
+from ultramem.ops.weighted_lookup.reads import Products
+from ultramem.tables.torch_internals import (
+    NO_BACKWARD_PASS,
+    current_backward_pass,
+    keep_until_it_ends,
+    take_gradient,
+)
+
+if HAS_KERNELS:
+    from ultramem.ops.weighted_lookup.table_gradient import table_gradients
+
+
+class GradientAccumulator:
+    """Collects what the lookups of a backward pass know of a table's gradient, which is then made in one go.
+
+    Ordinary autograd would give each lookup a gradient as large as the table and add them up. A pass has four steps:
+
+    1. Forward, each lookup takes the link, a tensor of one element made from the table (`TableLink`). It only tells
+       autograd that the lookup depends on the table.
+    2. Backward, each lookup leaves what it knows: sums of rows (`add_rows`, plain PyTorch) or products
+       (`add_products`, kernels). They are kept apart by backward pass: others may be under way in other threads.
+    3. When all lookups have done so, autograd comes to the link's node, which makes the table's gradient of it (`take`)
+       and hands it on, to the parameters.
+    4. What was left belongs to the backward pass, and goes with it, also if it fails.
+
+    Attributes:
+        used: whether a backward pass has reached a lookup since this was last set to False.
+    """
+
+    def __init__(self) -> None:
+        self.used = False
+        self._passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
+
+    def add_rows(self, which: int, table: Tensor, rows: Tensor, gradient: Tensor) -> None:
+        """Add `gradient` (*rows.shape, dim) to the gradients of the values' (0) or pre-values' (1) rows."""
+        sums = self._current().sums
+        if sums[which] is None:
+            sums[which] = torch.zeros_like(table, dtype=torch.promote_types(table.dtype, torch.float32))
+        total = sums[which]
+        assert total is not None
+        total.index_add_(0, rows.flatten(), gradient.flatten(0, -2).to(total.dtype))
+
+    def add_products(self, products: Products) -> None:
+        """Keep what a fused lookup knows."""
+        self._current().products.append(products)
+
+    def take(self, tables: list[Tensor | None], nodes: list[Any]) -> list[Tensor | None]:
+        """The gradients that this backward pass has brought, in the tables' dtype.
+
+        Args:
+            tables: values and pre-values; None for one that needs no gradient.
+            nodes: of the autograd graph, to which their gradients go, or None.
+        """
+        found = self._passes.pop(current_backward_pass(), None) or _Pass()
+        sums, products = found.empty()
+        if products:
+            return table_gradients(products, tables, sums, [take_gradient(node) for node in nodes])
+        return [
+            None if total is None or table is None else total.to(table.dtype)
+            for total, table in zip(sums, tables, strict=True)
+        ]
+
+    def _current(self) -> _Pass:
+        self.used = True
+        number = current_backward_pass()
+        found = self._passes.get(number)
+        if found is None:
+            found = self._passes[number] = _Pass()
+            keep_until_it_ends(found)
+        return found
+
+
+class _Pass:
+    """What the lookups of one backward pass left: sums over rows, in float32 or wider, and products."""
+
+    def __init__(self) -> None:
+        self.sums: list[Tensor | None] = [None, None]
+        self.products: list[Products] = []
+
+    def empty(self) -> tuple[list[Tensor | None], list[Products]]:
+        """What was left; nothing is held here any longer."""
+        left = self.sums, self.products
+        self.sums, self.products = [None, None], []
+        return left
+
+
+class TableLink:
+    """What lookups take to tell autograd that they depend on a table.
+
+    Args:
+        accumulator: of the table's gradient.
+    """
+
+    def __init__(self, accumulator: GradientAccumulator) -> None:
+        self._accumulator = accumulator
+        self._link: Tensor | None = None
+        self._tables: list[_Description] = []  # what it was made from
+
+    def get(self, values: Tensor, pre_values: Tensor | None) -> Tensor | None:
+        """The link (1,) of these tables; None where no gradient is wanted, or a compiled program finds none.
+
+        A compiler traces lookups with the link that it finds: `make` is to be called when the table changes.
+        """
+        if not torch.is_grad_enabled():
+            return None
+        fits = self._tables == _describe(values, pre_values)
+        if torch.compiler.is_compiling():
+            return self._link if fits else None
+        # Autograd runs younger nodes first, so the link's is to be as young as the pass: gradients must be there when
+        # FSDP collects them. And the gradient is made on the stream on which the link was: if that is another one than
+        # the lookups', no CUDA graph can be captured.
+        old = self._accumulator.used and current_backward_pass() == NO_BACKWARD_PASS
+        if old or not fits or self._stream != _current_stream(values):
+            self.make(values, pre_values)
+        return self._link
+
+    def make(self, values: Tensor, pre_values: Tensor | None) -> None:
+        """Make it from these tables: leaves such as parameters or, for one pass, results of operations."""
+        self._link = None  # also the old one's graph
+        self._tables, self._stream = _describe(values, pre_values), _current_stream(values)
+        self._accumulator.used = False
+        with torch.inference_mode(False), torch.enable_grad():
+            self._link = _Link.apply(self._accumulator, values, pre_values)
+
+
+_Description = tuple[int, torch.dtype, torch.device, bool]
+
+
+def _describe(values: Tensor, pre_values: Tensor | None) -> list[_Description]:
+    """Which tables they are, and what may change of them."""
+    tables = [values] if pre_values is None else [values, pre_values]
+    return [(id(table), table.dtype, table.device, table.requires_grad) for table in tables]
+
+
+def _current_stream(tensor: Tensor) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+
+def gather(which: int, table: Tensor, rows: Tensor, link: Tensor | None, accumulator: GradientAccumulator) -> Tensor:
+    """Rows (*rows.shape, dim) of the values (0) or pre-values (1), whose gradients are added up in an accumulator.
+
+    Without a link, and in compiled programs, this is plain PyTorch.
+    """
+    if link is None or not table.requires_grad or torch.compiler.is_compiling():
+        return F.embedding(rows, table)
+    gathered: Tensor = _Gather.apply(link, table.detach(), rows, accumulator, which)
+    return gathered
+
+
+class _Link(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, accumulator: GradientAccumulator, values: Tensor, pre_values: Tensor | None) -> Tensor:
+        ctx.accumulator = accumulator
+        ctx.tables = [values.detach(), None if pre_values is None else pre_values.detach()]
+        ctx.set_materialize_grads(False)
+        return torch.zeros(1, device=values.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        nodes = [*(node for node, _ in ctx.next_functions), None][:2]
+        wanted = [table if needed else None for table, needed in zip(ctx.tables, ctx.needs_input_grad[1:], strict=True)]
+        return (None, *ctx.accumulator.take(wanted, nodes))
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, link: Tensor, table: Tensor, rows: Tensor, accumulator: GradientAccumulator, which: int
+    ) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.table, ctx.accumulator, ctx.which = table, accumulator, which
+        return F.embedding(rows, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        (rows,) = ctx.saved_tensors
+        ctx.accumulator.add_rows(ctx.which, ctx.table, rows, gradient)
+        return None, None, None, None, None

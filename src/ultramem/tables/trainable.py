@@ -1,0 +1,116 @@
+"""A table of parameters, trained like any others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ultramem.ops.backend import HAS_KERNELS, takes_kernels
+from ultramem.ops.kernels.numbered import register
+from ultramem.ops.weighted_lookup.reads import Reads
+from ultramem.tables.computing_copy import ComputingCopy
+from ultramem.tables.gradient_accumulator import GradientAccumulator, TableLink, gather
+from ultramem.tables.table import Table
+
+if HAS_KERNELS:
+    from ultramem.ops.weighted_lookup import fused
+
+
+class TrainableTable(Table):
+    """Values and pre-values as parameters. However many lookups a pass makes, their gradient is made once.
+
+    Under autocast, kernels read a copy in its dtype, made once after each change of the parameters.
+
+    Args:
+        rows, value_dim, pre_value_dim: as of `Table`.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        values: parameter (rows, value_dim).
+        pre_values: parameter (rows, pre_value_dim), or None.
+    """
+
+    pre_values: nn.Parameter | None
+
+    def __init__(
+        self,
+        rows: int,
+        value_dim: int,
+        pre_value_dim: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(rows, value_dim, pre_value_dim)
+        self.values = nn.Parameter(torch.empty(rows, value_dim, device=device, dtype=dtype))
+        if pre_value_dim:
+            self.pre_values = nn.Parameter(torch.empty(rows, pre_value_dim, device=device, dtype=dtype))
+        else:
+            self.register_parameter("pre_values", None)
+        self._make_helpers()
+
+    @property
+    def device(self) -> torch.device:
+        """As of `Table`."""
+        return self.values.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As of `Table`."""
+        return self.values.dtype
+
+    def lookup(self, reads: Reads) -> Tensor:
+        """As of `Table`; with kernels computed and returned in autocast's dtype where that is on."""
+        if not takes_kernels("weighted_lookup", HAS_KERNELS and fused.supports(self.values, self.pre_values)):
+            return super().lookup(reads)
+        link = self._link.get(self.values, self.pre_values)
+        return fused.weighted_lookup(reads, self.values, self.pre_values, link=link, numbers=self._numbers)
+
+    def gather(self, rows: Tensor, *, pre_values: bool) -> tuple[Tensor, Tensor | None]:
+        """As of `Table`."""
+        link = self._link.get(self.values, self.pre_values)
+        values = gather(0, self.values, rows, link, self._accumulator)
+        if not pre_values:
+            return values, None
+        assert self.pre_values is not None
+        return values, gather(1, self.pre_values, rows, link, self._accumulator)
+
+    def begin_pass(self) -> None:
+        """As of `Table`: compiled lookups take the link that is there, and it is to be as young as the pass."""
+        if not torch.compiler.is_compiling():
+            self._link.get(self.values, self.pre_values)
+
+    def refresh(self) -> None:
+        """As of `Table`: the copy that is computed in."""
+        self._copy.refresh(self.values, self.pre_values)
+
+    def _make_helpers(self) -> None:
+        self._accumulator, self._copy = GradientAccumulator(), ComputingCopy()
+        self._numbers = register(self._copy, self._accumulator)
+        self._link = TableLink(self._accumulator)
+        self._link.make(self.values, self.pre_values)
+
+    # A compiled program takes the link that it finds: hence there is one from the start, and another where parameters
+    # are replaced, moved or copied. (FSDP, which replaces them in mid-pass, does so without calling this.)
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of `nn.Module`."""
+        super().register_parameter(name, param)
+        if hasattr(self, "_link"):
+            self._link.make(self.values, self.pre_values)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableTable:
+        super()._apply(fn, recurse)
+        self._link.make(self.values, self.pre_values)
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        """What is copied and saved: neither graphs nor the copy that is computed in."""
+        helpers = ("_accumulator", "_copy", "_link", "_numbers")
+        return {name: value for name, value in self.__dict__.items() if name not in helpers}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        self._make_helpers()
