@@ -131,14 +131,11 @@ def generate(
     save: Annotated[bool, typer.Option("--save", help="Append to RUN/samples.json, which the report shows.")] = False,
 ) -> None:
     """Continue prompts with a checkpoint."""
-    from ultramem.evaluation import SamplingConfig, TextGenerator, print_samples, read_prompt, save_samples
+    from ultramem.evaluation import SamplingConfig, read_prompt, show_samples
 
     config = SamplingConfig(temperature, top_k, top_p, seed, max_new_tokens)
-    texts = [*(prompts or ()), *([read_prompt(prompt_file)] if prompt_file else ())] or [""]
-    generator = TextGenerator.from_checkpoint(checkpoint, device)
-    samples = print_samples(generator, texts, config, num_samples)
-    if save:
-        typer.echo(f"added to {save_samples(generator.run, samples)}")
+    texts = [*(prompts or ()), *([read_prompt(prompt_file)] if prompt_file else ())]
+    show_samples(checkpoint, texts, config, num_samples=num_samples, device=device, save=save)
 
 
 def report(

@@ -43,3 +43,8 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}{line}: not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from error
+
+
+def dump_yaml(content: Any) -> str:
+    """The YAML text of nested mappings, lists, numbers and texts, in the order of the mappings."""
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

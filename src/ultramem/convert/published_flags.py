@@ -11,11 +11,9 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
-import yaml
-
 from ultramem.configuration.decoding import decode
 from ultramem.configuration.overrides import set_key
-from ultramem.configuration.yaml_text import parse_yaml
+from ultramem.configuration.yaml_text import dump_yaml, parse_yaml
 from ultramem.convert.published_checkpoint import FIXED_KEYS, MEMORY_KEYS, MODEL_KEYS, PublishedModel
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.runs.config import RunConfig
@@ -176,7 +174,7 @@ class _Draft:
         if self._assumed:
             lines.append("# not among the flags, so assumed: " + " ".join(map(_as_flag, self._assumed.items())))
         sections = {name: section for name, section in self.content.items() if section}
-        lines.append(yaml.safe_dump(sections, sort_keys=False, allow_unicode=True).rstrip("\n"))
+        lines.append(dump_yaml(sections).rstrip("\n"))
         for flag, text in self.given.items():
             if flag in self._reasons or flag not in self._translated:
                 reason = f" ({self._reasons[flag]})" if self._reasons.get(flag) else ""

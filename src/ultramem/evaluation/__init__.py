@@ -7,6 +7,7 @@ from ultramem.evaluation.generation import (
     print_samples,
     read_prompt,
     save_samples,
+    show_samples,
 )
 from ultramem.evaluation.loss import Evaluation, evaluate, print_losses
 from ultramem.evaluation.sampling import sample
@@ -32,4 +33,5 @@ __all__ = [
     "read_prompt",
     "sample",
     "save_samples",
+    "show_samples",
 ]

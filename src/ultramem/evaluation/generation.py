@@ -154,6 +154,34 @@ def read_prompt(path: Path) -> str:
         raise UltraMemError(f"{path} cannot be read ({reason}); name a text file with --prompt-file") from error
 
 
+def show_samples(
+    path: str | os.PathLike[str],
+    prompts: Sequence[str],
+    config: SamplingConfig,
+    *,
+    num_samples: int = 1,
+    device: str = "auto",
+    save: bool = False,
+) -> None:
+    """Continue prompts with a checkpoint and print the texts as they grow.
+
+    Args:
+        path: a run directory for its latest complete checkpoint, or a checkpoint's own directory.
+        prompts: beginnings of texts; without any, of a document.
+        config: how to choose the tokens.
+        num_samples: of each prompt; see `print_samples`.
+        device: `cpu`, `cuda`, or `auto` for CUDA where there is a device.
+        save: whether to add them to the run's `samples.json`.
+
+    Raises:
+        ConfigError, UltraMemError: as in `TextGenerator` and `save_samples`.
+    """
+    generator = TextGenerator.from_checkpoint(path, device)
+    samples = print_samples(generator, prompts or [""], config, num_samples)
+    if save:
+        typer.echo(f"added to {save_samples(generator.run, samples)}")
+
+
 def print_samples(
     generator: TextGenerator, prompts: Sequence[str], config: SamplingConfig, num_samples: int = 1
 ) -> list[Sample]:

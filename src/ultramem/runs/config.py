@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from ultramem.configuration.decoding import encode
 from ultramem.configuration.field_types import check_types
+from ultramem.configuration.yaml_text import dump_yaml
 from ultramem.errors import ConfigError
 from ultramem.files.whole_files import write_text
 from ultramem.hosts.olmo_core import ModelConfig
@@ -271,7 +270,7 @@ class RunConfig:
 
     def save(self, path: Path) -> None:
         """Write as YAML that `load_config` reads back, whole or not at all."""
-        write_text(path, yaml.safe_dump(encode(self), sort_keys=False, allow_unicode=True))
+        write_text(path, dump_yaml(encode(self)))
 
 
 # Where one may be None, its type says so.
