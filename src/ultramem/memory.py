@@ -182,6 +182,11 @@ class Memory(nn.Module):
                 self._counters.append(ReadCounter(layer.window_rows, layer.query_proj.weight.device))
                 layer.observers.append(self._counters[-1])
 
+    def pause_usage(self, paused: bool = True) -> None:
+        """Stop counting for a while, or go on; what was counted stays."""
+        for counter in self._counters:
+            counter.paused = paused
+
     def usage_metrics(self, *, reset: bool = True) -> dict[str, Tensor]:
         """What the layers read since the last report: scalars, named such as `layer 03/rows read`.
 

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ultramem.data.token_windows import TokenWindows
 from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core import model_statistics
+from ultramem.layers.read_counter import ReadCounter
 from ultramem.runs.checkpoints import load_model
 from ultramem.tables.gradient_accumulator import GradientAccumulator
 from ultramem.tables.trainable import TrainableTable
@@ -500,3 +501,21 @@ def test_wandb_offline(make_config, monkeypatch):
     config = make_config(steps=2, logging=LoggingConfig(wandb=WandbConfig("project")))
     train(config)
     assert list((config.trainer.directory / "wandb").rglob("*.wandb"))
+
+
+def test_reads_of_every_fourth_step_are_counted(make_config, monkeypatch):
+    """The reported step's among them, whatever the interval."""
+    counted = []
+    summarise = ReadCounter.summarise
+
+    def spy(self, scores, output):
+        counted.append(current["step"])
+        summarise(self, scores, output)
+
+    current = {}
+    for step in range(1, 13):
+        at_step(monkeypatch, step, lambda step=step: current.update(step=step))
+    monkeypatch.setattr(ReadCounter, "summarise", spy)
+    config = make_config(steps=12, memory_metrics_interval=6, evaluate_interval=5)
+    train(config)
+    assert sorted(set(counted)) == [4, 6, 10, 12]

@@ -17,30 +17,34 @@ if TYPE_CHECKING:
 class ReadCounter:
     """What one memory layer read and returned in training mode since the last report.
 
-    It costs two passes over the output and an addition for each read, which a compiler takes into its program; nothing
-    waits for a GPU.
+    Nothing here waits for a GPU, and a compiler takes all of it into its program.
 
     Args:
         window_rows: rows that the layer can reach.
         device: where the counts are kept.
+
+    Attributes:
+        paused: whether passes do not count for the time being.
     """
 
     def __init__(self, window_rows: int, device: torch.device | str) -> None:
+        self.paused = False
         self._reads = torch.zeros(window_rows, dtype=torch.int64, device=device)
+        self._one = torch.ones((), dtype=torch.int64, device=device)
         # tokens, highest scores, lowest scores, output elements, their sum, the sum of their squares
         self._sums = torch.zeros(6, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def observe(self, layer: MemoryLayer, reads: Reads, output: Tensor) -> None:
         """Add one forward pass; see `ReadObserver`."""
-        if layer.training:
+        if layer.training and not self.paused:
             self.count(reads.rows - layer.window_start, layer.table.rows)
             self.summarise(reads.scores, output)
 
     def count(self, in_window: Tensor, table_rows: int) -> None:
         """Add reads (tokens, k) of rows, counted from the window's start; below zero is beyond the table's end."""
         flat = torch.where(in_window < 0, in_window + table_rows, in_window).flatten()
-        self._reads.index_add_(0, flat, torch.ones_like(flat))
+        self._reads.scatter_add_(0, flat, self._one.expand_as(flat))
 
     def summarise(self, scores: Tensor, output: Tensor) -> None:
         """Add scores (tokens, k, cores) and the layer's output (tokens, d_model)."""

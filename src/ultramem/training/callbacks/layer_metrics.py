@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from olmo_core.train.callbacks import Callback
 
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.hosts.olmo_core.moe import DroplessMoE
 
+_COUNTED = 4  # one step of so many counts
+
 
 @dataclass
 class LayerMetrics(Callback):
-    """Reports what memory layers and mixtures of experts read.
+    """Reports what memory layers and mixtures of experts read; memory layers' reads are those of every fourth step.
 
     Attributes:
         model: the model.
@@ -26,6 +29,12 @@ class LayerMetrics(Callback):
         """Start counting."""
         if self.model.memory is not None:
             self.model.memory.track_usage()
+
+    def pre_step(self, batch: dict[str, Any]) -> None:
+        """Count in some steps only, that of the report among them: it takes time to launch so many small kernels."""
+        del batch
+        if self.model.memory is not None:
+            self.model.memory.pause_usage(self.step % self.interval % _COUNTED != 0)
 
     def post_train_batch(self) -> None:
         """Report; all processes take part."""
