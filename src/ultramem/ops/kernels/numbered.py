@@ -26,4 +26,4 @@ def register(*things: Any) -> Tensor:
 
 def find(numbers: Tensor | None, which: int) -> Any:
     """The object of one of the numbers; None if there are no numbers, or the object is gone."""
-    return None if numbers is None else _objects.get(int(numbers[which]))
+    return None if numbers is None else _objects.get(numbers.tolist()[which])

@@ -69,14 +69,19 @@ def weighted_lookup(
     dtype = autocast_dtype(values)
     if link is not None:
         values, pre_values = values.detach(), None if pre_values is None else pre_values.detach()
-    contiguous = reads._replace(
-        rows=reads.rows.contiguous(),
-        scores=reads.scores.float().contiguous(),
-        pre_input=None if reads.pre_input is None else reads.pre_input.to(dtype).contiguous(),
-        virtual_copies=None if reads.virtual_copies is None else reads.virtual_copies.contiguous(),
-        num_virtual_copies=reads.sums,
+    result: Tensor = _weighted_lookup(
+        reads.rows.contiguous(),
+        reads.scores.float().contiguous(),
+        None if reads.pre_input is None else reads.pre_input.to(dtype).contiguous(),
+        reads.pre_activation,
+        None if reads.virtual_copies is None else reads.virtual_copies.contiguous(),
+        reads.sums,
+        values,
+        pre_values,
+        link,
+        numbers,
+        dtype,
     )
-    result: Tensor = _weighted_lookup(*contiguous, values, pre_values, link, numbers, dtype)
     return result
 
 
@@ -243,9 +248,8 @@ def _forward(*inputs: Any) -> Tensor:
 
 
 def _fake(*inputs: Any) -> Tensor:
-    reads, values, dtype = Reads(*inputs[:6]), inputs[6], inputs[-1]
-    shape = (reads.rows.shape[0], reads.num_virtual_copies * values.shape[1])
-    output: Tensor = values.new_empty(shape, dtype=dtype)
+    rows, num_copies, values, dtype = inputs[0], inputs[5], inputs[6], inputs[-1]
+    output: Tensor = values.new_empty((rows.shape[0], num_copies * values.shape[1]), dtype=dtype)
     return output
 
 
@@ -253,12 +257,12 @@ def _width(pre_input: Tensor | None) -> int:
     return 0 if pre_input is None else pre_input.shape[1]
 
 
-def _backward(gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    """Gradients of scores, pre-value input, values, pre-values and link; empty where none is wanted."""
+def _backward(gradient: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of scores, pre-value input, values, pre-values and link; None where none is wanted."""
     reads, (values, pre_values, numbers, has_link, needs) = Reads(*inputs[:6]), inputs[6:]
     tokens, k, cores = reads.scores.shape
     score_gradients, weights = torch.empty_like(reads.scores), torch.empty_like(reads.scores)
-    input_gradients = reads.scores.new_empty(0) if reads.pre_input is None else torch.empty_like(reads.pre_input)
+    input_gradients = None if reads.pre_input is None else torch.empty_like(reads.pre_input)
     pre_weights = None if reads.pre_input is None else reads.scores.new_empty(tokens, k)
     gradient = gradient.contiguous()
     if tokens:
@@ -270,18 +274,29 @@ def _backward(gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
             **_sizes(k, cores, values.shape[1], _width(reads.pre_input), backward=True),
         )  # fmt: skip
     products = Products(reads.rows, reads.virtual_copies, weights, gradient, pre_weights, reads.pre_input)
-    nothing = reads.scores.new_empty(0)
     if has_link:
         collector: ProductCollector = find(numbers, 1)
         collector.add_products(products)
-        return score_gradients, input_gradients, nothing, nothing.clone(), reads.scores.new_zeros(1)
+        return score_gradients, input_gradients, None, None, reads.scores.new_zeros(1)
     tables = [part if needed else None for part, needed in zip((values, pre_values), needs, strict=True)]
-    found = table_gradients([products], tables)
-    whole = [
-        nothing.clone() if part is None else torch.zeros_like(part) if g is None else g
-        for part, g in zip(tables, found, strict=True)
-    ]
-    return score_gradients, input_gradients, *whole, nothing
+    return score_gradients, input_gradients, *table_gradients([products], tables), None
+
+
+def _backward_of_operator(gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """As `_backward`, with an empty tensor for None, or zeros for a table that was not read.
+
+    What is kept beyond it are copies: a compiler uses the memory of the originals again.
+    """
+    has_link = inputs[-2]
+    if has_link:
+        gradient = gradient.clone()
+        # Rows, pre-value input and virtual copies.
+        inputs = tuple(
+            part.clone() if place in (0, 2, 4) and part is not None else part for place, part in enumerate(inputs)
+        )
+    found = _backward(gradient, *inputs)
+    absent = _backward_fake(gradient, *inputs)
+    return tuple(empty.zero_() if part is None else part for part, empty in zip(found, absent, strict=True))
 
 
 def _backward_fake(gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
@@ -289,41 +304,29 @@ def _backward_fake(gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     scores = reads.scores
     input_gradients = scores.new_empty(0) if reads.pre_input is None else torch.empty_like(reads.pre_input)
     tables = (
-        torch.empty_like(part, memory_format=torch.contiguous_format) if needed else scores.new_empty(0)
+        torch.empty_like(part, memory_format=torch.contiguous_format)
+        if needed and not has_link
+        else scores.new_empty(0)
         for part, needed in zip((values, pre_values), needs, strict=True)
     )
     return torch.empty_like(scores), input_gradients, *tables, scores.new_empty(1 if has_link else 0)
 
 
-def _backward_of_operator(gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    """As `_backward`, but what is kept beyond it are copies: a compiler uses the memory of the originals again."""
-    if inputs[-2]:
-        reads = Reads(*inputs[:6])
-        kept = reads._replace(
-            rows=reads.rows.clone(),
-            pre_input=None if reads.pre_input is None else reads.pre_input.clone(),
-            virtual_copies=None if reads.virtual_copies is None else reads.virtual_copies.clone(),
-        )
-        gradient, inputs = gradient.clone(), (*kept, *inputs[6:])
-    return _backward(gradient, *inputs)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    reads, (values, pre_values, link, numbers, _) = Reads(*inputs[:6]), inputs[6:]
-    ctx.save_for_backward(reads.rows, reads.scores, reads.pre_input, reads.virtual_copies, values, pre_values, numbers)
-    ctx.pre_activation, ctx.num_copies, ctx.has_link = reads.pre_activation, reads.num_virtual_copies, link is not None
+    rows, scores, pre_input, ctx.pre_activation, copies, ctx.num_copies, values, pre_values, link, numbers, _ = inputs
+    ctx.save_for_backward(rows, scores, pre_input, copies, values, pre_values, numbers)
+    ctx.has_link = link is not None
 
 
 def _gradients(backward: Callable[..., Any], ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    rows, scores, pre_input, copies, values, pre_values, numbers = ctx.saved_tensors
-    reads = Reads(rows, scores, pre_input, ctx.pre_activation, copies, ctx.num_copies)
+    rows, scores, pre_input, copies, *table = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    has_link = ctx.has_link and needs[8]
-    found = backward(gradient, *reads, values, pre_values, numbers, has_link, list(needs[6:8]))
-    of_scores, of_input, of_values, of_pre_values, of_link = (
+    reads = rows, scores, pre_input, ctx.pre_activation, copies, ctx.num_copies
+    found = backward(gradient, *reads, *table, ctx.has_link and needs[8], list(needs[6:8]))
+    of_scores, of_input, *of_table = (
         part if needed else None for part, needed in zip(found, (needs[1], needs[2], *needs[6:9]), strict=True)
     )
-    return None, of_scores, of_input, None, None, None, of_values, of_pre_values, of_link, None, None
+    return None, of_scores, of_input, None, None, None, *of_table, None, None
 
 
 _weighted_lookup = FusedOperator(
