@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultramem.layers.initial_values import HostScheme, fill, normal, table_std
+from ultramem.layers.initial_values import HostScheme, table_std
 from ultramem.ops.weighted_lookup.reads import Reads
+from ultramem.tables.filling import fill, normal
 from ultramem.tables.layout import TableLayout
 from ultramem.tables.table import Table
 
@@ -58,8 +59,8 @@ class MemoryLayer(nn.Module):
         observers: see what each forward pass reads.
     """
 
-    # What the kind takes for fields of `MemoryConfig` that are left at None.
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    # What the kind takes for fields of `MemoryConfig` that are left at None, where it differs from these.
+    defaults: ClassVar[Mapping[str, Any]] = {"query_per_rank": False, "key_expansion": 1, "value_projectors": "single"}
     # Fields that the kind has no use for, and why not: after its name, as part of a sentence.
     unused: ClassVar[Mapping[str, str]] = {}
 
@@ -165,11 +166,24 @@ class MemoryLayer(nn.Module):
 
     def locate(self, indices: Tensor, scores: Tensor, x: Tensor) -> Reads:
         """What the table is asked for, from what was retrieved; x is (tokens, d_model)."""
-        return Reads(indices, scores)
+        return Reads(self.table_rows(indices), scores)
+
+    def table_rows(self, in_window: Tensor) -> Tensor:
+        """Numbers of the table's rows from those of the window's, which may go on at the table's beginning."""
+        rows = in_window + self.window_start
+        return torch.where(rows < self.table.rows, rows, rows - self.table.rows)
 
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
         """From what was looked up, (tokens, output_width), to (tokens, d_model); x is (tokens, d_model)."""
         raise NotImplementedError
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token uses: all of the layer's own, and the table rows that it reads."""
+        of_table = set(self.table.parameters())
+        own = sum(parameter.numel() for parameter in self.parameters() if parameter not in of_table)
+        reads = self.config.heads * self.config.top_k
+        return own + reads * (self.table.value_dim + self.table.pre_value_dim)
 
     def metrics(self) -> dict[str, Tensor]:
         """Scalars that tell of the layer's parameters, for `Memory.usage_metrics`."""

@@ -97,7 +97,7 @@ class MemoryBlock(TransformerBlock):
     def num_flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of a training step for each token, the memory layers' included."""
         layers = [*self.own, *(layer for _, layer in self.reads)]
-        return super().num_flops_per_token(seq_len) + sum(6 * layer_active_parameters(layer) for layer in layers)
+        return super().num_flops_per_token(seq_len) + sum(6 * layer.active_parameters for layer in layers)
 
 
 def read_memory(layer: MemoryLayer, x: Tensor, loss_div_factor: Tensor | float | None) -> Tensor:
@@ -281,11 +281,3 @@ class MemoryTransformer(Transformer):
         super().post_optim_step()
         if self.memory is not None:
             self.memory.refresh()
-
-
-def layer_active_parameters(layer: MemoryLayer) -> int:
-    """Parameters that one token uses: all of the layer's own, and the table rows that it reads."""
-    table = set(layer.table.parameters())
-    own = sum(parameter.numel() for parameter in layer.parameters() if parameter not in table)
-    config = layer.config
-    return own + config.heads * config.top_k * (config.value_dim + config.pre_value_dim)
