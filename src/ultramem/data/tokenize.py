@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn
 
 from rich.progress import Progress
 
-from ultramem.configuration.field_types import check_types
+from ultramem.configuration.field_types import check_least, check_types
 from ultramem.data.documents import BrokenRecordError, Document, find_sources, read_documents
 from ultramem.data.encoding import encode_documents
 from ultramem.data.near_duplicates import near_duplicates
@@ -96,14 +96,8 @@ class TokenizeConfig:
             raise ConfigError(
                 f"near_duplicates={self.near_duplicates}: must be a similarity above 0 and at most 1, such as 0.7"
             )
-        for name, value, least in (
-            ("seed", self.seed, 0),
-            ("processes", self.processes, 1),
-            ("shard_tokens", self.shard_tokens, 1),
-            ("max_size", self.max_size, 1),
-        ):
-            if value is not None and value < least:
-                raise ConfigError(f"{name}={value}: must be at least {least}")
+        check_least(0, seed=self.seed)
+        check_least(1, processes=self.processes, shard_tokens=self.shard_tokens, max_size=self.max_size)
 
 
 class Corpus:

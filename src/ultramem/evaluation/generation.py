@@ -13,10 +13,10 @@ import typer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from ultramem.configuration.field_types import check_types
+from ultramem.configuration.field_types import check_least, check_types
 from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.device import autocast
-from ultramem.errors import ConfigError, UltraMemError, system_reason
+from ultramem.errors import UltraMemError, system_reason
 from ultramem.evaluation.sampling import check_sampling, sample
 from ultramem.files.json_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
@@ -46,10 +46,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_sampling(self.temperature, self.top_k, self.top_p)
-        if self.seed < 0:
-            raise ConfigError(f"seed={self.seed}: must be at least 0")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+        check_least(0, seed=self.seed)
+        check_least(1, max_new_tokens=self.max_new_tokens)
 
 
 @dataclass(frozen=True)

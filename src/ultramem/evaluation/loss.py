@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ultramem.configuration.field_types import check_least
 from ultramem.data.token_windows import IGNORED, TokenWindows
 from ultramem.device import autocast
-from ultramem.errors import ConfigError, UltraMemError
+from ultramem.errors import UltraMemError
 from ultramem.evaluation.data import find_data
 from ultramem.evaluation.table_columns import column_names
 from ultramem.files.json_files import read_json_object, write_json
@@ -97,13 +98,10 @@ def evaluate(
     found = find_data(checkpoint, data, split, dtype)
     length = config.data.sequence_length if sequence_length is None else sequence_length
     windows = TokenWindows(found.files, found.dtype, config.model.vocab_size, length, max_tokens)
-    if batch_size is None:
-        batch_size = max(1, BATCH_TOKENS // length)
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size}: must be at least 1")
+    check_least(1, batch_size=batch_size)
     model = checkpoint.load_model(device)
     started = time.perf_counter()
-    loss = mean_loss(model, windows, batch_size)
+    loss = mean_loss(model, windows, batch_size or max(1, BATCH_TOKENS // length))
     seconds = time.perf_counter() - started
     return Evaluation(
         checkpoint=checkpoint.name,

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ultramem.errors import ConfigError
+from ultramem.configuration.field_types import check_least
 from ultramem.evaluation.scoring import BATCH_TOKENS
 from ultramem.evaluation.table_columns import column_names
 from ultramem.evaluation.task_suite import GROUPS, TaskSuite, check_max_questions, task_names, with_means
@@ -88,9 +88,7 @@ def evaluate_tasks(
     """
     names = task_names(tasks)
     check_max_questions(max_questions)
-    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value}: must be at least 1")
+    check_least(1, batch_size=batch_size, sequence_length=sequence_length)
     checkpoints = [find_checkpoint(path) for path in paths]
     tokenizers = [find_tokenizer(checkpoint) for checkpoint in checkpoints]
     suites: dict[tuple[str, int, int], TaskSuite] = {}

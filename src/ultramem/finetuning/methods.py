@@ -67,19 +67,19 @@ class Finetuning:
     ) -> None:
         self.model, self.config, self.examples = model, config, examples
         self.steps = 0
-        self._sparse: SparseFinetuning | None = None
-        self._adapted: Any = None
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
-        if background is not None:
-            self._sparse = SparseFinetuning(
+        self._adapted = add_lora(model, config.rank) if config.method == "lora" else None
+        self._sparse = (
+            None
+            if background is None
+            else SparseFinetuning(
                 model,
                 background,
                 rows=config.rows,
                 learning_rate=config.chosen_learning_rate,
                 optimizer=config.optimizer,
             )
-        elif config.method == "lora":
-            self._adapted = add_lora(model, config.rank)
+        )
         self._trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
     def train(self, directory: Path, callbacks: Sequence[TrainerCallback] = ()) -> None:
