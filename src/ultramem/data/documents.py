@@ -270,7 +270,7 @@ def _read_text(file: SourceFile, separator: str | None) -> Iterator[Document | B
     number = 0
     with file.path.open("rb") as raw:
         lines = io.TextIOWrapper(_decompress(file, raw), encoding="utf-8", newline="")
-        texts = _cut(lines, separator) if file.suffix == ".txt" else _whole(lines)
+        texts = _cut(lines, separator) if file.suffix == ".txt" else iter(lines.read, "")
         try:
             for number, text in enumerate(texts, start=1):
                 yield _document(text, file, number, raw.tell())
@@ -281,11 +281,6 @@ def _read_text(file: SourceFile, separator: str | None) -> Iterator[Document | B
         else:
             if number == 0:
                 yield BrokenRecordError(f"{file.path}: the file is empty")
-
-
-def _whole(lines: io.TextIOWrapper) -> Iterator[str]:
-    if text := lines.read():
-        yield text
 
 
 def _cut(lines: io.TextIOWrapper, separator: str | None) -> Iterator[str]:
