@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, product
 from pathlib import Path
 
 import torch
@@ -188,18 +189,15 @@ def print_samples(
     The first sample of a prompt has the seed of `config`, the others the seeds after it.
     """
     samples: list[Sample] = []
-    for prompt in prompts:
-        for number in range(num_samples):
-            settings = replace(config, seed=config.seed + number)
-            if len(prompts) * num_samples > 1:
-                typer.secho(f"--- sample {len(samples) + 1}, seed {settings.seed}", bold=True)
-            typer.echo(prompt, nl=False)
-            text = prompt
-            for piece in generator.stream(prompt, settings):
-                typer.echo(piece, nl=False)
-                text += piece
-            typer.echo()
-            samples.append(Sample(prompt, text, settings))
+    for prompt, number in product(prompts, range(num_samples)):
+        settings, text = replace(config, seed=config.seed + number), ""
+        if len(prompts) * num_samples > 1:
+            typer.secho(f"--- sample {len(samples) + 1}, seed {settings.seed}", bold=True)
+        for piece in chain([prompt], generator.stream(prompt, settings)):
+            typer.echo(piece, nl=False)
+            text += piece
+        typer.echo()
+        samples.append(Sample(prompt, text, settings))
     return samples
 
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from ultramem.configuration.field_types import check_least
 from ultramem.evaluation.scoring import BATCH_TOKENS
-from ultramem.evaluation.task_suite import GROUPS, TaskSuite, check_max_questions, task_names, with_means
+from ultramem.evaluation.task_suite import GROUPS, TaskSuite, task_names, with_means
 from ultramem.files.json_files import write_json
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
 from ultramem.runs.layout import TASKS_NAME
@@ -85,8 +85,7 @@ def evaluate_tasks(
         UltraMemError: a checkpoint, its tokenizer or a package is missing or damaged, or the output is not finite.
     """
     names = task_names(tasks)
-    check_max_questions(max_questions)
-    check_least(1, batch_size=batch_size, sequence_length=sequence_length)
+    check_least(1, max_questions=max_questions, batch_size=batch_size, sequence_length=sequence_length)
     checkpoints = [find_checkpoint(path) for path in paths]
     tokenizers = [find_tokenizer(checkpoint) for checkpoint in checkpoints]
     suites: dict[tuple[str, int, int], TaskSuite] = {}

@@ -36,16 +36,6 @@ def task_names(given: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
 
 
-def check_max_questions(max_questions: int | None) -> None:
-    """Check how many questions to ask.
-
-    Raises:
-        ConfigError: it is below 1.
-    """
-    if max_questions is not None and max_questions < 1:
-        raise ConfigError(f"max_questions={max_questions}: must be at least 1; leave it out for all")
-
-
 class Task(Protocol):
     """A task for one tokenizer and context length."""
 

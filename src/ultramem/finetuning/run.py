@@ -19,10 +19,12 @@ from ultramem.files.whole_directories import partial_directory
 from ultramem.finetuning.config import FinetuneConfig
 from ultramem.finetuning.examples import make_examples, mean_loss, read_texts
 from ultramem.finetuning.methods import Finetuning, read_background
-from ultramem.finetuning.model_files import load_model_and_tokenizer, save_model_and_tokenizer
-from ultramem.hosts.transformers.files import MODEL_CONFIG_NAME, MODEL_CONTENTS
+from ultramem.finetuning.model_files import load_model_and_tokenizer
+from ultramem.hosts.transformers import detach_memory, save_memory
+from ultramem.hosts.transformers.files import MODEL_CONFIG_NAME, MODEL_CONTENTS, save_model_file
 from ultramem.hosts.transformers.sparse_finetuning import find_tables
 
+MEMORY_NAME = "memory"
 RESULT_NAME = "finetuning.json"
 
 
@@ -119,7 +121,11 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> FinetuneResu
             raise UltraMemError("the loss is no longer finite: training diverged; lower --learning-rate")
         if sparse and not result.trained_rows:
             raise UltraMemError("no row is special to the data: every background batch reads them all; give fewer")
-        save_model_and_tokenizer(model, tokenizer, partial, attached=config.memory is not None)
+        if config.memory is not None:
+            save_memory(model, partial / MEMORY_NAME)
+            detach_memory(model)
+        save_model_file(model, partial)
+        tokenizer.save_pretrained(partial)
         settings = {**encode(config), "learning_rate": config.chosen_learning_rate}
         write_json(partial / RESULT_NAME, {"settings": settings, **asdict(result)})
     return result

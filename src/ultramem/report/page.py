@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ultramem.configuration.yaml_text import parse_yaml
 from ultramem.errors import UltraMemError, system_reason
 from ultramem.files.whole_files import write_text
 from ultramem.report import plots
@@ -271,12 +271,7 @@ def _by_tokens(run: Run, series: Series) -> Series:
 
 def _config_differences(runs: list[Run]) -> dict[str, list[Any]]:
     """Configuration values that are not the same in all runs, by dotted name; a missing one is None."""
-    configs = []
-    for run in runs:
-        try:
-            configs.append(_flatten(yaml.safe_load(run.config)))
-        except yaml.YAMLError as error:
-            raise UltraMemError(f"{run.path / CONFIG_NAME} is not valid YAML: write it again") from error
+    configs = [_flatten(parse_yaml(run.config, str(run.path / CONFIG_NAME))) for run in runs]
     names = dict.fromkeys(name for config in configs for name in config)
     values = {name: [config.get(name) for config in configs] for name in names}
     return {name: row for name, row in values.items() if any(value != row[0] for value in row)}

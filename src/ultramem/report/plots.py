@@ -160,10 +160,8 @@ def draw_heat_map(axes: Axes, metric: LayerSeries, unit: str) -> None:
 
 def _cell_edges(centres: Array) -> Array:
     """Borders halfway between neighbours, shape (n + 1,); a lone cell is one wide."""
-    if len(centres) == 1:
-        return np.array([centres[0] - 0.5, centres[0] + 0.5])
-    between = (centres[:-1] + centres[1:]) / 2
-    return np.array([2 * centres[0] - between[0], *between, 2 * centres[-1] - between[-1]])
+    widths = np.diff(centres) if len(centres) > 1 else np.ones(1)
+    return np.array([centres[0] - widths[0] / 2, *(centres[:-1] + centres[1:]) / 2, centres[-1] + widths[-1] / 2])
 
 
 def draw_comparison(
