@@ -93,11 +93,8 @@ def parse_size(text: str, name: str = "max_size") -> int:
         ConfigError: The text is not a positive size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", text, flags=re.IGNORECASE)
-    size = 0
-    if match:
-        number, prefix, binary = match.groups()
-        power = " kmgt".index(prefix.lower()) if prefix else 0
-        size = int(float(number) * (1024 if binary else 1000) ** power)
+    number, prefix, binary = match.groups(default="") if match else ("0", "", "")
+    size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
     if size <= 0:
         raise ConfigError(f"{name}={text!r}: must be bytes or a size such as 2MB, 500MiB or 1.5GB")
     return size

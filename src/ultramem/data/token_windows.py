@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ultramem.errors import ConfigError, UltraMemError
 
@@ -87,9 +88,8 @@ class TokenWindows:
         """
         windows = iter(self)
         while batch := list(islice(windows, batch_size)):
-            tokens = torch.full((len(batch), max(map(len, batch))), IGNORED)
-            for row, window in zip(tokens, batch, strict=True):
-                row[: len(window)] = torch.from_numpy(window.astype(np.int64))
+            rows = [torch.from_numpy(window.astype(np.int64)) for window in batch]
+            tokens = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
             yield tokens[:, :-1].clamp(min=0), tokens[:, 1:]
 
     def _spans(self) -> Iterator[tuple[int, int, int]]:
