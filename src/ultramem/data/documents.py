@@ -292,10 +292,8 @@ def _cut(lines: io.TextIOWrapper, separator: str | None) -> Iterator[str]:
             cut = pending.rfind("\n", 0, LONGEST_TEXT) + 1 or LONGEST_TEXT
             yield pending[:cut]
             pending = pending[cut:]
-    if separator:
-        pending = pending.strip("\n")
-    if pending:
-        yield pending
+    if last := pending.strip("\n") if separator else pending:
+        yield last
 
 
 def _undecodable_line(file: SourceFile) -> int:

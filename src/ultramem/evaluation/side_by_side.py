@@ -61,12 +61,9 @@ def show_tasks(paths: Sequence[Path], tasks: Sequence[str], *, output: Path | No
     Raises:
         ConfigError, UltraMemError: as in `evaluate_tasks`.
     """
-    evaluations, written = [], []
-    for evaluation in evaluate_tasks(paths, tasks, **options):
-        evaluations.append(evaluation)
-        written.append(evaluation.save(output))
-    print_task_table(evaluations)
-    for file in written:
+    saved = [(evaluation, evaluation.save(output)) for evaluation in evaluate_tasks(paths, tasks, **options)]
+    print_task_table([evaluation for evaluation, _ in saved])
+    for _, file in saved:
         print(f"written to {file}")
 
 

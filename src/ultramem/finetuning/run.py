@@ -95,7 +95,9 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> FinetuneResu
             read_texts(paths, config.text_field, config.include) if paths else []
             for paths in (config.data, config.background, config.heldout)
         )
-        _quieten()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        logging.getLogger("accelerate").setLevel(logging.ERROR)
         set_seed(config.seed)
         model, tokenizer = load_model_and_tokenizer(config.model, config.memory)
         if sparse:
@@ -129,9 +131,3 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> FinetuneResu
         settings = {**encode(config), "learning_rate": config.chosen_learning_rate}
         write_json(partial / RESULT_NAME, {"settings": settings, **asdict(result)})
     return result
-
-
-def _quieten() -> None:
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
