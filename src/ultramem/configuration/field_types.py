@@ -45,6 +45,17 @@ def check_finite(config: Any) -> None:
             raise ConfigError(f"{field.name}={value}: must be a finite number")
 
 
+def check_least(least: int, **values: float | None) -> None:
+    """Check that values, of which each is given by its name, are not below `least`; None is as good as any.
+
+    Raises:
+        ConfigError: one is; names it.
+    """
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{name}={value}: must be at least {least}")
+
+
 def field_types(kind: type) -> dict[str, Any]:
     """The types of a dataclass' fields, by name."""
     hints = get_type_hints(kind)
