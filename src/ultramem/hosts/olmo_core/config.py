@@ -120,9 +120,8 @@ class ModelConfig:
                 qk_norm=norm,
                 use_head_qk_norm=True,
             ),
-            feed_forward=None if self.moe else FeedForwardConfig(hidden_size=self.feed_forward_size, bias=False),
+            feed_forward=self.moe or FeedForwardConfig(hidden_size=self.feed_forward_size, bias=False),
             layer_norm=norm,
-            moe=self.moe,
         )
         return MemoryTransformer(
             d_model=self.d_model,

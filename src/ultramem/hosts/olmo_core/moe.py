@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from olmo_core.nn.attention.base import SequenceMixerConfig
-from olmo_core.nn.buffer_cache import BufferCache
-from olmo_core.nn.layer_norm import LayerNormConfig
 from olmo_core.nn.transformer import TransformerBlock
 from olmo_core.nn.transformer.init import _apply_init
 from olmo_core.ops import attach_auxiliary_loss
@@ -321,40 +318,7 @@ class MoEBlock(TransformerBlock):
 
     The auxiliary losses are averaged over the model's blocks, as in OLMoE, and each micro-batch's counts by its
     share of the tokens in the batch.
-
-    Args:
-        d_model: width of the residual stream.
-        block_idx: position of the block in the model, from 0.
-        n_layers: blocks in the model.
-        sequence_mixer: the attention's configuration.
-        layer_norm: configuration of the norms before attention and feed-forward.
-        moe: configuration of the feed-forward.
-        init_device: where the parameters are created.
-        cache: buffers shared by the blocks.
     """
-
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        block_idx: int,
-        n_layers: int,
-        sequence_mixer: SequenceMixerConfig,
-        layer_norm: LayerNormConfig,
-        moe: MoEConfig,
-        init_device: str = "cpu",
-        cache: BufferCache | None = None,
-    ) -> None:
-        super().__init__(
-            d_model=d_model,
-            block_idx=block_idx,
-            n_layers=n_layers,
-            sequence_mixer=sequence_mixer,
-            feed_forward=moe,
-            layer_norm=layer_norm,
-            init_device=init_device,
-            cache=cache,
-        )
 
     def forward(self, x: Tensor, *, loss_div_factor: Tensor | float | None = None, **kwargs: Any) -> Tensor:
         """Run the block.
