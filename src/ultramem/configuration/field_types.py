@@ -45,6 +45,17 @@ def check_finite(config: Any) -> None:
             raise ConfigError(f"{field.name}={value}: must be a finite number")
 
 
+def check_field(config: Any, name: str, right: bool, what: str) -> None:
+    """Refuse a dataclass' value unless it is right.
+
+    Raises:
+        ConfigError: names the field, the value and what it must be.
+    """
+    if not right:
+        value = getattr(config, name)
+        raise ConfigError(f"{name}={list(value) if isinstance(value, tuple) else value}: must be {what}")
+
+
 def field_types(kind: type) -> dict[str, Any]:
     """The types of a dataclass' fields, by name."""
     hints = get_type_hints(kind)
