@@ -51,9 +51,7 @@ def check_field(config: Any, name: str, right: bool, what: str) -> None:
     Raises:
         ConfigError: names the field, the value and what it must be.
     """
-    if not right:
-        value = getattr(config, name)
-        raise ConfigError(f"{name}={list(value) if isinstance(value, tuple) else value}: must be {what}")
+    _required(right, getattr(config, name), name, what)
 
 
 def field_types(kind: type) -> dict[str, Any]:
