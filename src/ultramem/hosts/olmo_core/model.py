@@ -85,10 +85,8 @@ class MemoryBlock(TransformerBlock):
             outputs[number] = read_memory(layer, read_from, loss_div_factor)
         own_outputs = [read_memory(layer, read_from, loss_div_factor) for layer in self.own]
         h = self.feed_forward_residual_stream(h, self.feed_forward(read_from))
-        for output in own_outputs:
+        for output in [*own_outputs, *(outputs[number] for number in self.adds)]:
             h = h + output
-        for number in self.adds:
-            h = h + outputs[number]
         return h
 
     def num_flops_per_token(self, seq_len: int) -> int:
@@ -155,10 +153,9 @@ class FullMegatronInit:
         output_std = std / math.sqrt(2 * num_blocks)
         if isinstance(m, DroplessMoE):
             m.init_weights(std=std, output_std=output_std, generator=generator)
-            return
-        init_linear(m.w1, std=std, generator=generator)
-        init_linear(m.w3, std=std, generator=generator)
-        init_linear(m.w2, std=output_std, generator=generator)
+        else:
+            for linear, linear_std in ((m.w1, std), (m.w3, std), (m.w2, output_std)):
+                init_linear(linear, std=linear_std, generator=generator)
 
 
 class MemoryTransformer(Transformer):
