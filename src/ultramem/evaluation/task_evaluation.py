@@ -17,7 +17,7 @@ from ultramem.errors import ConfigError
 from ultramem.evaluation.scoring import BATCH_TOKENS
 from ultramem.evaluation.table_columns import column_names
 from ultramem.evaluation.task_suite import GROUPS, TaskSuite, check_max_questions, task_names, with_means
-from ultramem.files.json_files import write_json
+from ultramem.files.whole_files import write_json
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
 from ultramem.runs.layout import TASKS_NAME
 from ultramem.runs.results import TaskResult
