@@ -228,12 +228,6 @@ def read_published_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Tensor
         raise UltraMemError(f"{tensors_file}: {error}") from error
 
 
-def published_key(error: ConfigError) -> str | None:
-    """The published key that the field is from which an error about our `ModelConfig` begins with."""
-    section, name = re.match(r"(memory\.)?(\w*)", str(error)).groups()  # type: ignore[union-attr]
-    return (MEMORY_KEYS if section else MODEL_KEYS).get(name)
-
-
 def _read_options(file: Path) -> Mapping[str, Any]:
     """The model section of a published `config.yaml`."""
     if not file.parent.is_dir():
@@ -261,7 +255,8 @@ def _model_config(options: Mapping[str, Any]) -> tuple[PublishedModel, ModelConf
     try:
         return published, ModelConfig(**published.model_fields(), memory=_memory_config(published, options))
     except ConfigError as error:
-        source = published_key(error)
+        section, name = re.match(r"(memory\.)?(\w*)", str(error)).groups()  # type: ignore[union-attr]
+        source = (MEMORY_KEYS if section else MODEL_KEYS).get(name)
         raise ConfigError(f"{source}: {error}" if source else str(error)) from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ultramem.configuration.decoding import encode
-from ultramem.configuration.field_types import check_field, check_types
+from ultramem.configuration.field_types import check_field, check_types, field_types, without_none
 from ultramem.configuration.yaml_text import dump_yaml
 from ultramem.errors import ConfigError
 from ultramem.files.whole_files import write_text
@@ -180,8 +180,9 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check_types(self)
         _make_absolute(self, "directory", "initial_weights")
-        for name in _COUNTS:
-            check_field(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        for name, hint in field_types(TrainerConfig).items():
+            if name != "seed" and without_none(hint)[0] is int:
+                check_field(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         check_field(self, "seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
         if (self.steps is None) == (self.tokens is None):
             raise ConfigError(
@@ -270,23 +271,6 @@ class RunConfig:
     def save(self, path: Path) -> None:
         """Write as YAML that `load_config` reads back, whole or not at all."""
         write_text(path, dump_yaml(encode(self)))
-
-
-# Where one may be None, its type says so.
-_COUNTS = (
-    "batch_size",
-    "steps",
-    "tokens",
-    "micro_batch_size",
-    "checkpoint_interval",
-    "keep_checkpoints",
-    "metrics_interval",
-    "memory_metrics_interval",
-    "evaluate_interval",
-    "evaluate_tokens",
-    "evaluate_tasks_interval",
-    "evaluate_tasks_questions",
-)
 
 
 def _make_absolute(config: Any, *names: str) -> None:

@@ -73,14 +73,11 @@ class ModelConfig:
         aligned = self.moe is None or self.d_model % ROW_ALIGNMENT == 0
         check_field(self, "d_model", aligned, f"a multiple of {ROW_ALIGNMENT} with a mixture of experts")
         if self.memory is not None:
-            self._check_memory(self.memory)
-
-    def _check_memory(self, memory: MemoryConfig) -> None:
-        try:
-            memory.layout(len(memory.insertions(self.num_blocks)))
-            memory.check_width(self.d_model)
-        except ConfigError as error:
-            raise ConfigError(f"memory.{error}") from error
+            try:
+                self.memory.layout(len(self.memory.insertions(self.num_blocks)))
+                self.memory.check_width(self.d_model)
+            except ConfigError as error:
+                raise ConfigError(f"memory.{error}") from error
 
     @property
     def system(self) -> str:
