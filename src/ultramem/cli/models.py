@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ultramem.cli.arguments import needing
+from ultramem.errors import UltraMemError
+
+Directory = Annotated[Path, typer.Argument(help="Directory to write.", metavar="DIR")]
+Dtype = Annotated[str, typer.Option(help="Of the parameters: float32, bfloat16 or float16.")]
+ShardSize = Annotated[str, typer.Option(help="Of one safetensors file.", metavar="SIZE")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model in the directory.")]
 
 
 def export(
     checkpoint: Annotated[
         Path, typer.Argument(help="Run directory, for its latest checkpoint, or RUN/stepN.", metavar="CHECKPOINT")
     ],
-    directory: Annotated[Path, typer.Argument(help="Directory to write.", metavar="DIR")],
-    dtype: Annotated[str, typer.Option(help="Of the parameters: float32, bfloat16 or float16.")] = "float32",
-    max_shard_size: Annotated[str, typer.Option(help="Of one safetensors file.", metavar="SIZE")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in the directory.")] = False,
+    directory: Directory,
+    dtype: Dtype = "float32",
+    max_shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a checkpoint as a directory that transformers loads."""
-    with needing("train,hf"):
+    with _needing("train,hf"):
         from ultramem.convert.export import export as run
 
     result = run(checkpoint, directory, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
@@ -69,14 +76,14 @@ def finetune(
     background_batches: Annotated[int, typer.Option(help="Most batches of the background to look at.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the order of the data and of LoRA's initial values.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in the directory.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Teach a model new documents, by default in those table rows alone that are special to them.
 
     Sparse memory fine-tuning (arXiv:2510.15103): each step trains the rows that its batch reads unusually often,
     compared with the background. Everything else stays as it is, so that little is forgotten.
     """
-    with needing("finetune"):
+    with _needing("finetune"):
         from ultramem.finetuning import FinetuneConfig
         from ultramem.finetuning import finetune as run
 
@@ -113,16 +120,16 @@ def import_olmo(
             help="Unsharded checkpoint: config.yaml with model.pt or model.safetensors.", metavar="CHECKPOINT"
         ),
     ],
-    directory: Annotated[Path, typer.Argument(help="Directory to write.", metavar="DIR")],
+    directory: Directory,
     tokenizer: Annotated[
         str | None, typer.Option(help="tokenizer.json, directory with one, or name.", metavar="NAME_OR_FILE")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the parameters: float32, bfloat16 or float16.")] = "float32",
-    max_shard_size: Annotated[str, typer.Option(help="Of one safetensors file.", metavar="SIZE")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in the directory.")] = False,
+    dtype: Dtype = "float32",
+    max_shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
 ) -> None:
     """Turn a checkpoint of the published UltraMem code into a directory that transformers loads."""
-    with needing("train,hf"):
+    with _needing("train,hf"):
         from ultramem.convert.export import import_published
 
     import_published(
@@ -140,3 +147,14 @@ def import_flags(
     from ultramem.convert.published_flags import translate_flags
 
     typer.echo(translate_flags(flags[0] if len(flags) == 1 else shlex.join(flags)), nl=False)
+
+
+@contextmanager
+def _needing(extra: str) -> Iterator[None]:
+    """Around an import of what the extra brings."""
+    try:
+        yield
+    except ImportError as error:
+        raise UltraMemError(
+            f"this command needs the package {error.name}; install it with: pip install 'ultramem[{extra}]'"
+        ) from error

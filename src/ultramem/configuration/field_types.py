@@ -56,6 +56,15 @@ def check_least(least: int, **values: float | None) -> None:
             raise ConfigError(f"{name}={value}: must be at least {least}")
 
 
+def check_field(config: Any, name: str, right: bool, what: str) -> None:
+    """Refuse a dataclass' value unless it is right.
+
+    Raises:
+        ConfigError: names the field, the value and what it must be.
+    """
+    _required(right, getattr(config, name), name, what)
+
+
 def field_types(kind: type) -> dict[str, Any]:
     """The types of a dataclass' fields, by name."""
     hints = get_type_hints(kind)

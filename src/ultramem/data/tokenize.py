@@ -23,7 +23,7 @@ from ultramem.data.token_writer import SplitWriter
 from ultramem.data.tokenizers import SMALLEST_BPE, ChosenTokenizer, Encoder, load_tokenizer, train_bpe
 from ultramem.data.worker_processes import map_documents
 from ultramem.errors import ConfigError, UltraMemError, system_reason
-from ultramem.files.whole_directories import partial_directory
+from ultramem.files.directories import partial_directory
 
 BPE_SAMPLE_BYTES = 32 * 2**20  # training time and memory grow with the sample, its vocabulary hardly changes
 SKIPPED_EXAMPLES = 10

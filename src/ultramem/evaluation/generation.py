@@ -19,7 +19,7 @@ from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.device import autocast
 from ultramem.errors import UltraMemError, system_reason
 from ultramem.evaluation.sampling import check_sampling, sample
-from ultramem.files.json_files import write_json
+from ultramem.files.whole_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import SAMPLES_NAME

@@ -18,7 +18,7 @@ from ultramem.data.token_windows import IGNORED, TokenWindows
 from ultramem.device import autocast
 from ultramem.errors import UltraMemError
 from ultramem.evaluation.data import find_data
-from ultramem.files.json_files import read_json_object, write_json
+from ultramem.files.whole_files import read_json_object, write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import EVALUATION_NAME

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from ultramem.configuration.field_types import check_least
 from ultramem.evaluation.scoring import BATCH_TOKENS
 from ultramem.evaluation.task_suite import GROUPS, TaskSuite, task_names, with_means
-from ultramem.files.json_files import write_json
+from ultramem.files.whole_files import write_json
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
 from ultramem.runs.layout import TASKS_NAME
 from ultramem.runs.results import TaskResult

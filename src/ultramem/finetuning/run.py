@@ -14,8 +14,8 @@ from transformers.utils import logging as transformers_logging
 from ultramem.configuration.decoding import encode
 from ultramem.device import choose_device
 from ultramem.errors import UltraMemError
-from ultramem.files.json_files import write_json
-from ultramem.files.whole_directories import partial_directory
+from ultramem.files.directories import partial_directory
+from ultramem.files.whole_files import write_json
 from ultramem.finetuning.config import FinetuneConfig
 from ultramem.finetuning.examples import make_examples, mean_loss, read_texts
 from ultramem.finetuning.methods import Finetuning, read_background

@@ -60,9 +60,6 @@ def _cause(error: BaseException) -> str | None:
 
     From the text, since OLMo-core and PyTorch wrap the system's error in errors of their own.
     """
-    text = str(error)
-    for number in _WRITE_ERRORS:
-        if os.strerror(number) in text:
-            return os.strerror(number)
     # PyTorch's writer does not tell the reason, of which this is by far the most frequent.
-    return os.strerror(errno.ENOSPC) if "PytorchStreamWriter" in text else None
+    unknown = os.strerror(errno.ENOSPC) if "PytorchStreamWriter" in str(error) else None
+    return next((reason for reason in map(os.strerror, _WRITE_ERRORS) if reason in str(error)), unknown)

@@ -1,7 +1,9 @@
-"""An output directory that appears whole or not at all."""
+"""Directories: made whole or not at all, locked, and removed."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,8 +11,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ultramem.errors import UltraMemError, system_reason
-from ultramem.files.locks import locked
-from ultramem.files.removal import remove
 
 
 @contextmanager
@@ -43,6 +43,37 @@ def partial_directory(output: Path, overwrite: bool, marker: str, contents: Sequ
             shutil.rmtree(partial, ignore_errors=True)
             raise
         _replace(output, partial)
+
+
+@contextmanager
+def locked(directory: Path, busy: str) -> Iterator[None]:
+    """Hold a lock on a directory, which the system releases however the process ends.
+
+    Args:
+        directory: to lock.
+        busy: what to say where another process holds it.
+
+    Raises:
+        UltraMemError: another process holds it.
+        OSError: the directory cannot be opened.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UltraMemError(busy) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a link, or a directory with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _check_replaceable(output: Path, overwrite: bool, marker: str, contents: Sequence[str]) -> None:
