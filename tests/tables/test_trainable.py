@@ -22,6 +22,7 @@ from ultramem.ops import use_backend
 from ultramem.ops.kernels.numbered import find
 from ultramem.ops.weighted_lookup import naive
 from ultramem.ops.weighted_lookup.reads import Reads
+from ultramem.tables.gradient_accumulator import GradientAccumulator
 from ultramem.tables.trainable import TrainableTable
 
 ROWS, WIDTH, PRE_WIDTH, LAYERS = 7, 4, 2, 3
@@ -489,6 +490,55 @@ def test_fully_sharded(table: TrainableTable) -> None:
         model(x, seed).backward()
         found = [None if gradient is None else gradient.full_tensor() for gradient in gradients(table)]
         torch.testing.assert_close(found, expected_gradients(whole, seed))
+
+
+class CompiledModel(nn.Module):
+    """Lookups in compiled pieces, as a host compiles its blocks one by one."""
+
+    def __init__(self, table: TrainableTable) -> None:
+        super().__init__()
+        self.table = table
+        self.lookup = torch.compile(self._lookup, backend="aot_eager", fullgraph=True)
+
+    def forward(self, x: Tensor, reads: Sequence[Reads]) -> Tensor:
+        self.table.begin_pass()
+        return torch.stack([self.lookup(part._replace(scores=part.scores * x)) for part in reads]).sum()
+
+    def _lookup(self, reads: Reads) -> Tensor:
+        return self.table.lookup(reads).square().sum()
+
+
+@pytest.mark.usefixtures("process_group", "fused")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gloo shards tensors on the CPU")
+@pytest.mark.kernels
+def test_fully_sharded_and_compiled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table's gradient is right, and made once for all pieces."""
+    generator = torch.Generator().manual_seed(0)
+    table = TrainableTable(ROWS, WIDTH, PRE_WIDTH)
+    for parameter in table.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    whole = [parameter.detach().clone().requires_grad_() for parameter in table.parameters()]
+    reads = [
+        Reads(
+            torch.randint(ROWS, (3, 4), generator=generator),
+            torch.randn(3, 4, 2, generator=generator),
+            torch.randn(3, PRE_WIDTH, generator=generator),
+        )
+        for _ in range(LAYERS)
+    ]
+    taken: list[object] = []
+    take = GradientAccumulator.take
+    monkeypatch.setattr(GradientAccumulator, "take", lambda *parts: taken.append(1) or take(*parts))
+    model = fully_shard(CompiledModel(table))
+    expected = torch.autograd.grad(sum(naive.weighted_lookup(part, *whole).square().sum() for part in reads), whole)
+    for passes in (1, 2, 3):
+        model.zero_grad()
+        model(torch.ones(()).requires_grad_(passes == 3), reads).backward()
+        for gradient, wanted in zip(gradients(table), expected, strict=True):
+            assert gradient is not None
+            assert_near(gradient.full_tensor(), wanted, 1e-5)
+        assert len(taken) == passes
+    torch.compiler.reset()
 
 
 @pytest.mark.kernels
