@@ -39,7 +39,7 @@ VARIANTS = {
     "ultramem_v2-decaying": DECAYING,
     "ultramem_v2-decaying-matched": (*DECAYING, "model.memory.init=matched"),
 }
-EVALUATION_WINDOWS = 32  # at a time
+EVALUATION_SEQUENCES = 32  # at a time
 STEPS_OF_A_POINT = 20  # of the training curve
 
 
@@ -115,7 +115,7 @@ def main() -> None:
 def run(row: Row, config: RunConfig, tasks: Sequence[str]) -> dict[str, Any]:
     """Train, evaluate on all held-out text and on tasks; everything that the comparison tells of the run."""
     directory = train(config).directory
-    evaluation = evaluate(directory, batch_size=EVALUATION_WINDOWS)
+    evaluation = evaluate(directory, batch_size=EVALUATION_SEQUENCES)
     evaluation.save()
     scores: list[Any] = []
     if tasks:

@@ -83,7 +83,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Method and optimiser."""
+        """Method and optimizer."""
         return f"{self.method}, {self.optimizer}"
 
 

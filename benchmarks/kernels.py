@@ -389,7 +389,7 @@ def measure_memory(
     every = Subject(layers, [*table, *(p for layer in layers for p in layer.parameters())], inputs, mixed=True)
 
     def change_and_train(i: int) -> None:
-        increment_version(table)  # as an optimiser's step does: what was derived from the table is derived again
+        increment_version(table)  # as an optimizer's step does: what was derived from the table is derived again
         every.train(i)
 
     whole = every.measure(MEMORY, repeats=5)

@@ -1,7 +1,7 @@
 """Time training steps of whole models: dense, mixture of experts and UltraMemV2, of 227 million active parameters.
 
 `python -m benchmarks.training` on one GPU; `--tiny` shows the script on a CPU. Tokens are random. Parameters are
-float32 and matrix products run in bfloat16 under autocast, as `ultramem train` does on GPUs; optimiser: AdamW, fused.
+float32 and matrix products run in bfloat16 under autocast, as `ultramem train` does on GPUs; optimizer: AdamW, fused.
 
 - `dense`, `ultramem_v2`: on the OLMo-core host, each block compiled, as with `trainer.compile`.
 - `olmoe`: transformers' OLMoE with grouped matrix products and PyTorch's scaled dot product attention; eager, and with
@@ -99,13 +99,13 @@ def parse_arguments() -> argparse.Namespace:
 
 @dataclass
 class System:
-    """A model with its loss and optimiser.
+    """A model with its loss and optimizer.
 
     Attributes:
         model: the model.
         optimizer: of all its parameters.
         loss: mean loss of token ids (sequences, tokens) and labels of the same shape.
-        after_step: called after each of the optimiser's steps.
+        after_step: called after each of the optimizer's steps.
     """
 
     model: nn.Module
@@ -119,7 +119,7 @@ class System:
         self.loss(tokens, tokens).backward()
 
     def update(self) -> None:
-        """The optimiser's step and what has to follow it."""
+        """The optimizer's step and what has to follow it."""
         self.optimizer.step()
         self.after_step()
 
@@ -134,9 +134,9 @@ class Row:
         active: parameters that one token uses, with embeddings.
         total: all parameters.
         tokens: of a step.
-        forward_backward_ms: median time without the optimiser, in milliseconds.
+        forward_backward_ms: median time without the optimizer, in milliseconds.
         step_ms: median time of a whole step, in milliseconds.
-        peak_gb: the most memory that was in use: parameters, gradients, optimiser and activations, in 10⁹ bytes.
+        peak_gb: the most memory that was in use: parameters, gradients, optimizer and activations, in 10⁹ bytes.
         note: why there are no numbers.
     """
 
@@ -157,7 +157,7 @@ class Row:
 
     @property
     def tokens_per_second_of_step(self) -> float | None:
-        """With the optimiser."""
+        """With the optimizer."""
         return ratio(1e3 * self.tokens, self.step_ms)
 
     @property
@@ -363,7 +363,7 @@ def show(rows: list[Row], batch: tuple[int, int]) -> None:
         "forward+\nbackward ms",
         "step ms",
         "tokens/s\nforward+backward",
-        "tokens/s\nwith optimiser",
+        "tokens/s\nwith optimizer",
         "peak GB",
         "/ olmoe\neager",
         "/ olmoe\ncompiled",
@@ -383,7 +383,7 @@ def show(rows: list[Row], batch: tuple[int, int]) -> None:
             *(_against(row, rows, system, compiled) for system, compiled in (("olmoe", False), ("olmoe", True))),
             _against(row, rows, "dense", None),
         )
-    table.caption = "Parameters with embeddings. Ratios are of tokens/s, forward+backward / with optimiser"
+    table.caption = "Parameters with embeddings. Ratios are of tokens/s, forward+backward / with optimizer"
     console().print(table)
 
 
@@ -402,7 +402,7 @@ def draw(rows: list[Row]) -> Figure:
     axes = figure.subplots()
     for offset, label, speeds in (
         (-0.2, "forward+backward", [row.tokens_per_second for row in rows]),
-        (0.2, "with optimiser", [row.tokens_per_second_of_step for row in rows]),
+        (0.2, "with optimizer", [row.tokens_per_second_of_step for row in rows]),
     ):
         bars = axes.bar([i + offset for i in range(len(rows))], [speed or 0 for speed in speeds], 0.4, label=label)
         axes.bar_label(bars, [number(speed, 0) for speed in speeds], fontsize=7)

@@ -21,7 +21,7 @@ Initialization = Literal["matched", "published", "zero_output"]
 class MemoryConfig:
     """The memory of one model: its kind, its sizes and the papers' switches.
 
-    A value that cannot work raises `ConfigError` on construction. A field whose default is None takes the
+    An invalid value raises `ConfigError` on construction. A field whose default is None takes the
     value that its kind prescribes.
 
     Attributes:

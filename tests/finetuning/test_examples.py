@@ -25,7 +25,7 @@ def test_examples_are_pieces_of_documents(tokenizer: PreTrainedTokenizerFast) ->
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
-def test_background_batches_are_different_windows() -> None:
+def test_background_batches_are_different_sequences() -> None:
     examples = [{"input_ids": [*range(30)]}, {"input_ids": [*range(30, 53)]}]
     options: dict[str, Any] = {"sequence_length": 8, "seed": 0, "device": torch.device("cpu")}
     batches = [*background_batches(examples, batch_tokens=12, batches=9, **options)]

@@ -17,7 +17,7 @@ from olmo_core.distributed.checkpoint.filesystem import RemoteFileSystemWriter
 from olmo_core.train import Checkpointer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ultramem.data.token_windows import TokenWindows
+from ultramem.data.token_sequences import TokenSequences
 from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core import model_statistics
 from ultramem.layers.read_counter import ReadCounter
@@ -354,7 +354,7 @@ def test_broken_token_file_in_an_evaluation(make_config, monkeypatch):
     def read(self):
         raise UltraMemError("token file x has id 999; give others")
 
-    monkeypatch.setattr(TokenWindows, "__iter__", read)
+    monkeypatch.setattr(TokenSequences, "__iter__", read)
     with pytest.raises(UltraMemError, match=r"^token file x has id 999; give others; the last good checkpoint is .*"):
         train(make_config())
 

@@ -1,4 +1,4 @@
-"""What is said of options that have no meaning, and of packages that a command lacks."""
+"""Errors for options that do not apply and for packages that are not installed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,27 @@ from ultramem.errors import ConfigError, UltraMemError
 
 
 def refuse(options: Mapping[str, object], remedy: str) -> None:
-    """An error about the first option that is given."""
+    """Raise an error for the first option that is not None.
+
+    Args:
+        options: values by option name, without dashes.
+        remedy: what to do instead.
+
+    Raises:
+        ConfigError: an option is given.
+    """
     for name, value in options.items():
         if value is not None:
-            raise ConfigError(f"--{name}: has no meaning here; {remedy}")
+            raise ConfigError(f"--{name}: does not apply here; {remedy}")
 
 
 @contextmanager
 def needing(extra: str) -> Iterator[None]:
-    """Around an import of what the extra brings."""
+    """Wrap imports of packages that an extra installs.
+
+    Raises:
+        UltraMemError: a package is not installed.
+    """
     try:
         yield
     except ImportError as error:

@@ -205,7 +205,7 @@ def read_published_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Tensor
         path: directory with `config.yaml`, and with `model.pt` or `model.safetensors`. No code in them is run.
 
     Returns:
-        The configuration, and a state of exactly the names, shapes and dtypes of that of `ModelConfig.build`.
+        the configuration, and a state of exactly the names, shapes and dtypes of that of `ModelConfig.build`.
 
     Raises:
         UltraMemError: a file is missing, damaged or of a sharded checkpoint; a key of the configuration describes a

@@ -42,15 +42,15 @@ class BrokenRecordError(UltraMemError):
 class Document:
     """One document of a corpus.
 
-    Args:
-        text: The text, never empty, always encodable as UTF-8.
-        name: The record's own `id` where it has one, else `source:location`.
-        source: The file that it was read from, as the user named it.
-        location: Line of a JSON lines file, row of a parquet file, number of the document within a text file;
+    Attributes:
+        text: the text, never empty, always encodable as UTF-8.
+        name: the record's own `id` where it has one, else `source:location`.
+        source: the file that it was read from, as the user named it.
+        location: line of a JSON lines file, row of a parquet file, number of the document within a text file;
             counted from 1.
-        num_bytes: Length of the text in UTF-8.
-        digest: A hash of the text alone, so that copies of a document share it wherever they lie.
-        position: Bytes of the corpus, as it lies on disk, that had been read when the document was complete.
+        num_bytes: length of the text in UTF-8.
+        digest: a hash of the text alone, so that copies of a document share it wherever they lie.
+        position: bytes of the corpus, as it lies on disk, that had been read when the document was complete.
     """
 
     text: str
@@ -86,11 +86,11 @@ def parse_size(text: str, name: str = "max_size") -> int:
     """Bytes meant by a size such as `500000`, `2MB` (10⁶ bytes each) or `1.5GiB` (2³⁰ bytes each).
 
     Args:
-        text: The size.
-        name: Of the option, for the error.
+        text: the size.
+        name: of the option, for the error.
 
     Raises:
-        ConfigError: The text is not a positive size.
+        ConfigError: the text is not a positive size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", text, flags=re.IGNORECASE)
     size = 0
@@ -108,12 +108,12 @@ def find_sources(paths: Iterable[Path], include: Sequence[str] = (), exclude: Se
 
     Args:
         paths: Files, taken whatever their name, and directories, walked without hidden files and directories.
-        include: Shell patterns of the files to take from directories, matched against a file's name and against
+        include: shell patterns of the files to take from directories, matched against a file's name and against
             its path below the directory. By default text, JSON lines and parquet files are taken.
-        exclude: Shell patterns of files to leave out, matched likewise, and against files given by name too.
+        exclude: shell patterns of files to leave out, matched likewise, and against files given by name too.
 
     Raises:
-        UltraMemError: A path does not exist, or no file is left.
+        UltraMemError: a path does not exist, or no file is left.
     """
     found: dict[Path, SourceFile] = {}
     offset = 0
@@ -148,9 +148,9 @@ def read_documents(
     about a million characters, so that a corpus kept in one file need not fit in memory.
 
     Args:
-        files: What `find_sources` found.
-        text_field: The field or column that holds the text.
-        separator: What stands between documents in `.txt` files, for instance `<|endoftext|>`.
+        files: what `find_sources` found.
+        text_field: the field or column that holds the text.
+        separator: what stands between documents in `.txt` files, for instance `<|endoftext|>`.
     """
     for file in files:
         try:

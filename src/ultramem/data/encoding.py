@@ -18,9 +18,9 @@ class Encoder:
     Special tokens spelled out in a text are encoded as ordinary text, so that no document can end another.
 
     Args:
-        tokenizer: The tokenizer in the JSON form of the `tokenizers` library.
-        eos_token_id: Appended to every text.
-        dtype: Of the arrays returned, `uint16` or `uint32`, little-endian.
+        tokenizer: the tokenizer in the JSON form of the `tokenizers` library.
+        eos_token_id: appended to every text.
+        dtype: of the arrays returned, `uint16` or `uint32`, little-endian.
     """
 
     def __init__(self, tokenizer: str, eos_token_id: int, dtype: str) -> None:

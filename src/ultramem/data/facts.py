@@ -55,7 +55,7 @@ def make_facts(
         seed: of names, places, and who was born where.
 
     Returns:
-        The facts, in the order of `exposures`.
+        the facts, in the order of `exposures`.
     """
     random = Random(seed)
     words = made_up_words(num_values + per_exposure * len(exposures), random)

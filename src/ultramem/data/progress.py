@@ -39,9 +39,9 @@ class DocumentMeter:
     """A line of the display that counts documents and bytes.
 
     Args:
-        display: What to show it on.
-        description: What is being done.
-        total: Bytes to come.
+        display: what to show it on.
+        description: what is being done.
+        total: bytes to come.
     """
 
     def __init__(self, display: Progress, description: str, total: int) -> None:

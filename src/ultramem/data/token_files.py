@@ -75,20 +75,20 @@ class Split:
 class Manifest:
     """What a directory written by `ultramem tokenize` holds.
 
-    Args:
-        directory: The directory, an absolute path.
+    Attributes:
+        directory: the directory, an absolute path.
         splits: `train` and `heldout`; the latter may have no files.
         dtype: `uint16` or `uint32`.
-        vocab_size: One more than the largest id of the tokenizer.
-        eos_token_id: Ends every document; a text that spells out a special token does not get its id.
-        pad_token_id: The tokenizer's padding id.
-        tokenizer: Name of the tokenizer; its file is `tokenizer_path`.
-        seed: Seed of the choice of held-out documents.
-        sources: The `paths` given, how many `files` they stood for, and those files' `bytes` on disk.
-        arguments: What else the run was given.
-        near_duplicates: Documents that were left out because they resemble another.
-        skipped: Broken records that were left out.
-        skipped_examples: What was wrong with the first of them.
+        vocab_size: one more than the largest id of the tokenizer.
+        eos_token_id: ends every document; a text that spells out a special token does not get its id.
+        pad_token_id: the tokenizer's padding id.
+        tokenizer: name of the tokenizer; its file is `tokenizer_path`.
+        seed: seed of the choice of held-out documents.
+        sources: the `paths` given, how many `files` they stood for, and those files' `bytes` on disk.
+        arguments: what else the run was given.
+        near_duplicates: documents that were left out because they resemble another.
+        skipped: broken records that were left out.
+        skipped_examples: what was wrong with the first of them.
     """
 
     directory: Path
@@ -114,7 +114,7 @@ class Manifest:
         """The split of that name.
 
         Raises:
-            UltraMemError: There is none, or it has no documents.
+            UltraMemError: there is none, or it has no documents.
         """
         if name not in self.splits:
             raise UltraMemError(f"{self.directory} has no split {name!r}; it has {', '.join(self.splits)}")
@@ -150,7 +150,7 @@ def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
     """Read a directory written by `ultramem tokenize`, and check that its files are there and whole.
 
     Raises:
-        UltraMemError: The directory, its manifest or one of its files is missing, unreadable or of the wrong size.
+        UltraMemError: the directory, its manifest or one of its files is missing, unreadable or of the wrong size.
     """
     root = Path(directory).absolute()
     if not root.is_dir():
@@ -179,13 +179,13 @@ def check_token_files(paths: Sequence[str | os.PathLike[str]], dtype: str, vocab
     Sizes are checked in full, ids in evenly spaced blocks of each file.
 
     Args:
-        paths: Headerless little-endian token files.
+        paths: headerless little-endian token files.
         dtype: `uint16` or `uint32`.
-        vocab_size: Every id must be below it.
+        vocab_size: every id must be below it.
 
     Raises:
         ConfigError: `dtype` is neither of the two.
-        UltraMemError: No file is named, or one is missing, empty, cut off within a token or has too large an id.
+        UltraMemError: no file is named, or one is missing, empty, cut off within a token or has too large an id.
     """
     if dtype not in ITEM_SIZES:
         raise ConfigError(f"dtype={dtype!r}: must be uint16 or uint32, which token files are of")

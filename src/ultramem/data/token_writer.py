@@ -21,8 +21,8 @@ class SplitWriter:
     A document is never divided between files, so one longer than `shard_tokens` makes a longer file.
 
     Args:
-        directory: Where the files go; made with the first document.
-        shard_tokens: Most tokens in a file.
+        directory: where the files go; made with the first document.
+        shard_tokens: most tokens in a file.
     """
 
     def __init__(self, directory: Path, shard_tokens: int) -> None:

@@ -33,29 +33,29 @@ SKIPPED_EXAMPLES = 10
 class TokenizeConfig:
     """What to tokenize, how, and where to.
 
-    Args:
-        sources: Files and directories; see `find_sources`.
-        output: The directory to write; made whole or not at all.
-        tokenizer: Name or file, see `load_tokenizer`; either this or `train_bpe` is needed.
-        train_bpe: Number of tokens of a byte-level BPE to train on the documents that are not held out, or where
+    Attributes:
+        sources: files and directories; see `find_sources`.
+        output: the directory to write; made whole or not at all.
+        tokenizer: name or file, see `load_tokenizer`; either this or `train_bpe` is needed.
+        train_bpe: number of tokens of a byte-level BPE to train on the documents that are not held out, or where
             those have more than 32 MiB, on a seeded sample of that size.
-        eos_token, eos_id, pad_token: Where the tokenizer's files do not say or say otherwise.
-        text_field: Field of JSON records or column of parquet files that holds the text.
-        separator: What stands between the documents of a `.txt` file.
-        include, exclude: Shell patterns for the files of directories.
-        heldout: Share of the documents kept apart for evaluation, 0 to below 1; chosen by seed and text, so that
+        eos_token, eos_id, pad_token: where the tokenizer's files do not say or say otherwise.
+        text_field: field of JSON records or column of parquet files that holds the text.
+        separator: what stands between the documents of a `.txt` file.
+        include, exclude: shell patterns for the files of directories.
+        heldout: share of the documents kept apart for evaluation, 0 to below 1; chosen by seed and text, so that
             copies of a document are never on both sides.
-        seed: Of the choice of held-out documents and of the BPE's sample. Documents keep their order.
-        processes: Processes that tokenize; the result does not depend on it.
-        shard_tokens: Most tokens in one token file.
-        max_size: Bytes of text to take; reading ends before the document that would pass it.
-        near_duplicates: Leave out documents that are at least so similar to an earlier one, above 0 and at most 1; see
+        seed: of the choice of held-out documents and of the BPE's sample. Documents keep their order.
+        processes: processes that tokenize; the result does not depend on it.
+        shard_tokens: most tokens in one token file.
+        max_size: bytes of text to take; reading ends before the document that would pass it.
+        near_duplicates: leave out documents that are at least so similar to an earlier one, above 0 and at most 1; see
             `ultramem.data.near_duplicates`. By default all are kept.
         on_error: `stop` at a broken record, or `skip` and count it.
-        overwrite: Replace a finished `output`.
+        overwrite: replace a finished `output`.
 
     Raises:
-        ConfigError: A value cannot work.
+        ConfigError: a value is invalid.
     """
 
     sources: tuple[Path, ...]
@@ -174,7 +174,7 @@ def tokenize(config: TokenizeConfig) -> Manifest:
     because the worker processes import it.
 
     Raises:
-        UltraMemError: A source is missing or broken, the output exists or cannot be written, the tokenizer cannot
+        UltraMemError: a source is missing or broken, the output exists or cannot be written, the tokenizer cannot
             be had, or no document is left for training.
         KeyboardInterrupt: SIGINT or SIGTERM ended the run.
     """

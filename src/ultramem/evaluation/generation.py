@@ -27,7 +27,7 @@ from ultramem.runs.tokenizer import find_tokenizer
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a text is continued. A value that cannot work raises `ConfigError` on construction.
+    """How a text is continued. An invalid value raises `ConfigError` on construction.
 
     Attributes:
         temperature: divides the logits; 0 always takes the most probable token.

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ultramem.data.token_windows import IGNORED, TokenWindows
+from ultramem.data.token_sequences import IGNORED, TokenSequences
 from ultramem.device import autocast
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.evaluation.data import find_data
@@ -45,7 +45,7 @@ class Evaluation(LossResult):
         """Write it to a JSON file, by default the run's `evaluation.json`, which `ultramem report` shows.
 
         Returns:
-            The file; None where the run's own says how the same checkpoint does on all tokens, and this one, of some of
+            the file; None where the run's own says how the same checkpoint does on all tokens, and this one, of some of
             them, is not to replace it.
 
         Raises:
@@ -74,47 +74,47 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a checkpoint, with a progress bar on a terminal.
 
-    The token files are cut into windows that do not overlap and may span several documents. All tokens of a window but
-    the first are predicted, each once, from the tokens before it in the window.
+    The token files are cut into sequences that do not overlap and may span several documents. Each token of a sequence
+    except the first is predicted once, from the tokens before it in the sequence.
 
     Args:
         path: a run directory for its latest complete checkpoint, or a checkpoint's own directory.
         data: a directory written by `ultramem tokenize`, or token files; by default what the run was trained with.
         split: `train` or `heldout`; without meaning for token files.
         dtype: of token files, `uint16` or `uint32`; by default that of the training's.
-        max_tokens: take so many at most, rounded up to whole windows, spread evenly over the split; None for all.
-        batch_size: windows at a time, by default about 4096 tokens; the result does not depend on it.
-        sequence_length: tokens of a window, by default that of the training.
+        max_tokens: take so many at most, rounded up to whole sequences, spread evenly over the split; None for all.
+        batch_size: sequences at a time, by default about 4096 tokens; the result does not depend on it.
+        sequence_length: tokens of a sequence, by default that of the training.
         device: `cpu`, `cuda` (in bfloat16 where it has that), or `auto` for CUDA where there is a device.
         unigram: whether to evaluate a unigram model too, for which the whole train split is read.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value is invalid.
         UltraMemError: the checkpoint or the data is missing or damaged, or the loss is not finite.
     """
     checkpoint = find_checkpoint(path)
     config = checkpoint.config
     found = find_data(checkpoint, data, split, dtype)
     length = config.data.sequence_length if sequence_length is None else sequence_length
-    windows = TokenWindows(found.files, found.dtype, config.model.vocab_size, length, max_tokens)
+    sequences = TokenSequences(found.files, found.dtype, config.model.vocab_size, length, max_tokens)
     if batch_size is None:
         batch_size = max(1, BATCH_TOKENS // length)
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: must be at least 1")
     model = checkpoint.load_model(device)
     started = time.perf_counter()
-    loss = mean_loss(model, windows, batch_size)
+    loss = mean_loss(model, sequences, batch_size)
     seconds = time.perf_counter() - started
     return Evaluation(
         checkpoint=checkpoint.name,
         split=found.name,
-        tokens=windows.predicted_tokens,
+        tokens=sequences.predicted_tokens,
         loss=loss,
         perplexity=math.exp(loss),
         bits_per_byte=found.bits_per_byte(loss),
         unigram_bits_per_byte=found.bits_per_byte(found.unigram_loss() if unigram else None),
-        complete=windows.complete,
-        tokens_per_second=windows.predicted_tokens / seconds,
+        complete=sequences.complete,
+        tokens_per_second=sequences.predicted_tokens / seconds,
         run=checkpoint.run,
     )
 
@@ -131,7 +131,7 @@ def print_losses(evaluations: Sequence[Evaluation]) -> None:
     table.add_row("loss (nats per token)", *(f"{e.loss:.4f}" for e in evaluations))
     table.add_row("perplexity", *(f"{e.perplexity:,.3f}" for e in evaluations))
     bits = [("bits per byte", [e.bits_per_byte for e in evaluations])]
-    bits.append(("unigram model's", [e.unigram_bits_per_byte for e in evaluations]))
+    bits.append(("unigram bits per byte", [e.unigram_bits_per_byte for e in evaluations]))
     for name, values in bits:
         if any(value is not None for value in values):
             table.add_row(name, *("" if value is None else f"{value:.4f}" for value in values))
@@ -140,13 +140,13 @@ def print_losses(evaluations: Sequence[Evaluation]) -> None:
 
 
 @torch.inference_mode()
-def mean_loss(model: MemoryTransformer, windows: TokenWindows, batch_size: int) -> float:
-    """Mean cross-entropy of the windows' predicted tokens, in nats.
+def mean_loss(model: MemoryTransformer, sequences: TokenSequences, batch_size: int) -> float:
+    """Mean cross-entropy of the sequences' predicted tokens, in nats.
 
     Args:
         model: in evaluation mode.
-        windows: of tokens.
-        batch_size: windows at a time.
+        sequences: of tokens.
+        batch_size: sequences at a time.
 
     Raises:
         UltraMemError: a token is not in the vocabulary, or the loss is not finite or too large for a perplexity.
@@ -154,16 +154,16 @@ def mean_loss(model: MemoryTransformer, windows: TokenWindows, batch_size: int) 
     device, console = model.device, Console(stderr=True)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for inputs, labels in track(
-        windows.batches(batch_size),
+        sequences.batches(batch_size),
         description="evaluating",
-        total=-(-len(windows) // batch_size),
+        total=-(-len(sequences) // batch_size),
         console=console,
         disable=not console.is_terminal,
     ):
         with autocast(device):
             output = model(inputs, labels=labels, ignore_index=IGNORED, loss_reduction="none", return_logits=False)
         total += output.ce_loss.double().sum()
-    loss = float(total) / windows.predicted_tokens
+    loss = float(total) / sequences.predicted_tokens
     if not loss <= LARGEST_LOSS:
         raise UltraMemError(f"the loss is {loss}: the training diverged; use an earlier checkpoint")
     return loss

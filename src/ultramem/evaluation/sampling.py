@@ -14,7 +14,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     """Check the arguments of `sample`.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value is invalid.
     """
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ConfigError(f"temperature={temperature}: must be 0 (always the most probable token) or above")
@@ -48,7 +48,7 @@ def sample(
         (...), int64.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value is invalid.
     """
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:

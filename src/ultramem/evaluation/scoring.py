@@ -77,7 +77,7 @@ def score(
         group: with `torch.distributed`, these processes share the batches, and each gets all scores; by default all.
 
     Returns:
-        One for each request, in their order.
+        one for each request, in their order.
 
     Raises:
         UltraMemError: the model's output is not finite.

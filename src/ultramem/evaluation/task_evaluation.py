@@ -83,7 +83,7 @@ def evaluate_tasks(
         device: `cpu`, `cuda` (in bfloat16 where it has that), or `auto` for CUDA where there is a device.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value is invalid.
         UltraMemError: a checkpoint, its tokenizer or a package is missing or damaged, or the output is not finite.
     """
     names = task_names(tasks)

@@ -20,10 +20,10 @@ def partial_directory(output: Path, overwrite: bool, marker: str, contents: Sequ
     What a killed run left there is cleared first.
 
     Args:
-        output: Absolute path of the directory to make.
-        overwrite: Replace a finished one.
-        marker: Name of a file by which a finished one is known; what is without it is never replaced.
-        contents: Patterns of what a finished one may hold; with anything else in it, it is never replaced.
+        output: absolute path of the directory to make.
+        overwrite: replace a finished one.
+        marker: name of a file by which a finished one is known; what is without it is never replaced.
+        contents: patterns of what a finished one may hold; with anything else in it, it is never replaced.
 
     Raises:
         UltraMemError: `output` is there and must not be replaced, another run is writing it, or it cannot be made.

@@ -35,18 +35,18 @@ class FinetuneConfig:
         method: `sparse` (arXiv:2510.15103), `full` or `lora` (arXiv:2106.09685).
         rows: most rows of each table that one step of `sparse` trains.
         rank: of the LoRA matrices.
-        steps: optimiser steps.
+        steps: optimizer steps.
         epochs: passes over the data instead; without both, one.
         batch_size: documents, or pieces of them, in a step.
         sequence_length: tokens at which documents are cut.
-        learning_rate: constant; by default one for method and optimiser.
+        learning_rate: constant; by default one for method and optimizer.
         optimizer: `sgd` or `adamw`. For `sparse` the paper prefers SGD, whose learning rate depends on the model more.
         background_batches: most batches of the background to look at.
         seed: of the order of the data and of LoRA's initial values.
         device: auto, cpu or cuda.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value is invalid.
     """
 
     model: Path
@@ -93,5 +93,5 @@ class FinetuneConfig:
 
     @property
     def chosen_learning_rate(self) -> float:
-        """The learning rate, or that of method and optimiser."""
+        """The learning rate, or that of method and optimizer."""
         return self.learning_rate or LEARNING_RATES[self.method][self.optimizer]

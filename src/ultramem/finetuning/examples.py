@@ -77,23 +77,23 @@ def background_batches(
     seed: int,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """At most `batches` batches of about `batch_tokens` tokens: different windows of the examples in a row.
+    """At most `batches` batches of about `batch_tokens` tokens: different sequences of the examples in a row.
 
     Raises:
         UltraMemError: there are too few tokens for one batch.
     """
     tokens = torch.tensor([token for example in examples for token in example["input_ids"]])
-    windows_per_batch = -(-batch_tokens // sequence_length)
-    length = batch_tokens // windows_per_batch
-    windows = tokens[: len(tokens) // length * length].view(-1, length)
-    if len(windows) < windows_per_batch:
+    sequences_per_batch = -(-batch_tokens // sequence_length)
+    length = batch_tokens // sequences_per_batch
+    sequences = tokens[: len(tokens) // length * length].view(-1, length)
+    if len(sequences) < sequences_per_batch:
         raise UltraMemError(
             f"the background has {len(tokens):,} tokens, fewer than one batch of new data ({batch_tokens:,}); give more"
         )
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    for number in range(min(batches, len(windows) // windows_per_batch)):
-        chosen = order[number * windows_per_batch : (number + 1) * windows_per_batch]
-        yield {"input_ids": windows[chosen].to(device)}
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
+    for number in range(min(batches, len(sequences) // sequences_per_batch)):
+        chosen = order[number * sequences_per_batch : (number + 1) * sequences_per_batch]
+        yield {"input_ids": sequences[chosen].to(device)}
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ class FinetuneResult:
 
     Attributes:
         before, after: losses.
-        steps: optimiser steps.
+        steps: optimizer steps.
         trained_rows: table rows that were trained.
         table_rows: all rows of all tables.
         trained_parameters: parameters that were trained.

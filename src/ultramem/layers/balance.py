@@ -17,7 +17,7 @@ def balance_loss(axis_scores: Tensor, axis_top_k: int) -> Tensor:
         axis_top_k: keys chosen on this axis.
 
     Returns:
-        Scalar, in float32 or wider.
+        scalar, in float32 or wider.
     """
     tokens, heads, keys = axis_scores.shape
     wide = axis_scores.to(torch.promote_types(axis_scores.dtype, torch.float32))

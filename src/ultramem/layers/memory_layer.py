@@ -112,7 +112,7 @@ class MemoryLayer(nn.Module):
             d_model: width of the model, where it is known.
 
         Raises:
-            ConfigError: a value cannot work.
+            ConfigError: a value is invalid.
         """
 
     @classmethod
@@ -195,7 +195,7 @@ class MemoryLayer(nn.Module):
         """Initialise what follows the lookup.
 
         Returns:
-            The standard deviation of a token's weighted sum for which the layer's output has the feed-forward's.
+            the standard deviation of a token's weighted sum for which the layer's output has the feed-forward's.
         """
         raise NotImplementedError
 

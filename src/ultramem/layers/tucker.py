@@ -29,7 +29,7 @@ class TuckerMemory(MemoryLayer):
     """A layer with Tucker-decomposed scores (UltraMem, arXiv:2411.12364, section 3.1), whose weights are the scores.
 
     Heads share the queries and differ in their keys. `u` and `t` (heads, rank) are the leading singular vectors of
-    each head's summed cores; they carry no gradient, and `refresh` follows the cores once per optimiser step.
+    each head's summed cores; they carry no gradient, and `refresh` follows the cores once per optimizer step.
     Arguments as for `MemoryLayer`.
     """
 
@@ -257,7 +257,7 @@ def tucker_penalty(cores: Tensor, threshold: float) -> Tensor:
         threshold: excess is counted from here.
 
     Returns:
-        Scalar, in float32 or wider; 0 for rank 1.
+        scalar, in float32 or wider; 0 for rank 1.
     """
     trailing = torch.linalg.svdvals(_summed(cores))[..., 1:]
     return F.relu(trailing - threshold).square().sum() / max(trailing.numel(), 1)

@@ -68,14 +68,14 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     """Write one self-contained HTML page about a run, or one that compares several.
 
     Args:
-        runs: Run directories as `ultramem train` writes them.
-        output: The file to write. Default, for a single run only: `report.html` in its directory.
+        runs: run directories as `ultramem train` writes them.
+        output: the file to write. Default, for a single run only: `report.html` in its directory.
 
     Returns:
-        The file written.
+        the file written.
 
     Raises:
-        UltraMemError: If a directory is not a run, has no metrics yet or holds a file that cannot be
+        UltraMemError: if a directory is not a run, has no metrics yet or holds a file that cannot be
             understood; if several runs come without `output`; if the page cannot be written.
     """
     paths = list(dict.fromkeys(path.resolve() for path in runs))

@@ -53,8 +53,8 @@ def svg(draw: Callable[[Axes], None], description: str) -> Markup:
     """Draw on fresh axes and return an SVG element to stand in a page.
 
     Args:
-        draw: Puts one plot on the axes that it is given.
-        description: Read out in place of the picture.
+        draw: puts one plot on the axes that it is given.
+        description: read out in place of the picture.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": description}):
@@ -81,10 +81,10 @@ def smooth(values: Array, share: float = 0.02) -> Array:
     """Centred moving average over `share` of all points; what is not finite is left out.
 
     Args:
-        values: Shape (n,).
+        values: shape (n,).
 
     Returns:
-        Shape (n,); NaN where no value within the window is finite.
+        shape (n,); NaN where no value within the window is finite.
     """
     half = max(1, round(len(values) * share / 2))
     finite = np.isfinite(values)

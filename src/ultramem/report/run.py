@@ -27,9 +27,9 @@ _LAYER_METRIC = re.compile(r"(?P<group>[^/]+)/(?P<axis>layer|block) (?P<index>\d
 class Series:
     """A metric over the run.
 
-    Args:
-        steps: Steps at which the metric was reported, rising, shape (n,).
-        values: Its values, shape (n,).
+    Attributes:
+        steps: steps at which the metric was reported, rising, shape (n,).
+        values: its values, shape (n,).
     """
 
     steps: Array
@@ -40,13 +40,13 @@ class Series:
 class LayerSeries:
     """A metric that every layer of some kind reports.
 
-    Args:
-        group: What comes before the layer in the metric's name, such as "memory" or "moe".
-        axis: What the numbers count: "layer" (of the memory) or "block" (of the model).
-        name: What comes last in the metric's name, such as "rows read".
-        layers: Numbers of the reporting layers, rising.
-        steps: Steps at which any of them reported, rising, shape (n,).
-        values: One row a layer, shape (len(layers), n); NaN where a layer did not report.
+    Attributes:
+        group: what comes before the layer in the metric's name, such as "memory" or "moe".
+        axis: what the numbers count: "layer" (of the memory) or "block" (of the model).
+        name: what comes last in the metric's name, such as "rows read".
+        layers: numbers of the reporting layers, rising.
+        steps: steps at which any of them reported, rising, shape (n,).
+        values: one row a layer, shape (len(layers), n); NaN where a layer did not report.
     """
 
     group: str
@@ -138,15 +138,15 @@ class ReportedSample:
 class Run:
     """One training run.
 
-    Args:
-        path: The run directory, absolute.
-        config: Text of `config.yaml`.
-        summary: Content of `summary.json`.
-        metrics: Metrics by step, steps rising; a repeated step (the run was resumed) keeps its last report.
-        unreadable_lines: Lines of `metrics.jsonl` that a crash left torn, without a torn last one.
-        evaluation: Content of `evaluation.json`, None without that file.
-        tasks: Content of `tasks.json`, None without that file.
-        samples: Content of `samples.json`, empty without that file.
+    Attributes:
+        path: the run directory, absolute.
+        config: text of `config.yaml`.
+        summary: content of `summary.json`.
+        metrics: metrics by step, steps rising; a repeated step (the run was resumed) keeps its last report.
+        unreadable_lines: lines of `metrics.jsonl` that a crash left torn, without a torn last one.
+        evaluation: content of `evaluation.json`, None without that file.
+        tasks: content of `tasks.json`, None without that file.
+        samples: content of `samples.json`, empty without that file.
     """
 
     path: Path
@@ -163,7 +163,7 @@ class Run:
         """Read the directory at `path`.
 
         Raises:
-            UltraMemError: If it is no run directory, if the run has not reported any metric yet, or if one
+            UltraMemError: if it is no run directory, if the run has not reported any metric yet, or if one
                 of its files cannot be understood.
         """
         path = path.resolve()

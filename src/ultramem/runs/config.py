@@ -236,7 +236,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything about a training run. A value that cannot work raises `ConfigError` on construction.
+    """Everything about a training run. An invalid value raises `ConfigError` on construction.
 
     Attributes:
         model: the model. In YAML also `preset: NAME`, with further keys that replace some of the preset's values. By

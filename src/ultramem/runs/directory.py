@@ -106,7 +106,7 @@ class RunDirectory:
             overwrite: remove another run's files, this run's as well, and start anew.
 
         Returns:
-            The step of the latest complete checkpoint; None for a run at its start.
+            the step of the latest complete checkpoint; None for a run at its start.
 
         Raises:
             UltraMemError: another run's files are there.

@@ -1,4 +1,4 @@
-"""Evaluation on held-out data during training: the windows that each process reads, and what comes of them."""
+"""Evaluation on held-out data during training: the sequences that each process reads, and what comes of them."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.eval import Evaluator
 from torch import Tensor
 
-from ultramem.data.token_windows import TokenWindows
+from ultramem.data.token_sequences import TokenSequences
 
 
 class HeldoutBatches:
-    """This process's share of the held-out windows, in batches; all processes have the same number of batches.
+    """This process's share of the held-out sequences, in batches; all processes have the same number of batches.
 
     Args:
-        windows: all windows.
-        batch_size: windows of a batch.
-        group: processes that share the windows.
+        sequences: all sequences.
+        batch_size: sequences of a batch.
+        group: processes that share the sequences.
     """
 
-    def __init__(self, windows: TokenWindows, batch_size: int, group: dist.ProcessGroup | None) -> None:
-        self.windows, self.batch_size = windows, batch_size
+    def __init__(self, sequences: TokenSequences, batch_size: int, group: dist.ProcessGroup | None) -> None:
+        self.sequences, self.batch_size = sequences, batch_size
         self.rank, self.processes = get_rank(group), get_world_size(group)
 
     def __len__(self) -> int:
         """Batches of each process."""
-        return math.ceil(math.ceil(len(self.windows) / self.processes) / self.batch_size)
+        return math.ceil(math.ceil(len(self.sequences) / self.processes) / self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """`input_ids` (batch size, length), int64, and `label_mask`, false where there is no token to predict."""
-        own = islice(self.windows, self.rank, None, self.processes)
+        own = islice(self.sequences, self.rank, None, self.processes)
         for _ in range(len(self)):
-            tokens = torch.zeros(self.batch_size, self.windows.length, dtype=torch.int64)
+            tokens = torch.zeros(self.batch_size, self.sequences.length, dtype=torch.int64)
             mask = torch.zeros_like(tokens, dtype=torch.bool)
-            for row, window in enumerate(islice(own, self.batch_size)):
-                tokens[row, : len(window)] = torch.from_numpy(window.astype(np.int64))
-                mask[row, : len(window)] = True
+            for row, sequence in enumerate(islice(own, self.batch_size)):
+                tokens[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
+                mask[row, : len(sequence)] = True
             yield {"input_ids": tokens, "label_mask": mask}
 
 
 class HeldoutEvaluator(Evaluator):
-    """Mean loss on held-out windows: `CE loss` (nats per token), `perplexity`, and `bits per byte` if known.
+    """Mean loss on held-out sequences: `CE loss` (nats per token), `perplexity`, and `bits per byte` if known.
 
     Args:
-        batches: the windows.
+        batches: the sequences.
         bytes_per_token: UTF-8 bytes of text for each token, or None.
         device: of the model.
-        group: processes that share the windows.
+        group: processes that share the sequences.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class HeldoutEvaluator(Evaluator):
         self._sums += torch.stack([ce_loss.sum(dtype=self._sums.dtype).to(self._sums), predicted])
 
     def compute_metrics(self) -> dict[str, Tensor]:
-        """The metrics over all processes' windows."""
+        """The metrics over all processes' sequences."""
         if dist.is_initialized():
             dist.all_reduce(self._sums, group=self.group)
         loss = self._sums[0] / self._sums[1]

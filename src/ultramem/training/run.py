@@ -155,14 +155,14 @@ def _announce(
     count = "" if processes.count == 1 else f", {processes.count} processes"
     console.print(
         f"{config.model.system}: {statistics.active / 1e6:,.1f} M active of {statistics.total / 1e6:,.1f} M "
-        f"parameters; {config.trainer.total_steps:,} steps of {config.trainer.batch_size:,} tokens on "
+        f"parameters (embeddings included); {config.trainer.total_steps:,} steps of {config.trainer.batch_size:,} tokens on "
         f"{processes.device.type}{count}"
     )
     console.print(f"run directory: {escape(str(config.trainer.directory))}")
     if not data.heldout:
         console.print("no held-out data: no evaluation during training")
     if step is not None:
-        console.print(f"going on from step {step:,}")
+        console.print(f"resuming from step {step:,}")
 
 
 def _fit(trainer: Trainer, directory: RunDirectory) -> None:

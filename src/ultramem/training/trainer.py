@@ -1,4 +1,4 @@
-"""OLMo-core's trainer with everything in it: the model, its optimiser, the batches and the callbacks."""
+"""OLMo-core's trainer with everything in it: the model, its optimizer, the batches and the callbacks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ultramem.configuration.decoding import encode
-from ultramem.data.token_windows import TokenWindows
+from ultramem.data.token_sequences import TokenSequences
 from ultramem.errors import UltraMemError
 from ultramem.evaluation.task_suite import TaskSuite
 from ultramem.runs.config import RunConfig
@@ -110,8 +110,8 @@ def _heldout_evaluation(
     config: RunConfig, data: TokenData, module: TrainModule, micro_batch_size: int
 ) -> HeldoutCallback:
     trainer, length, group = config.trainer, config.data.sequence_length, module.dp_process_group
-    windows = TokenWindows(data.heldout, data.dtype, data.vocab_size, length, trainer.evaluate_tokens)
-    batches = HeldoutBatches(windows, micro_batch_size // length, group)
+    sequences = TokenSequences(data.heldout, data.dtype, data.vocab_size, length, trainer.evaluate_tokens)
+    batches = HeldoutBatches(sequences, micro_batch_size // length, group)
     evaluator = HeldoutEvaluator(batches, data.heldout_bytes_per_token, module.device, group)
     return HeldoutCallback(
         evaluators=[evaluator], eval_interval=trainer.evaluate_interval, fixed_steps=[trainer.total_steps]

@@ -23,7 +23,7 @@ from ultramem.layers import HostScheme
 class ModelConfig:
     """A decoder: RMSNorm before each sublayer, RoPE, query and key norms per head, SwiGLU, no biases.
 
-    A value that cannot work raises `ConfigError` on construction.
+    An invalid value raises `ConfigError` on construction.
 
     Attributes:
         d_model: width of the residual stream.

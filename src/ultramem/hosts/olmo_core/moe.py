@@ -27,7 +27,7 @@ ROW_ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """A mixture of SwiGLU experts. A value that cannot work raises `ConfigError` on construction.
+    """A mixture of SwiGLU experts. An invalid value raises `ConfigError` on construction.
 
     Attributes:
         hidden_size: inner width of one expert, a multiple of 8.
@@ -239,7 +239,7 @@ def load_balancing_loss(probabilities: Tensor, assignments: Tensor) -> Tensor:
         assignments: (experts,), how many token copies went to each expert.
 
     Returns:
-        A scalar; 0 if there are no tokens.
+        a scalar; 0 if there are no tokens.
     """
     tokens, num_experts = probabilities.shape
     shares = assignments.to(probabilities.dtype) / assignments.sum().clamp(min=1)
@@ -253,7 +253,7 @@ def router_z_loss(logits: Tensor) -> Tensor:
         logits: (tokens, experts).
 
     Returns:
-        A scalar; 0 if there are no tokens.
+        a scalar; 0 if there are no tokens.
     """
     return logits.logsumexp(dim=-1).square().sum() / max(len(logits), 1)
 

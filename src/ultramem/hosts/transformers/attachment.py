@@ -31,7 +31,7 @@ def attach_memory(
     Each layer reads what its block's feed-forward reads, and what it returns is added to the feed-forward's output. The
     model's own modules and their names stay as they are; the memory becomes its submodule `memory`. With
     `init="zero_output"` the model's outputs are unchanged until the memory is trained. What is derived from the
-    memory's parameters follows each step of a PyTorch optimiser by itself; after one of another kind call
+    memory's parameters follows each step of a PyTorch optimizer by itself; after one of another kind call
     `model.memory.refresh()`.
 
     Args:
@@ -41,7 +41,7 @@ def attach_memory(
         seed: of the memory's initial values.
 
     Returns:
-        The memory, in the dtype of the model, on the device of its first feed-forward.
+        the memory, in the dtype of the model, on the device of its first feed-forward.
 
     Raises:
         ConfigError: the configuration does not fit the model.
@@ -76,7 +76,7 @@ def detach_memory(model: PreTrainedModel) -> Memory:
     """Remove the memory from a model, which is then as it was before `attach_memory`.
 
     Returns:
-        The memory.
+        the memory.
 
     Raises:
         UltraMemError: the model has none, or it was built with it.

@@ -178,7 +178,7 @@ def choose_rows(counts: Tensor, frequencies: Tensor, batches: int, rows: int) ->
 class SparseRows(Optimizer):
     """SGD or AdamW (arXiv:1711.05101) on a few rows of tables; all others stay as they are, to the bit.
 
-    Before each step set `rows`. Only rows that were ever trained have optimiser state, in float32, besides four bytes
+    Before each step set `rows`. Only rows that were ever trained have optimizer state, in float32, besides four bytes
     for each row of the table. AdamW corrects the bias of its averages by the number of steps of each row. The buffer of
     the gradient is as large as the table all the same: it holds what other rows would get, and nothing reads it.
 
@@ -252,7 +252,7 @@ class SparseRows(Optimizer):
         return {**super().__getstate__(), **own}  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every optimiser, and `trained`: for each table the rows that were ever trained, and their state."""
+        """As of every optimizer, and `trained`: for each table the rows that were ever trained, and their state."""
         return {**super().state_dict(), "trained": [trained.state_dict() for trained in self._trained]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -338,7 +338,7 @@ class SparseFinetuning(TrainerCallback):
         model: with a memory.
         background: what the corpus that must not be forgotten reads.
         rows: most rows of each table to train in one step.
-        learning_rate: of the optimiser.
+        learning_rate: of the optimizer.
         optimizer: `sgd` or `adamw`. The paper found that SGD forgets less.
         weight_decay: for the chosen rows.
 
@@ -346,7 +346,7 @@ class SparseFinetuning(TrainerCallback):
         optimizer: a `SparseRows`.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value is invalid.
         UltraMemError: the model has no memory.
     """
 

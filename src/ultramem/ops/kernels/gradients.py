@@ -95,7 +95,7 @@ def best_cells_backward(
         cores: as in `best_cells`.
 
     Returns:
-        Gradient of the cores, float32, or None without cores.
+        gradient of the cores, float32, or None without cores.
     """
     tokens, heads, k, num_cores = score_gradients.shape
     rank = axis_gradients.shape[1]
