@@ -135,7 +135,7 @@ def test_the_file_is_read_as_tokenize_reads_it(tmp_path: Path, documents: list[s
 def test_mistakes(tmp_path: Path) -> None:
     path = tmp_path / "facts.jsonl"
     path.write_text("mine")
-    with pytest.raises(UltraMemError, match=r"facts\.jsonl is there already; replace it with --overwrite"):
+    with pytest.raises(UltraMemError, match=r"facts\.jsonl exists already; replace it with --overwrite"):
         write_facts(path)
     assert path.read_text() == "mine"
     write_facts(path, overwrite=True)

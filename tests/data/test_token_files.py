@@ -45,7 +45,7 @@ def test_empty_and_unknown_splits(directory: Path) -> None:
     manifest = load_manifest(directory)
     with pytest.raises(UltraMemError, match=r"'heldout' .* has no documents.*--heldout"):
         manifest.split("heldout")
-    with pytest.raises(UltraMemError, match="it has train, heldout"):
+    with pytest.raises(UltraMemError, match="choose one of train, heldout"):
         manifest.split("test")
 
 

@@ -51,7 +51,7 @@ def test_missing_file(token_files, make_config):
 
 def test_truncated_file(token_files, make_config):
     token_files.heldout_files[0].write_bytes(b"\0" * 41)
-    with pytest.raises(UltraMemError, match=r"heldout.npy is cut off .*: 41 bytes found"):
+    with pytest.raises(UltraMemError, match=r"heldout.npy is truncated .*: 41 bytes found"):
         check_token_data(open_token_data(token_files), replace(make_config(), data=token_files))
 
 

@@ -1,4 +1,4 @@
-"""Turning documents into token ids, always in the documents' order."""
+"""Encoding documents as token ids, in the documents' order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Encoder:
     Args:
         tokenizer: the tokenizer in the JSON form of the `tokenizers` library.
         eos_token_id: appended to every text.
-        dtype: of the arrays returned, `uint16` or `uint32`, little-endian.
+        dtype: dtype of the returned arrays, `uint16` or `uint32`, little-endian.
     """
 
     def __init__(self, tokenizer: str, eos_token_id: int, dtype: str) -> None:
@@ -31,7 +31,7 @@ class Encoder:
 
     def __call__(self, text: str) -> np.ndarray:
         """Token ids (n + 1,) of a text of n tokens."""
-        # Of the library's calls only this one leaves out the characters' offsets, which take time and memory.
+        # The library's other calls also compute the characters' offsets, which takes time and memory.
         (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array([*encoding.ids, self.eos_token_id], dtype=self.dtype)
 
@@ -39,6 +39,6 @@ class Encoder:
 def encode_documents(
     documents: Iterable[Document], tokenizer: ChosenTokenizer, processes: int
 ) -> Generator[tuple[Document, np.ndarray], None, None]:
-    """Each document with its token ids, the end-of-text token included; otherwise as `map_documents`."""
+    """Yield each document with its token ids, including the end-of-text token; otherwise as `map_documents`."""
     arguments = (tokenizer.tokenizer.to_str(), tokenizer.eos_token_id, tokenizer.dtype)
     return map_documents(documents, Encoder, arguments, processes)

@@ -1,4 +1,4 @@
-"""What a run shows of its progress, on a terminal only."""
+"""Progress of `ultramem tokenize`, shown on a terminal only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFRESH_SECONDS = 0.1
 
 
 def progress_display() -> Progress:
-    """A display on standard error, silent unless that is a terminal."""
+    """A progress display on standard error; it shows nothing unless that is a terminal."""
     console = Console(stderr=True)
     console.quiet = not console.is_terminal
     return Progress(
@@ -39,9 +39,9 @@ class DocumentMeter:
     """A line of the display that counts documents and bytes.
 
     Args:
-        display: what to show it on.
-        description: what is being done.
-        total: bytes to come.
+        display: display to show the line on.
+        description: text before the numbers.
+        total: total number of bytes.
     """
 
     def __init__(self, display: Progress, description: str, total: int) -> None:
@@ -52,12 +52,12 @@ class DocumentMeter:
         self._next_refresh = 0.0
 
     def advance(self, completed: int) -> None:
-        """Count one document more; `completed` is the bytes done in all."""
+        """Count one more document; `completed` is the number of bytes read so far."""
         self.documents += 1
         if (now := time.monotonic()) >= self._next_refresh:
             self.display.update(self.task, completed=completed, documents=self.documents)
             self._next_refresh = now + REFRESH_SECONDS
 
     def finish(self) -> None:
-        """Show the line as complete."""
+        """Mark the line as complete."""
         self.display.update(self.task, completed=self.total, documents=self.documents)

@@ -10,7 +10,7 @@ from ultramem.data.token_files import Manifest
 
 
 def print_summary(manifest: Manifest) -> None:
-    """Print what was written, per split, and what was skipped."""
+    """Print what was written to each split, and what was skipped."""
     console = Console(highlight=False, soft_wrap=True)
     table = Table("split", "files", "documents", "tokens", "bytes", "bytes per token")
     for column in table.columns[1:]:
@@ -27,5 +27,7 @@ def print_summary(manifest: Manifest) -> None:
     if manifest.skipped > len(manifest.skipped_examples):
         console.print("  ...")
     if not manifest.splits["heldout"].files:
-        console.print("[yellow]no document is held out[/]: nothing to evaluate on; see --heldout and --seed")
+        console.print(
+            "[yellow]no document is held out[/], so there is nothing to evaluate on; change --heldout or --seed"
+        )
     console.print(f"written to {escape(str(manifest.directory))}")

@@ -1,4 +1,4 @@
-"""JSON files, written whole or not at all, and read where they can be understood."""
+"""JSON files: atomic writes, and reads of optional files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The names and values in a file; none where it is missing or cannot be understood."""
+    """Read the object in a JSON file; empty if the file is missing or not valid."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Directories that one process at a time writes to."""
+"""Locks on directories."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ultramem.errors import UltraMemError
 
 @contextmanager
 def locked(directory: Path, busy: str) -> Iterator[None]:
-    """Hold a lock on a directory, which the system releases however the process ends.
+    """Hold a lock on a directory. The system releases it, however the process ends.
 
     Args:
-        directory: to lock.
-        busy: what to say where another process holds it.
+        directory: directory to lock.
+        busy: error message if another process holds the lock.
 
     Raises:
-        UltraMemError: another process holds it.
+        UltraMemError: another process holds the lock.
         OSError: the directory cannot be opened.
     """
     descriptor = os.open(directory, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Removing whatever is at a path."""
+"""Removing files and directories."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a link, or a directory with all that is in it."""
+    """Remove a file, a link, or a directory with its contents."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes of text files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file to a temporary name beside `path` and rename it.
+    """Write a UTF-8 file under a temporary name beside `path`, then rename it.
 
     Raises:
-        OSError: it cannot be written; what was at `path` is still there.
+        OSError: the file cannot be written; an existing file at `path` is unchanged.
     """
     temporary = path.with_name(f"{path.name}.partial")
     try:

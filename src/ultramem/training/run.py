@@ -155,8 +155,8 @@ def _announce(
     count = "" if processes.count == 1 else f", {processes.count} processes"
     console.print(
         f"{config.model.system}: {statistics.active / 1e6:,.1f} M active of {statistics.total / 1e6:,.1f} M "
-        f"parameters (embeddings included); {config.trainer.total_steps:,} steps of {config.trainer.batch_size:,} tokens on "
-        f"{processes.device.type}{count}"
+        f"parameters (embeddings included); {config.trainer.total_steps:,} steps of {config.trainer.batch_size:,} "
+        f"tokens on {processes.device.type}{count}"
     )
     console.print(f"run directory: {escape(str(config.trainer.directory))}")
     if not data.heldout:
