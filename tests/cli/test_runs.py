@@ -111,7 +111,7 @@ def test_generate_several(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     ("arguments", "message"),
     [
         (["evaluate", "nothing"], "neither a run directory"),
-        (["evaluate", "RUN/step8"], "step8 does not exist; the complete ones are step7"),
+        (["evaluate", "RUN/step8"], "step8 does not exist; complete ones are step7"),
         (["evaluate", "RUN", "--split", "test"], "no split 'test'"),
         (["evaluate", "RUN", "--max-tokens", "0"], "max_tokens=0"),
         (["evaluate", "RUN", "nothing"], "neither a run directory"),

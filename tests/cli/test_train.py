@@ -61,7 +61,7 @@ def test_interrupted_run_says_how_to_go_on(number, command, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--trainer.stps=3"], "error: trainer.stps: there is no such key; did you mean trainer.steps?"),
+        (["--trainer.stps=3"], "error: trainer.stps: unknown key; did you mean trainer.steps?"),
         (["--overwite"], "error: --overwite: not an option"),
         (["--optimizer.betas=[1, 2, 3]"], "error: optimizer.betas=[1, 2, 3]: must be a list of 2 values"),
         (["--data.directory=/nowhere"], "error: /nowhere does not exist; write it with `ultramem tokenize"),

@@ -72,9 +72,7 @@ def test_token_files_say_it_in_the_configuration(run: Any) -> None:
 def test_no_guess_where_nothing_says_it(run: Any) -> None:
     run.data.rename(run.data.with_name("elsewhere"))
     add_tokens(run, "</s>")
-    message = (
-        r"tokenizer\.json does not say which token ends a text \(it could be <\|endoftext\|> or </s>\), .* put it back"
-    )
+    message = r"tokenizer\.json does not define an end-of-text token \(it could be <\|endoftext\|> or </s>\), .* restore the data"
     with pytest.raises(UltraMemError, match=message):
         eos_token_id(run)
     (run.path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
@@ -82,7 +80,5 @@ def test_no_guess_where_nothing_says_it(run: Any) -> None:
     (run.path / "tokenizer_config.json").unlink()
     text = (run.path / "tokenizer.json").read_text()
     (run.path / "tokenizer.json").write_text(text.replace("<|endoftext|>", "<end>").replace("</s>", "<other>"))
-    with pytest.raises(
-        UltraMemError, match=r"\(its vocabulary has none of the usual ones\), .*\"eos_token_id\" to summary"
-    ):
+    with pytest.raises(UltraMemError, match=r"\(its vocabulary has no common one\), .*\"eos_token_id\" to summary"):
         eos_token_id(run)

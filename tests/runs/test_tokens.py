@@ -33,7 +33,7 @@ def test_more_directories(token_directory, tmp_path):
     (other / "tokenizer.json").write_text("[]")
     with pytest.raises(UltraMemError, match=r"data.more_directories: .*other has another tokenizer than .*--tokenizer"):
         open_token_data(DataConfig(token_directory, more_directories=(other,)))
-    with pytest.raises(ConfigError, match="more_directories: go with directory"):
+    with pytest.raises(ConfigError, match="more_directories: needs directory"):
         DataConfig(more_directories=(other,), train_files=(tmp_path / "a.npy",))
 
 
@@ -64,7 +64,9 @@ def test_too_large_an_id(token_files, make_config):
 def test_vocabulary_larger_than_the_models(token_files, make_config):
     config = make_config()
     config = replace(config, data=token_files, model=replace(config.model, vocab_size=99))
-    with pytest.raises(UltraMemError, match=r"model.vocab_size=99: the data has 100 tokens in its vocabulary"):
+    with pytest.raises(
+        UltraMemError, match=r"model.vocab_size=99: must be at least 100, the vocabulary size of the data"
+    ):
         check_token_data(open_token_data(token_files), config)
 
 

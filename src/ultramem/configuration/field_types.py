@@ -1,4 +1,4 @@
-"""Whether the values of a configuration are of its fields' types: one check for Python and for YAML."""
+"""Type checks of configuration values, the same for Python and YAML."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _WORDS = {
 
 
 def check_types(config: Any) -> None:
-    """Check a dataclass' values against its annotations; for its `__post_init__`.
+    """Check a dataclass's values against its annotations; called in its `__post_init__`.
 
-    Fields are of type bool, int, float, str or Path, a choice (`Literal`), another dataclass, a tuple of such values,
-    or one of these and None. A text becomes a Path, a list a tuple, and a number of NumPy's one of Python's.
+    Fields may be bool, int, float, str, Path, a `Literal`, another dataclass, a tuple of these, or one of these or
+    None. Strings are converted to Path, lists to tuples, and NumPy numbers to Python numbers, as the field requires.
 
     Raises:
-        ConfigError: a value is of another type; names the field.
+        ConfigError: a value is of the wrong type; the error names the field.
     """
     for name, hint in field_types(type(config)).items():
         object.__setattr__(config, name, _checked(hint, getattr(config, name), name))
 
 
 def check_finite(config: Any) -> None:
-    """Check that a dataclass' numbers are neither infinite nor not a number.
+    """Check that a dataclass's numbers are finite.
 
     Raises:
-        ConfigError: one is; names the field.
+        ConfigError: a number is infinite or NaN; the error names the field.
     """
     for field in fields(config):
         value = getattr(config, field.name)
@@ -46,13 +46,13 @@ def check_finite(config: Any) -> None:
 
 
 def field_types(kind: type) -> dict[str, Any]:
-    """The types of a dataclass' fields, by name."""
+    """The types of a dataclass's fields, by name."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
 def without_none(hint: Any) -> tuple[Any, bool]:
-    """A type that may be None without it, and whether it may; any other as it is."""
+    """A type without None, and whether it allowed None."""
     if get_origin(hint) not in (Union, UnionType):
         return hint, False
     (kind,) = (option for option in get_args(hint) if option is not NoneType)
@@ -60,7 +60,7 @@ def without_none(hint: Any) -> tuple[Any, bool]:
 
 
 def item_types(hint: Any, count: int) -> tuple[Any, ...]:
-    """The types of a tuple's items, which are `count` where the tuple may be of any length."""
+    """The types of a tuple's items; `count` types if the tuple may have any length."""
     kinds = get_args(hint)
     return kinds[:1] * count if kinds[-1] is Ellipsis else kinds
 

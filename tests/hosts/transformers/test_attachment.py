@@ -194,7 +194,7 @@ def test_architectures_that_do_not_fit(
         ({"insertion": "0:1"}, [1], "insertion='0:1': blocks=.* says otherwise"),
         ({"kind": "pkm", "pre_value_dim": 0}, None, "set it to d_model=32"),
         ({"query_conv": 3}, None, "query_conv=3"),
-        ({"num_keys": 1}, None, "top_k=4: a layer can reach only"),
+        ({"num_keys": 1}, None, "top_k=4: must be at most 1, the number of rows that a layer can reach"),
     ],
 )
 def test_configurations_that_do_not_fit(options: dict[str, Any], blocks: list[int] | None, message: str) -> None:
