@@ -62,7 +62,7 @@ def test_interrupted_run_says_how_to_go_on(number, command, monkeypatch):
     ("arguments", "message"),
     [
         (["--trainer.stps=3"], "error: trainer.stps: unknown key; did you mean trainer.steps?"),
-        (["--overwite"], "error: --overwite: not an option"),
+        (["--overwite"], "error: --overwite: is not an option"),
         (["--optimizer.betas=[1, 2, 3]"], "error: optimizer.betas=[1, 2, 3]: must be a list of 2 values"),
         (["--data.directory=/nowhere"], "error: /nowhere does not exist; write it with `ultramem tokenize"),
         (["--optimizer.learning_rate=1e30", "--optimizer.max_grad_norm=null"], "error: the "),

@@ -140,7 +140,7 @@ def test_mistakes(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
     write_facts(path, overwrite=True)
     assert path.read_text().startswith('{"id": "facts-0"')
-    with pytest.raises(ConfigError, match=r"facts\.txt: the documents are JSON lines"):
+    with pytest.raises(ConfigError, match=r"facts\.txt: must end in .jsonl, as the documents are JSON lines"):
         write_facts(tmp_path / "facts.txt")
     with pytest.raises(ConfigError, match="text_field=''"):
         write_facts(tmp_path / "other.jsonl", text_field="")

@@ -68,7 +68,7 @@ def test_missing_directory_and_manifest(directory: Path) -> None:
     with pytest.raises(UltraMemError, match="nowhere does not exist"):
         load_manifest(directory / "nowhere")
     (directory / "manifest.json").unlink()
-    with pytest.raises(UltraMemError, match=r"has no manifest.json.*not to the end"):
+    with pytest.raises(UltraMemError, match=r"has no manifest.json.*did not finish"):
         load_manifest(directory)
 
 

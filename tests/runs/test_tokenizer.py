@@ -34,7 +34,7 @@ def test_the_tokenizer_is_in_the_run(run: Any) -> None:
     run.data.rename(run.data.with_name("elsewhere"))
     assert find_tokenizer(find_checkpoint(run.path)).eos_token_id == 0
     (run.path / "tokenizer.json").unlink()
-    with pytest.raises(UltraMemError, match=r"run/tokenizer.json is missing; copy"):
+    with pytest.raises(UltraMemError, match=r"run/tokenizer.json does not exist; copy"):
         find_tokenizer(find_checkpoint(run.path))
 
 
@@ -72,7 +72,8 @@ def test_token_files_say_it_in_the_configuration(run: Any) -> None:
 def test_no_guess_where_nothing_says_it(run: Any) -> None:
     run.data.rename(run.data.with_name("elsewhere"))
     add_tokens(run, "</s>")
-    message = r"tokenizer\.json does not define an end-of-text token \(it could be <\|endoftext\|> or </s>\), .* restore the data"
+    found = r"it could be <\|endoftext\|> or </s>"
+    message = rf"tokenizer\.json does not define an end-of-text token \({found}\), .* restore the data"
     with pytest.raises(UltraMemError, match=message):
         eos_token_id(run)
     (run.path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))

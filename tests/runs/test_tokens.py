@@ -72,5 +72,5 @@ def test_vocabulary_larger_than_the_models(token_files, make_config):
 
 def test_fewer_tokens_than_a_batch(token_files, make_config):
     config = replace(make_config(batch_size=176), data=token_files)
-    with pytest.raises(UltraMemError, match=r"batch_size=176: .* only 160 tokens in whole sequences of 16"):
+    with pytest.raises(UltraMemError, match=r"batch_size=176: must be at most 160, .* in whole sequences of 16"):
         check_token_data(open_token_data(token_files), config)

@@ -1,4 +1,4 @@
-"""Signals, on which a run stops with a checkpoint."""
+"""Signals that stop a run with a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from rich.console import Console
 
 @dataclass
 class StopOnSignal(Callback):
-    """On SIGTERM or SIGINT the run stops after the step, with a checkpoint; a second SIGINT ends the process at once.
+    """Stops the run on SIGTERM or SIGINT, after a checkpoint at the step's end; a second SIGINT exits at once.
 
     Attributes:
-        console: where to say so.
+        console: console for a message about it.
     """
 
     console: Console = field(default_factory=Console)
 
     def pre_train(self) -> None:
-        """Replace OLMo-core's handlers, which ignore a second signal; it puts back the former ones at the end."""
+        """Replace OLMo-core's handlers, which ignore a second signal; OLMo-core restores the former ones at the end."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
 
@@ -33,7 +33,7 @@ class StopOnSignal(Callback):
         self.trainer.cancel_run(f"{name} received")
         signal.signal(signal.SIGINT, self._leave)
         if get_rank() == 0:
-            self.console.print(f"{name}: saving a checkpoint after this step; Ctrl-C leaves at once without")
+            self.console.print(f"{name}: saving a checkpoint after this step; press Ctrl-C to exit at once without one")
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
         del frame

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class TensorBoard(Callback):
-    """Writes all metrics as TensorBoard events, from the first process.
+    """Writes all metrics as TensorBoard events, in the first process.
 
     Attributes:
-        directory: where to.
+        directory: directory of the event files.
     """
 
     directory: Path = field(default_factory=Path)
     _writer: SummaryWriter | None = None
 
     def pre_train(self) -> None:
-        """Open the event file; what an interrupted run wrote of later steps is to be ignored."""
+        """Open the event file; events that an interrupted run wrote for later steps are to be ignored."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         if get_rank() == 0:
