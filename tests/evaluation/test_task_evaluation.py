@@ -118,7 +118,7 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert "[one]/step7" in printed
     assert "accuracy: piqa" in printed
     assert "length-normalised accuracy: sciq" in printed
-    assert "[one]/step7: contexts cut on the left, to read 16 tokens at most: sciq 12.5 %" in printed
+    assert "[one]/step7: contexts cut on the left to 16 tokens: sciq 12.5 %" in printed
     assert "other/step7:" not in printed
 
 

@@ -64,7 +64,9 @@ def test_what_may_not(run, section, key, value):
     old = getattr(getattr(run.config, section), key)
     other = replace(run.config, **{section: replace(getattr(run.config, section), **{key: value})})
     written = (run.path / "config.yaml").read_text()
-    with pytest.raises(UltraMemError, match=rf"holds another run \({section}.{key}={old} there, {value} here\); choose"):
+    with pytest.raises(
+        UltraMemError, match=rf"holds another run \({section}.{key}={old} there, {value} here\); choose"
+    ):
         RunDirectory(other).claim(overwrite=False)
     assert (run.path / "config.yaml").read_text() == written
 

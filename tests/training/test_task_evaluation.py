@@ -103,7 +103,7 @@ def test_an_interval_without_tasks(make):
 
 def test_mistakes_come_before_training(make, monkeypatch):
     with pytest.raises(
-        ConfigError, match=r"^trainer.evaluate_tasks=squad: must be among table3, memory, arc_challenge"
+        ConfigError, match=r"^trainer.evaluate_tasks=squad: must be one of table3, memory, arc_challenge"
     ):
         train(make(evaluate_tasks=("squad",)))
     config = make()

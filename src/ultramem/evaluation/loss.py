@@ -25,28 +25,28 @@ from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import EVALUATION_NAME
 from ultramem.runs.results import LossResult
 
-BATCH_TOKENS = 4096  # of a batch, if its size is not given; the memory that logits take grows with it
-LARGEST_LOSS = 700.0  # whose perplexity is a finite number
+BATCH_TOKENS = 4096  # default for a batch; logits need memory in proportion to it
+LARGEST_LOSS = 700.0  # the perplexity is still finite
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(LossResult):
-    """What a checkpoint achieves on token files, and how it was found out.
+    """Results of a checkpoint on token files, with the speed of the evaluation.
 
     Attributes:
-        tokens_per_second: how fast they were predicted; not saved.
-        run: the run directory; not saved.
+        tokens_per_second: predicted tokens per second; not saved.
+        run: run directory; not saved.
     """
 
     tokens_per_second: float
     run: Path
 
     def save(self, path: Path | None = None) -> Path | None:
-        """Write it to a JSON file, by default the run's `evaluation.json`, which `ultramem report` shows.
+        """Write a JSON file, by default the run's `evaluation.json`, which `ultramem report` shows.
 
         Returns:
-            the file; None where the run's own says how the same checkpoint does on all tokens, and this one, of some of
-            them, is not to replace it.
+            the file; None if nothing was written because the run's own file already has the same checkpoint on all
+            tokens, and these results are on some of them.
 
         Raises:
             UltraMemError: the file cannot be written.
@@ -78,15 +78,16 @@ def evaluate(
     except the first is predicted once, from the tokens before it in the sequence.
 
     Args:
-        path: a run directory for its latest complete checkpoint, or a checkpoint's own directory.
-        data: a directory written by `ultramem tokenize`, or token files; by default what the run was trained with.
-        split: `train` or `heldout`; without meaning for token files.
-        dtype: of token files, `uint16` or `uint32`; by default that of the training's.
-        max_tokens: take so many at most, rounded up to whole sequences, spread evenly over the split; None for all.
-        batch_size: sequences at a time, by default about 4096 tokens; the result does not depend on it.
-        sequence_length: tokens of a sequence, by default that of the training.
-        device: `cpu`, `cuda` (in bfloat16 where it has that), or `auto` for CUDA where there is a device.
-        unigram: whether to evaluate a unigram model too, for which the whole train split is read.
+        path: run directory, for its latest complete checkpoint, or a checkpoint's own directory.
+        data: a directory written by `ultramem tokenize`, or token files; by default the data of the run.
+        split: `train` or `heldout`; not used for token files.
+        dtype: dtype of token files, `uint16` or `uint32`; by default that of the run's data.
+        max_tokens: maximum number of tokens, rounded up to whole sequences, which are spread evenly over the split;
+            None for all.
+        batch_size: sequences per batch, by default about 4096 tokens; does not change the result.
+        sequence_length: tokens per sequence; by default that of training.
+        device: `cpu`, `cuda` (in bfloat16 if it has hardware support), or `auto` for CUDA if available.
+        unigram: whether to evaluate the unigram model of the train split too, which is read for it.
 
     Raises:
         ConfigError: a value is invalid.
@@ -120,7 +121,7 @@ def evaluate(
 
 
 def print_losses(evaluations: Sequence[Evaluation]) -> None:
-    """Print evaluations to the terminal, a column for each."""
+    """Print a table with a column for each evaluation."""
     names = column_names([(evaluation.run, evaluation.checkpoint) for evaluation in evaluations])
     splits = " and ".join(dict.fromkeys(evaluation.split for evaluation in evaluations))
     single = evaluations[0].checkpoint if len(evaluations) == 1 else "loss"
@@ -141,12 +142,12 @@ def print_losses(evaluations: Sequence[Evaluation]) -> None:
 
 @torch.inference_mode()
 def mean_loss(model: MemoryTransformer, sequences: TokenSequences, batch_size: int) -> float:
-    """Mean cross-entropy of the sequences' predicted tokens, in nats.
+    """Mean cross-entropy of the predicted tokens, in nats per token.
 
     Args:
-        model: in evaluation mode.
-        sequences: of tokens.
-        batch_size: sequences at a time.
+        model: model in evaluation mode.
+        sequences: sequences of tokens.
+        batch_size: sequences per batch.
 
     Raises:
         UltraMemError: a token is not in the vocabulary, or the loss is not finite or too large for a perplexity.
@@ -165,5 +166,5 @@ def mean_loss(model: MemoryTransformer, sequences: TokenSequences, batch_size: i
         total += output.ce_loss.double().sum()
     loss = float(total) / sequences.predicted_tokens
     if not loss <= LARGEST_LOSS:
-        raise UltraMemError(f"the loss is {loss}: the training diverged; use an earlier checkpoint")
+        raise UltraMemError(f"the loss is {loss}, as the training diverged; use an earlier checkpoint")
     return loss

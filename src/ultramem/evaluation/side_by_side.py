@@ -1,4 +1,4 @@
-"""Several checkpoints evaluated one after the other: a table with a column for each, and a file in each run."""
+"""Evaluating several checkpoints side by side: a table with a column for each, and a file in each run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from ultramem.runs.layout import EVALUATION_NAME
 def show_losses(
     paths: Sequence[Path], data: Sequence[Path] = (), *, output: Path | None = None, **options: Any
 ) -> None:
-    """Evaluate checkpoints on token files, print the table and where the results are.
+    """Evaluate checkpoints on token files, and print a table and the paths of the results.
 
     Args:
-        paths: of the checkpoints.
+        paths: paths of the checkpoints.
         data: as in `evaluate`.
-        output: JSON file to write, for one checkpoint; by default each run's `evaluation.json`, for its held-out split.
-        options: of `evaluate`.
+        output: JSON file to write, for a single checkpoint; by default each run's `evaluation.json`, for its held-out
+            split.
+        options: options of `evaluate`.
 
     Raises:
-        ConfigError, UltraMemError: as in `evaluate`; mistakes in `paths` come before the work.
+        ConfigError, UltraMemError: as in `evaluate`; errors in `paths` come before any evaluation.
     """
     for path in paths:
         find_checkpoint(path)
@@ -40,13 +41,13 @@ def show_losses(
 
 
 def show_tasks(paths: Sequence[Path], tasks: Sequence[str], *, output: Path | None = None, **options: Any) -> None:
-    """Evaluate checkpoints on tasks, print the table and where the results are.
+    """Evaluate checkpoints on tasks, and print a table and the paths of the results.
 
     Args:
-        paths: of the checkpoints.
-        tasks: names of tasks or groups of them.
-        output: JSON file to write, for one checkpoint; by default each run's `tasks.json`.
-        options: of `evaluate_tasks`.
+        paths: paths of the checkpoints.
+        tasks: names of tasks or groups of tasks.
+        output: JSON file to write, for a single checkpoint; by default each run's `tasks.json`.
+        options: options of `evaluate_tasks`.
 
     Raises:
         ConfigError, UltraMemError: as in `evaluate_tasks`.
@@ -64,4 +65,4 @@ def _note(evaluation: Evaluation, file: Path | None) -> str:
     if file is not None:
         return f"written to {file}"
     own = evaluation.run / EVALUATION_NAME
-    return f"not written: {own} has {evaluation.checkpoint} on all tokens; name a file for some of them with --output"
+    return f"not written: {own} has {evaluation.checkpoint} on all tokens; choose another file with --output"

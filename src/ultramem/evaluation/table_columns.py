@@ -1,4 +1,4 @@
-"""What the columns of tables about several checkpoints are called."""
+"""Column names of tables with several checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.markup import escape
 
 
 def column_names(checkpoints: Sequence[tuple[Path, str]]) -> list[str]:
-    """Headers of a rich table: run directory and checkpoint, with its whole path where two would look the same."""
+    """Headers of a rich table: run directory and checkpoint, with the whole path if two names are the same."""
     names = [f"{run.name}/{checkpoint}" for run, checkpoint in checkpoints]
     if len(set(names)) < len(names):
         names = [f"{run}/{checkpoint}" for run, checkpoint in checkpoints]

@@ -1,4 +1,4 @@
-"""What a task is: requests to a model, and what it makes of the scores."""
+"""The interface of tasks: requests to a model, and results from their scores."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ultramem.runs.results import TaskResult
 
 
 class Task(Protocol):
-    """A task for one tokenizer and context length."""
+    """A task for a tokenizer and context length."""
 
     @property
     def requests(self) -> Sequence[Request]:
-        """What to score."""
+        """Requests to score."""
         ...
 
     def results(self, scores: Sequence[Score]) -> list[TaskResult]:
-        """Those of a model that gave these scores to the requests, in their order: of the task, and of its parts."""
+        """Results of the task and its parts from the scores of the requests, in their order."""
         ...
