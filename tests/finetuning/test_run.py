@@ -102,7 +102,7 @@ def test_command(files: dict[str, Path]) -> None:
         ({"rows": 0}, "rows=0"),
         ({"learning_rate": -1.0}, r"learning_rate=-1\.0"),
         ({"epochs": 2}, "steps=20 and epochs=2"),
-        ({"background": ()}, "chooses rows by a background"),
+        ({"background": ()}, "method=sparse: needs a background"),
         ({"method": "full"}, r"^background=.*background\.txt: method=full does not use it; leave it out"),
         ({"method": "lora"}, r"^background=.*background\.txt: method=lora does not use it"),
         ({"data": (Path("missing.txt"),)}, r"missing\.txt does not exist"),

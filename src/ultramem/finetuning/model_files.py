@@ -1,4 +1,4 @@
-"""The model that is fine-tuned: its files before and after."""
+"""Loading and saving the model that is fine-tuned."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ MEMORY_NAME = "memory"
 def load_model_and_tokenizer(
     directory: Path, memory: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model, with parameters in float32, and its tokenizer.
+    """Load a model, with parameters in float32, and its tokenizer.
 
     Args:
-        directory: of transformers.
-        memory: of `save_memory`, to attach.
+        directory: transformers directory.
+        memory: directory written by `save_memory`, whose memory is attached, or None.
 
     Raises:
-        UltraMemError: one of them is missing or damaged, or the tokenizer has no end-of-text token.
+        UltraMemError: a file is missing or damaged, or the tokenizer does not fit or has no end-of-text token.
     """
     model = load_model_file(directory, torch.float32)
     try:
@@ -38,7 +38,7 @@ def load_model_and_tokenizer(
             f"the tokenizer in {directory} has {len(tokenizer)} tokens, but the model {rows}; put its own there"
         )
     if tokenizer.eos_token_id is None:
-        raise UltraMemError(f"the tokenizer in {directory} has no end-of-text token; give its eos_token there")
+        raise UltraMemError(f"the tokenizer in {directory} has no end-of-text token; set its eos_token there")
     if memory is not None:
         load_memory(model, memory).float()
     return model, tokenizer
@@ -47,13 +47,13 @@ def load_model_and_tokenizer(
 def save_model_and_tokenizer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, attached: bool
 ) -> None:
-    """Write what `load_model_and_tokenizer` reads.
+    """Write a model and tokenizer for `load_model_and_tokenizer`.
 
     Args:
-        model: to write.
-        tokenizer: to write.
-        directory: of transformers.
-        attached: whether the model's memory was attached to it; it goes into a directory of its own, `memory/`.
+        model: model to write.
+        tokenizer: tokenizer to write.
+        directory: transformers directory.
+        attached: whether the memory was attached to the model; it is written to the subdirectory `memory/`.
 
     Raises:
         UltraMemError: the directory cannot be written.
