@@ -1,7 +1,7 @@
 """Time training steps of whole models: dense, mixture of experts and UltraMemV2, of 227 million active parameters.
 
 Run `python -m benchmarks.training` on one GPU; `--tiny` tries the script on a CPU. Tokens are random. Parameters are
-float32 and matrix products are in bfloat16 under autocast, as in `ultramem train` on GPUs. The optimizer is fused AdamW.
+float32 and matrix products are in bfloat16 under autocast, as in `ultramem train` on GPUs. Optimizer: fused AdamW.
 
 - `dense`, `ultramem_v2`: on the OLMo-core host, each block compiled, as with `trainer.compile`.
 - `olmoe`: transformers' OLMoE with grouped matrix products and PyTorch's scaled dot product attention; eager, and with

@@ -373,7 +373,7 @@ def test_damaged_tensors(name, size, copy_of):
 def test_other_content(content, copy_of):
     copy = copy_of("ultramem_v1")
     copy.tensors = content
-    copy.write_tensors().refuses("model.pt", "must hold a state")
+    copy.write_tensors().refuses("model.pt", "must be a state dict of names and tensors")
 
 
 def test_unknown_names_of_safetensors(copy_of):

@@ -54,5 +54,5 @@ def test_source_trees(tmp_path: Path) -> None:
     (tmp_path / "package" / "module.py").write_text("x = 1")
     (tmp_path / "package" / "notes.txt").write_text("notes")
     assert read_texts([tmp_path], include=["*.py"]) == ["x = 1"]
-    with pytest.raises(UltraMemError, match="no document in .*; give other files"):
+    with pytest.raises(UltraMemError, match=r"no document in .*; give other files"):
         read_texts([tmp_path], include=["__init__.py"])

@@ -1,4 +1,4 @@
-"""Weights of another model that training starts from."""
+"""Initial weights from another model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ultramem.hosts.olmo_core import ModelConfig
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """The configuration of the model in a transformers directory.
+    """Read the configuration of the model in a transformers directory.
 
     Raises:
-        UltraMemError: there is no model that the training host has, or transformers is not installed.
+        UltraMemError: there is no model, the training host does not support it, or transformers is not installed.
     """
     _check_installed()
     from ultramem.convert.model_directory import read_config
@@ -26,11 +26,11 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The state of the model in a transformers directory, float32 on the CPU.
+    """Read the state of the model in a transformers directory, in float32 on the CPU.
 
     Raises:
-        UltraMemError: there is no such model, it is damaged, names or shapes are not those of `config`, or
-            transformers is not installed.
+        UltraMemError: the model is missing or damaged, its names or shapes are not those of `config`, or transformers
+            is not installed.
     """
     _check_installed()
     from ultramem.convert.model_directory import read_model
@@ -49,7 +49,7 @@ def read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Replace all parameters and buffers, sharded or not; each process gives the whole state."""
+    """Replace all parameters and buffers, sharded or not; each process passes the whole state."""
     set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
 
 

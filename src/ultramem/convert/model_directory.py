@@ -1,4 +1,4 @@
-"""Reading models from transformers directories for the training host."""
+"""Reading transformers directories for the training host."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ultramem.hosts.transformers.files import load_config_file, load_model_file
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The configuration, for the training host, of a model in a transformers directory.
+    """Read the configuration of a model, for the training host.
 
     Raises:
-        UltraMemError: there is none, or the training host does not have its architecture.
+        UltraMemError: there is no model, or the training host does not support its architecture.
     """
     return from_transformers_config(load_config_file(path))
 
 
 def read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """A model's configuration, and its state under the training host's names, float32 on the CPU.
+    """Read a model's configuration, and its state with the training host's names, in float32 on the CPU.
 
     Raises:
-        UltraMemError: as in `read_config`; or the weights are missing, damaged or not complete.
+        UltraMemError: as in `read_config`; or the weights are missing, damaged or incomplete.
     """
     config = read_config(path)
     state = load_model_file(path, torch.float32).state_dict()

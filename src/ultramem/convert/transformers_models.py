@@ -1,4 +1,4 @@
-"""The same model on both hosts: configurations and names of parameters, from OLMo-core's to transformers' and back."""
+"""Conversion of configurations and states between the hosts OLMo-core and transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core import ModelConfig, MoEConfig
 from ultramem.hosts.transformers import UltraMemConfig, UltraMemForCausalLM
 
-# Without experts a parameter has one name on each host. {} is the block's number.
+# Parameters with one name on each host, which are all but those of experts. {} is the block's number.
 _NAMES = {
     "embeddings.weight": "model.embed_tokens.weight",
     "lm_head.norm.weight": "model.norm.weight",
@@ -42,17 +42,17 @@ _NAMES = {
 _BACK = {theirs: ours for ours, theirs in _NAMES.items()}
 _GATE, _UP, _DOWN = (f"feed_forward.{name}_proj" for name in ("gate", "up", "down"))
 
-Z_LOSS_COEF = "router_z_loss_coef"  # transformers has no such field; it keeps what it does not know
+Z_LOSS_COEF = "router_z_loss_coef"  # not a field of transformers, which keeps unknown ones
 
 
 def to_transformers_config(model: ModelConfig, **options: Any) -> PreTrainedConfig:
-    """The configuration of the same model for transformers.
+    """Convert a configuration to transformers.
 
-    A model with memory becomes an `UltraMemConfig`, one without a Qwen3 or, with a mixture of experts, a Qwen3-MoE,
-    which transformers has itself.
+    A model with memory becomes an `UltraMemConfig`. Without memory it becomes a Qwen3 or, with a mixture of experts, a
+    Qwen3-MoE, which transformers has itself.
 
     Args:
-        model: of the training host.
+        model: configuration of the training host.
         options: further fields, such as `max_position_embeddings` and `eos_token_id`.
     """
     fields: dict[str, Any] = {
@@ -86,14 +86,14 @@ def to_transformers_config(model: ModelConfig, **options: Any) -> PreTrainedConf
 
 
 def from_transformers_config(config: PreTrainedConfig) -> ModelConfig:
-    """The configuration of the same model for the training host.
+    """Convert a configuration to the training host.
 
     Raises:
-        UltraMemError: it is of an architecture that the training host does not have.
+        UltraMemError: the training host does not support the architecture.
     """
     if not isinstance(config, Qwen3Config | Qwen3MoeConfig):
         raise UltraMemError(
-            f"model_type {config.model_type}: the training host has the architectures ultramem, qwen3 and qwen3_moe"
+            f"model_type={config.model_type}: must be ultramem, qwen3 or qwen3_moe, which the training host supports"
         )
     required = {
         "num_key_value_heads": config.num_attention_heads,
@@ -105,13 +105,13 @@ def from_transformers_config(config: PreTrainedConfig) -> ModelConfig:
     for name, value in required.items():
         found = getattr(config, name, value)
         if found != value:
-            raise UltraMemError(f"{name}={found}: the training host needs {value}")
+            raise UltraMemError(f"{name}={found}: must be {value} for the training host")
     rope = config.rope_parameters or {}
     theta = rope.get("rope_theta", 10000)
     if theta != int(theta):
-        raise UltraMemError(f"rope_theta={theta}: the training host needs a whole number")
+        raise UltraMemError(f"rope_theta={theta}: must be a whole number for the training host")
     if rope.get("rope_type", "default") != "default":
-        raise UltraMemError(f"rope_type={rope['rope_type']}: the training host needs default")
+        raise UltraMemError(f"rope_type={rope['rope_type']}: must be default for the training host")
     moe = None
     if isinstance(config, Qwen3MoeConfig):
         moe = MoEConfig(
@@ -138,7 +138,7 @@ def from_transformers_config(config: PreTrainedConfig) -> ModelConfig:
 
 
 def to_transformers_state(state: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """The state of `model.build()` under transformers' names; without the output layer if embeddings are tied."""
+    """Convert the state of `model.build()` to transformers; without the output layer if embeddings are tied."""
     converted: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.startswith("memory."):
@@ -175,11 +175,11 @@ def from_transformers_state(state: dict[str, Tensor], model: ModelConfig) -> dic
 
 
 def to_transformers(state: dict[str, Tensor], model: ModelConfig, **options: Any) -> PreTrainedModel:
-    """The same model for transformers; its parameters are the tensors of `state`, not copies.
+    """Convert a model to transformers; its parameters are the tensors of `state`, not copies.
 
     Args:
-        state: of `model.build()`.
-        model: the configuration.
+        state: state of `model.build()`.
+        model: configuration of the training host.
         options: further fields of the configuration of transformers.
     """
     config = to_transformers_config(model, **options)
