@@ -202,7 +202,7 @@ def test_relative_paths_start_at_the_working_directory(write, monkeypatch, tmp_p
         ("--model.num_heads=3", "model.num_heads=3: must divide d_model=32"),
         ("--model.memory.top_k=0", "model.memory.top_k=0: must be"),
         ("--model.memory.insertion=1:2", "model.memory.insertion='1:2': block 2 does not exist"),
-        ("--model.preset=ultramem", "model.preset='ultramem': there is no such preset; did you mean"),
+        ("--model.preset=ultramem", "model.preset='ultramem': unknown preset; did you mean"),
         ("--trainer", "--trainer: is not an option; to replace a value write --KEY=VALUE"),
         ("--trainer.steps=[1", "--trainer.steps, line 1: not valid YAML"),
     ],

@@ -50,7 +50,7 @@ def test_bad_value_is_named_with_its_remedy(field: str, value: Any, remedy: str)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"memory": MemoryConfig(), "moe": MOE}, "moe: .* not both; set one of them to null"),
+        ({"memory": MemoryConfig(), "moe": MOE}, "moe: must be null for a model with memory; set one of them to null"),
         ({"d_model": 36, "moe": MOE}, "d_model=36: must be a multiple of 8"),
         ({"memory": MemoryConfig(insertion="0:2")}, "memory.insertion='0:2': block 2 does not exist"),
         (

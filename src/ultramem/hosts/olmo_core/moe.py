@@ -31,11 +31,11 @@ class MoEConfig:
 
     Attributes:
         hidden_size: inner width of one expert, a multiple of 8.
-        num_experts: experts of the layer.
-        top_k: experts that each token goes to.
+        num_experts: number of experts.
+        top_k: number of experts per token.
         load_balancing_coef: weight of the load-balancing loss; 0 turns it off.
         z_loss_coef: weight of the router z-loss; 0 turns it off.
-        normalize_top_k: whether the chosen experts' probabilities are scaled to sum to 1. OLMoE: no.
+        normalize_top_k: whether the chosen experts' probabilities are normalised to sum to 1. OLMoE: no.
     """
 
     hidden_size: int
@@ -58,11 +58,11 @@ class MoEConfig:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 0; 0 turns the loss off")
 
     def num_params(self, d_model: int) -> int:
-        """Parameters of the layer, router included."""
+        """Number of parameters of the layer, including the router."""
         return self._params_with(self.num_experts, d_model)
 
     def num_active_params(self, d_model: int) -> int:
-        """Parameters of the layer that one token uses: the router and `top_k` experts."""
+        """Number of parameters of the layer that a token uses: the router and `top_k` experts."""
         return self._params_with(self.top_k, d_model)
 
     def _params_with(self, experts: int, d_model: int) -> int:
