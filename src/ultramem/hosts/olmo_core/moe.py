@@ -193,7 +193,7 @@ class DroplessMoE(nn.Module):
         return self.config.load_balancing_coef * balance + self.config.z_loss_coef * z
 
     def reset_metrics(self) -> None:
-        """Start counting anew."""
+        """Set the counts to zero."""
         self._metric_sums = torch.zeros_like(self._metric_sums)
 
     @torch.no_grad()
@@ -204,7 +204,7 @@ class DroplessMoE(nn.Module):
         perfect balance); `load balancing loss` and `router Z loss` are means over tokens, without their weights.
 
         Args:
-            reset: whether to start counting anew.
+            reset: whether to set the counts to zero.
         """
         from olmo_core.train.common import ReduceType  # brings the whole trainer, which only training needs
 
