@@ -176,7 +176,7 @@ def test_an_export_is_replaced_only_when_asked(train_run: TrainRun, tmp_path: Pa
     (directory / "mark.json").touch()
     with pytest.raises(UltraMemError, match="exists already; replace it with --overwrite"):
         export(run, directory)
-    with pytest.raises(UltraMemError, match="max_shard_size='large': must be bytes"):
+    with pytest.raises(UltraMemError, match="max_shard_size='large': must be a number of bytes"):
         export(run, directory, max_shard_size="large", overwrite=True)
     assert (directory / "mark.json").exists()
     export(run, directory, overwrite=True)

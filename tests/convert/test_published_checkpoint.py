@@ -269,7 +269,7 @@ def test_published_defaults():
         ({"norm_after": True}, ["model.norm_after=True"]),
         ({"moe_interleave": True}, ["model.moe_interleave=True"]),
         ({"mem_final_top_expand_time": 2}, ["model.mem_final_top_expand_time=2"]),
-        ({"mem_novelty": 3}, ["model.mem_novelty=3", "not understood"]),
+        ({"mem_novelty": 3}, ["model.mem_novelty=3", "other values are not supported"]),
         ({"mem_type": "peer"}, ["model.mem_type='peer'", "ultramem_v2"]),
         ({"mem_head": 3}, ["model.mem_head=3", "must be 1 or 2"]),
         ({"mem_value_expand_time": 4}, ["model.mem_value_expand_time=4", "must be 1"]),

@@ -61,7 +61,7 @@ def test_mistakes_come_before_the_work(run: Any, tmp_path: Path) -> None:
     with pytest.raises(UltraMemError, match="neither a run directory"):
         next(evaluate_tasks([run.path, tmp_path / "nothing"], ["piqa"]))
     (run.path / "tokenizer.json").unlink()
-    with pytest.raises(UltraMemError, match=r"tokenizer.json is missing; copy"):
+    with pytest.raises(UltraMemError, match=r"tokenizer.json does not exist; copy"):
         next(evaluate_tasks([run.path], ["piqa"]))
 
 

@@ -101,7 +101,7 @@ def test_command(files: dict[str, Path]) -> None:
         ({"optimizer": "adam"}, "optimizer='adam': must be one of sgd, adamw"),
         ({"rows": 0}, "rows=0"),
         ({"learning_rate": -1.0}, r"learning_rate=-1\.0"),
-        ({"epochs": 2}, "steps=20 and epochs=2"),
+        ({"epochs": 2}, "steps=20: must not be given with epochs=2"),
         ({"background": ()}, "method=sparse: needs a background"),
         ({"method": "full"}, r"^background=.*background\.txt: method=full does not use it; leave it out"),
         ({"method": "lora"}, r"^background=.*background\.txt: method=lora does not use it"),
