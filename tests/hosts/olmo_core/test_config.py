@@ -57,7 +57,7 @@ def test_bad_value_is_named_with_its_remedy(field: str, value: Any, remedy: str)
             {"memory": MemoryConfig(num_keys=2)},
             "memory.top_k=32: must be at most 4, the number of rows that a layer can reach",
         ),
-        ({"memory": MemoryConfig(kind="pkm", value_dim=16)}, "memory.value_dim=16: .*set it to d_model=32"),
+        ({"memory": MemoryConfig(kind="pkm", value_dim=16)}, "memory.value_dim=16: must be d_model=32"),
     ],
 )
 def test_parts_that_do_not_fit(options: dict[str, Any], message: str) -> None:

@@ -192,7 +192,7 @@ def test_architectures_that_do_not_fit(
         ({}, [], "at least one"),
         ({}, [1, 1], "different numbers"),
         ({"insertion": "0:1"}, [1], "insertion='0:1': must not be given with blocks="),
-        ({"kind": "pkm", "pre_value_dim": 0}, None, "set it to d_model=32"),
+        ({"kind": "pkm", "pre_value_dim": 0}, None, "value_dim=8: must be d_model=32"),
         ({"query_conv": 3}, None, "query_conv=3"),
         ({"num_keys": 1}, None, "top_k=4: must be at most 1, the number of rows that a layer can reach"),
     ],
