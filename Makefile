@@ -36,7 +36,7 @@ test: $(VENV)/installed  ## run the test suite
 	$(BIN)/python -m pytest -n auto
 
 test-gpu: $(VENV)/installed  ## run the tests that use a GPU, the kernels' among them
-	$(BIN)/python -m pytest tests/ops tests/layers tests/hosts tests/training -m "kernels or gpu"
+	$(BIN)/python -m pytest tests/ops tests/tables tests/layers tests/hosts tests/training -m "kernels or gpu"
 
 check: $(VENV)/installed  ## formatting, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

@@ -29,5 +29,5 @@ for step in range(20):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    model.memory.refresh()  # once after each optimiser step
+    model.memory.refresh()  # once after each optimizer step
     print(f"step {step}: loss {loss:.3f}")

@@ -164,12 +164,13 @@ def test_yaml_has_keys_that_exist(document: Path, tmp_path: Path) -> None:
 
 @each_document
 def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+    text = document.read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", text) + re.findall(r"^\[[^\]]+\]: (\S+)", text, flags=re.MULTILINE):
         if target.startswith("https://"):
             continue
         path, _, anchor = target.partition("#")
         file = (document.parent / path) if path else document
-        assert file.is_file(), target
+        assert file.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", file.read_text(), flags=re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}

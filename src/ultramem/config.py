@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from ultramem.configuration.field_types import check_finite, check_types
 from ultramem.errors import ConfigError
@@ -97,12 +97,16 @@ class MemoryConfig:
         check_finite(self)
         if self.kind not in KINDS:
             raise ConfigError(f"kind={self.kind!r}: must be one of {', '.join(KINDS)}")
-        for name, default in self.layer_type.defaults.items():
+        for name, default in self._kind_defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         self._check_values()
         self._check_unused()
         self.layer_type.check(self)
+
+    @property
+    def _kind_defaults(self) -> dict[str, Any]:
+        return {**MemoryLayer.defaults, **self.layer_type.defaults}
 
     @property
     def layer_type(self) -> type[MemoryLayer]:
@@ -221,7 +225,7 @@ class MemoryConfig:
     def _check_unused(self) -> None:
         kind = self.layer_type
         for field in fields(self):
-            only = kind.defaults.get(field.name, field.default)
+            only = self._kind_defaults.get(field.name, field.default)
             if field.name in kind.unused and getattr(self, field.name) != only:
                 others = [f"kind={name!r}" for name, other in KINDS.items() if field.name not in other.unused]
                 raise ConfigError(

@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 from ultramem import UltraMemError
 from ultramem.cli import app
 from ultramem.convert.export import export
-from ultramem.convert.model_directory import read_config, read_model
-from ultramem.convert.transformers_models import to_transformers_config
+from ultramem.convert.transformers_models import read_config, read_model, to_transformers_config
 from ultramem.data.tokenizers import load_tokenizer
 from ultramem.evaluation import TextGenerator, find_checkpoint, load_model
 from ultramem.hosts.olmo_core import ModelConfig, MoEConfig

@@ -10,9 +10,9 @@ import pytest
 
 from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.evaluation import memory_tasks, table3
+from ultramem.evaluation import evaluate_tasks, memory_tasks, table3
 from ultramem.evaluation.scoring import score
-from ultramem.evaluation.task_suite import TASKS, TaskSuite, check_max_questions, task_names, with_means
+from ultramem.evaluation.task_suite import TASKS, TaskSuite, task_names, with_means
 from ultramem.runs.results import TaskResult
 
 
@@ -37,10 +37,10 @@ def test_unknown_names(given: list[str]) -> None:
 
 
 def test_max_questions() -> None:
-    check_max_questions(None)
-    check_max_questions(1)
+    assert not [*evaluate_tasks([], max_questions=None)]
+    assert not [*evaluate_tasks([], max_questions=1)]
     with pytest.raises(ConfigError, match="max_questions=0: must be at least 1"):
-        check_max_questions(0)
+        next(evaluate_tasks([], max_questions=0))
 
 
 def test_several_tasks_are_what_each_is_alone(run: Any, byte_tokenizer: ChosenTokenizer) -> None:

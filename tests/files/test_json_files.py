@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ultramem.errors import UltraMemError
-from ultramem.files import json_files
-from ultramem.files.json_files import read_json_object, write_json
+from ultramem.files import whole_files
+from ultramem.files.whole_files import read_json_object, write_json
 
 
 def test_written_and_read(tmp_path: Path) -> None:
@@ -31,6 +31,6 @@ def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def fail(path: Path, text: str) -> None:
         raise OSError("the server is gone")
 
-    monkeypatch.setattr(json_files, "write_text", fail)
+    monkeypatch.setattr(whole_files, "write_text", fail)
     with pytest.raises(UltraMemError, match=r"a.json cannot be written: the server is gone$"):
         write_json(tmp_path / "a.json", {})

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ultramem.errors import UltraMemError
-from ultramem.files.locks import locked
+from ultramem.files.directories import locked
 
 
 def test_one_holds_the_lock(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ultramem.files.removal import remove
+from ultramem.files.directories import remove
 
 
 def test_remove(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ultramem.errors import UltraMemError
-from ultramem.files.whole_directories import partial_directory
+from ultramem.files.directories import partial_directory
 
 
 def make(output: Path, content: str = "new", overwrite: bool = False) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ultramem import ConfigError, Memory, MemoryConfig
 from ultramem.hosts.olmo_core import ModelConfig
-from ultramem.layers.initial_values import HostScheme, normal
+from ultramem.layers.initial_values import HostScheme
 from ultramem.layers.kinds import KINDS
 from ultramem.layers.memory_layer import MemoryLayer
+from ultramem.tables.filling import normal
 from ultramem.tables.layout import TableLayout, whole_tables
 from ultramem.tables.table import Table
 
@@ -20,7 +21,7 @@ from ultramem.tables.table import Table
 class FlatMemory(MemoryLayer):
     """One key for each row, all of them scored; a softmax over the best."""
 
-    defaults = {"query_per_rank": False, "key_expansion": 1, "value_projectors": "single", "value_lr": 2e-3}
+    defaults = {"value_lr": 2e-3}
     unused = {"axis_top_k": "has no axes", "norm_eps": "has no norms"}
 
     def __init__(self, config: MemoryConfig, d_model: int, table: Table, **options: Any) -> None:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ultramem.cli.arguments import needing
+from ultramem.errors import UltraMemError
+
+Directory = Annotated[Path, typer.Argument(help="Directory to write.", metavar="DIR")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the parameters: float32, bfloat16 or float16.")]
+ShardSize = Annotated[str, typer.Option(help="Maximum size of a safetensors file.", metavar="SIZE")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model in the directory.")]
 
 
 def export(
     checkpoint: Annotated[
         Path, typer.Argument(help="Run directory (latest checkpoint) or RUN/stepN.", metavar="CHECKPOINT")
     ],
-    directory: Annotated[Path, typer.Argument(help="Directory to write.", metavar="DIR")],
-    dtype: Annotated[str, typer.Option(help="Dtype of the parameters: float32, bfloat16 or float16.")] = "float32",
-    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a safetensors file.", metavar="SIZE")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model in the directory.")] = False,
+    directory: Directory,
+    dtype: Dtype = "float32",
+    max_shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
 ) -> None:
     """Export a checkpoint to a directory that transformers loads."""
-    with needing("train,hf"):
+    with _needing("train,hf"):
         from ultramem.convert.export import export as run
 
     result = run(checkpoint, directory, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
@@ -82,14 +89,14 @@ def finetune(
     ] = 1000,
     seed: Annotated[int, typer.Option(help="Seed for the order of the data and LoRA's initial values.")] = 0,
     device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model in the directory.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a model on new documents, by default with sparse memory fine-tuning.
 
     Sparse memory fine-tuning (arXiv:2510.15103) trains in each step only the table rows that the batch reads unusually
     often, compared with the background. All other parameters stay as they are, so the model forgets little.
     """
-    with needing("finetune"):
+    with _needing("finetune"):
         from ultramem.finetuning import FinetuneConfig
         from ultramem.finetuning import finetune as run
 
@@ -127,17 +134,17 @@ def import_olmo(
             metavar="CHECKPOINT",
         ),
     ],
-    directory: Annotated[Path, typer.Argument(help="Directory to write.", metavar="DIR")],
+    directory: Directory,
     tokenizer: Annotated[
         str | None,
         typer.Option(help="A tokenizer.json, a directory with one, or a tokenizer's name.", metavar="NAME_OR_FILE"),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Dtype of the parameters: float32, bfloat16 or float16.")] = "float32",
-    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a safetensors file.", metavar="SIZE")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model in the directory.")] = False,
+    dtype: Dtype = "float32",
+    max_shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
 ) -> None:
     """Convert a checkpoint of the published UltraMem code to a directory that transformers loads."""
-    with needing("train,hf"):
+    with _needing("train,hf"):
         from ultramem.convert.export import import_published
 
     import_published(
@@ -155,3 +162,18 @@ def import_flags(
     from ultramem.convert.published_flags import translate_flags
 
     typer.echo(translate_flags(flags[0] if len(flags) == 1 else shlex.join(flags)), nl=False)
+
+
+@contextmanager
+def _needing(extra: str) -> Iterator[None]:
+    """Wrap imports of packages that an extra installs.
+
+    Raises:
+        UltraMemError: a package is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise UltraMemError(
+            f"this command needs the package {error.name}; install it with: pip install 'ultramem[{extra}]'"
+        ) from error

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ultramem.cli.arguments import refuse
 from ultramem.errors import ConfigError
 
 
@@ -104,11 +104,11 @@ def evaluate(
     }
     if tasks:
         of_data = {"data": data or None, "split": None if split == "heldout" else split, "dtype": dtype}
-        refuse(of_data, "leave it out with --tasks")
-        refuse({"max-tokens": max_tokens, "no-unigram": None if unigram else True}, "leave it out with --tasks")
+        _refuse(of_data, "leave it out with --tasks")
+        _refuse({"max-tokens": max_tokens, "no-unigram": None if unigram else True}, "leave it out with --tasks")
         show_tasks(checkpoints, tasks, max_questions=max_questions, **shared)
     else:
-        refuse({"max-questions": max_questions}, "use it with --tasks")
+        _refuse({"max-questions": max_questions}, "use it with --tasks")
         of_loss: dict[str, Any] = {"split": split, "dtype": dtype, "max_tokens": max_tokens, "unigram": unigram}
         show_losses(checkpoints, data or (), **of_loss, **shared)
 
@@ -157,3 +157,18 @@ def report(
     from ultramem.report import write_report
 
     typer.echo(f"report written to {write_report(runs, output)}")
+
+
+def _refuse(options: Mapping[str, object], remedy: str) -> None:
+    """Raise an error for the first option that is not None.
+
+    Args:
+        options: values by option name, without dashes.
+        remedy: what to do instead.
+
+    Raises:
+        ConfigError: an option is given.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"--{name}: does not apply here; {remedy}")

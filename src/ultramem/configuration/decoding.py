@@ -35,7 +35,8 @@ def decode(kind: type[T], content: Any, known_keys: list[str], path: str = "") -
     hints = field_types(kind)
     for name in content:
         if name not in hints:
-            raise _unknown(_join(path, name), known_keys)
+            nearest = difflib.get_close_matches(key := _join(path, name), known_keys, 1, 0)[0]
+            raise ConfigError(f"{key}: unknown key; did you mean {nearest}?")
     for field in fields(kind):  # type: ignore[arg-type]
         required = field.default is MISSING and field.default_factory is MISSING
         if required and field.name not in content:
@@ -82,11 +83,6 @@ def _value(hint: Any, value: Any, known_keys: list[str], path: str) -> Any:
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
-
-
-def _unknown(key: str, known_keys: list[str]) -> ConfigError:
-    nearest = difflib.get_close_matches(key, known_keys, 1, 0)[0]
-    return ConfigError(f"{key}: unknown key; did you mean {nearest}?")
 
 
 def _join(path: str, name: str) -> str:

@@ -45,6 +45,26 @@ def check_finite(config: Any) -> None:
             raise ConfigError(f"{field.name}={value}: must be a finite number")
 
 
+def check_least(least: int, **values: float | None) -> None:
+    """Check that values, given by name, are None or at least `least`.
+
+    Raises:
+        ConfigError: a value is below `least`.
+    """
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{name}={value}: must be at least {least}")
+
+
+def check_field(config: Any, name: str, right: bool, what: str) -> None:
+    """Raise an error for a field of a dataclass unless it is right.
+
+    Raises:
+        ConfigError: the field is not right; the message names it, its value and what it must be.
+    """
+    _required(right, getattr(config, name), name, what)
+
+
 def field_types(kind: type) -> dict[str, Any]:
     """The types of a dataclass's fields, by name."""
     hints = get_type_hints(kind)

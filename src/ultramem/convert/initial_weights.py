@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from ultramem.errors import UltraMemError
@@ -20,20 +19,20 @@ def read_model_config(path: Path) -> ModelConfig:
         UltraMemError: there is no model, the training host does not support it, or transformers is not installed.
     """
     _check_installed()
-    from ultramem.convert.model_directory import read_config
+    from ultramem.convert.transformers_models import read_config
 
     return read_config(path)
 
 
-def read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Read the state of the model in a transformers directory, in float32 on the CPU.
+def load_weights(model: nn.Module, path: Path, config: ModelConfig) -> None:
+    """Replace all parameters and buffers, sharded or not, with those of the model in a transformers directory.
 
     Raises:
         UltraMemError: the model is missing or damaged, its names or shapes are not those of `config`, or transformers
             is not installed.
     """
     _check_installed()
-    from ultramem.convert.model_directory import read_model
+    from ultramem.convert.transformers_models import read_model
 
     _, state = read_model(path)
     expected = {name: tuple(tensor.shape) for name, tensor in config.build("meta").state_dict().items()}
@@ -45,11 +44,6 @@ def read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
                 f"{expected.get(name) or 'missing'} in this run's model; leave the model section out to take the model "
                 "as it is there"
             )
-    return state
-
-
-def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Replace all parameters and buffers, sharded or not; each process passes the whole state."""
     set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
 
 

@@ -57,6 +57,10 @@ MEMORY_KEYS = {
     "balance_coef": "mem_key_balance_reg_coef",
     "norm_eps": "layer_norm_eps",
 }
+# Fields of UltraMemV2 alone.
+_V2_FIELDS = {"pre_value_dim", "query_per_rank", "key_expansion", "value_projectors", "share_ratio"} | {
+    "pre_activation", "output_dropout", "balance_coef"
+}  # fmt: skip
 
 # Keys that change what a model computes: the published default, and the values that we implement.
 FIXED_KEYS: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -173,17 +177,16 @@ class PublishedModel:
         """Arguments of our `MemoryConfig` that the published layer of this kind uses; None without memory."""
         if self.mem_type in (None, "none"):
             return None
-        insertion = {"full": "all", "no_mem": "none"}.get(self.mem_insert_way, self.mem_insert_way)
-        names = ["num_keys", "key_dim", "value_dim", "top_k", "heads", "norm_eps"]
-        special = {"kind": KINDS[str(self.mem_type)], "insertion": insertion}
-        if self.mem_type == "ultramem_v2":
-            names += ["pre_value_dim", "query_per_rank", "key_expansion", "share_ratio"]
-            names += ["output_dropout", "balance_coef"]
-            special["value_projectors"] = "single" if self.mem_value_expand_time == 1 else "per_block"
-            if self.mem_use_glu_act and self.mem_pre_vdim:
-                special["pre_activation"] = "gelu"
-        values = {name: getattr(self, MEMORY_KEYS[name]) for name in names} | special
-        return {name: values[name] for name in MEMORY_KEYS if name in values}
+        values = {name: getattr(self, key) for name, key in MEMORY_KEYS.items()} | {
+            "kind": KINDS[str(self.mem_type)],
+            "insertion": {"full": "all", "no_mem": "none"}.get(self.mem_insert_way, self.mem_insert_way),
+            "value_projectors": "single" if self.mem_value_expand_time == 1 else "per_block",
+            "pre_activation": "gelu",
+        }
+        unused = set() if self.mem_type == "ultramem_v2" else _V2_FIELDS
+        if not (self.mem_use_glu_act and self.mem_pre_vdim):
+            unused = unused | {"pre_activation"}
+        return {name: value for name, value in values.items() if name not in unused}
 
 
 class _Source(NamedTuple):
@@ -224,12 +227,6 @@ def read_published_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Tensor
         raise UltraMemError(f"{tensors_file}: {error}") from error
 
 
-def published_key(error: ConfigError) -> str | None:
-    """The published key of the field that an error about our `ModelConfig` begins with; None if there is none."""
-    section, name = re.match(r"(memory\.)?(\w*)", str(error)).groups()  # type: ignore[union-attr]
-    return (MEMORY_KEYS if section else MODEL_KEYS).get(name)
-
-
 def _read_options(file: Path) -> Mapping[str, Any]:
     """Read the model section of a published `config.yaml`."""
     if not file.parent.is_dir():
@@ -257,7 +254,8 @@ def _model_config(options: Mapping[str, Any]) -> tuple[PublishedModel, ModelConf
     try:
         return published, ModelConfig(**published.model_fields(), memory=_memory_config(published, options))
     except ConfigError as error:
-        source = published_key(error)
+        section, name = re.match(r"(memory\.)?(\w*)", str(error)).groups()  # type: ignore[union-attr]
+        source = (MEMORY_KEYS if section else MODEL_KEYS).get(name)
         raise ConfigError(f"{source}: {error}" if source else str(error)) from error
 
 

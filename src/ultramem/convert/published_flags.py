@@ -238,16 +238,12 @@ def _translate_lengths(draft: _Draft) -> None:
     length = draft.number("model.max_sequence_length")
     draft.content["data"]["directory"] = None
     draft.set("data.sequence_length", length, "model.max_sequence_length")
-    if draft.values.get("save_folder"):
-        draft.set("trainer.directory", draft.values["save_folder"], "save_folder")
-    else:
-        draft.set("trainer.directory", f"runs/{draft.values.get('run_name') or 'published'}", "run_name")
-    batch_size = draft.number("global_train_batch_size") * length
-    draft.set("trainer.batch_size", batch_size, "global_train_batch_size")
+    folder, name = draft.values.get("save_folder"), draft.values.get("run_name") or "published"
+    draft.set("trainer.directory", folder or f"runs/{name}", "save_folder" if folder else "run_name")
+    draft.set("trainer.batch_size", draft.number("global_train_batch_size") * length, "global_train_batch_size")
     _translate_duration(draft)
-    if "device_train_microbatch_size" in draft.values:
-        micro_batch_size = draft.number("device_train_microbatch_size") * length
-        draft.set("trainer.micro_batch_size", micro_batch_size, "device_train_microbatch_size")
+    if (flag := "device_train_microbatch_size") in draft.values:
+        draft.set("trainer.micro_batch_size", draft.number(flag) * length, flag)
 
 
 def _translate_duration(draft: _Draft) -> None:

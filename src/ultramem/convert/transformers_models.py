@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import (
 from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core import ModelConfig, MoEConfig
 from ultramem.hosts.transformers import UltraMemConfig, UltraMemForCausalLM
+from ultramem.hosts.transformers.files import load_config_file, load_model_file
 
 # Parameters with one name on each host, which are all but those of experts. {} is the block's number.
 _NAMES = {
@@ -42,6 +44,22 @@ _NAMES = {
 _BACK = {theirs: ours for ours, theirs in _NAMES.items()}
 _GATE, _UP, _DOWN = (f"feed_forward.{name}_proj" for name in ("gate", "up", "down"))
 
+# Fields that have the same meaning on both hosts.
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "num_blocks": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "tie_embeddings": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+_MOE_FIELDS = {
+    "hidden_size": "moe_intermediate_size",
+    "num_experts": "num_experts",
+    "top_k": "num_experts_per_tok",
+    "normalize_top_k": "norm_topk_prob",
+    "load_balancing_coef": "router_aux_loss_coef",
+}
 Z_LOSS_COEF = "router_z_loss_coef"  # not a field of transformers, which keeps unknown ones
 
 
@@ -55,30 +73,17 @@ def to_transformers_config(model: ModelConfig, **options: Any) -> PreTrainedConf
         model: configuration of the training host.
         options: further fields, such as `max_position_embeddings` and `eos_token_id`.
     """
-    fields: dict[str, Any] = {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.d_model,
-        "num_hidden_layers": model.num_blocks,
-        "num_attention_heads": model.num_heads,
+    fields: dict[str, Any] = {theirs: getattr(model, ours) for ours, theirs in _FIELDS.items()} | {
         "num_key_value_heads": model.num_heads,
         "head_dim": model.d_model // model.num_heads,
-        "tie_word_embeddings": model.tie_embeddings,
         "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rope_theta)},
-        "rms_norm_eps": model.norm_eps,
         "initializer_range": model.linear_std,
         "dtype": torch.float32,
         **options,
     }
     if model.moe is not None:
-        return Qwen3MoeConfig(
-            moe_intermediate_size=model.moe.hidden_size,
-            num_experts=model.moe.num_experts,
-            num_experts_per_tok=model.moe.top_k,
-            norm_topk_prob=model.moe.normalize_top_k,
-            router_aux_loss_coef=model.moe.load_balancing_coef,
-            **{Z_LOSS_COEF: model.moe.z_loss_coef},
-            **fields,
-        )
+        of_moe = {theirs: getattr(model.moe, ours) for ours, theirs in _MOE_FIELDS.items()}
+        return Qwen3MoeConfig(**of_moe, **{Z_LOSS_COEF: model.moe.z_loss_coef}, **fields)
     fields["intermediate_size"] = model.feed_forward_size
     if model.memory is None or model.memory.insertion == "none":
         return Qwen3Config(**fields)
@@ -101,38 +106,26 @@ def from_transformers_config(config: PreTrainedConfig) -> ModelConfig:
         "hidden_act": "silu",
         "attention_bias": False,
         "sliding_window": None,
+        "rope_type": "default",
     }
+    rope = config.rope_parameters or {}
     for name, value in required.items():
-        found = getattr(config, name, value)
+        found = rope.get(name, getattr(config, name, value))
         if found != value:
             raise UltraMemError(f"{name}={found}: must be {value} for the training host")
-    rope = config.rope_parameters or {}
     theta = rope.get("rope_theta", 10000)
     if theta != int(theta):
         raise UltraMemError(f"rope_theta={theta}: must be a whole number for the training host")
-    if rope.get("rope_type", "default") != "default":
-        raise UltraMemError(f"rope_type={rope['rope_type']}: must be default for the training host")
     moe = None
     if isinstance(config, Qwen3MoeConfig):
-        moe = MoEConfig(
-            hidden_size=config.moe_intermediate_size,
-            num_experts=config.num_experts,
-            top_k=config.num_experts_per_tok,
-            load_balancing_coef=config.router_aux_loss_coef,
-            z_loss_coef=getattr(config, Z_LOSS_COEF, MoEConfig.z_loss_coef),
-            normalize_top_k=config.norm_topk_prob,
-        )
+        of_moe = {ours: getattr(config, theirs) for ours, theirs in _MOE_FIELDS.items()}
+        moe = MoEConfig(**of_moe, z_loss_coef=getattr(config, Z_LOSS_COEF, MoEConfig.z_loss_coef))
     return ModelConfig(
-        d_model=config.hidden_size,
-        num_blocks=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
+        **{ours: getattr(config, theirs) for ours, theirs in _FIELDS.items()},
         feed_forward_size=0 if moe else config.intermediate_size,
-        vocab_size=config.vocab_size,
         memory=config.memory_config() if isinstance(config, UltraMemConfig) else None,
         moe=moe,
-        tie_embeddings=config.tie_word_embeddings,
         rope_theta=int(theta),
-        norm_eps=config.rms_norm_eps,
         init_std=config.initializer_range,
     )
 
@@ -192,6 +185,28 @@ def to_transformers(state: dict[str, Tensor], model: ModelConfig, **options: Any
     built.load_state_dict(converted, assign=True)
     built.tie_weights()
     return built
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Read the configuration of a model, for the training host.
+
+    Raises:
+        UltraMemError: there is no model, or the training host does not support its architecture.
+    """
+    return from_transformers_config(load_config_file(path))
+
+
+def read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Read a model's configuration, and its state with the training host's names, in float32 on the CPU.
+
+    Raises:
+        UltraMemError: as in `read_config`; or the weights are missing, damaged or incomplete.
+    """
+    config = read_config(path)
+    state = load_model_file(path, torch.float32).state_dict()
+    if config.tie_embeddings:
+        state.pop("lm_head.weight", None)
+    return config, from_transformers_state(state, config)
 
 
 def _renamed(name: str, names: dict[str, str]) -> str:

@@ -93,11 +93,8 @@ def parse_size(text: str, name: str = "max_size") -> int:
         ConfigError: the text is not a positive size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", text, flags=re.IGNORECASE)
-    size = 0
-    if match:
-        number, prefix, binary = match.groups()
-        power = " kmgt".index(prefix.lower()) if prefix else 0
-        size = int(float(number) * (1024 if binary else 1000) ** power)
+    number, prefix, binary = match.groups(default="") if match else ("0", "", "")
+    size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
     if size <= 0:
         raise ConfigError(f"{name}={text!r}: must be a number of bytes or a size such as 2MB, 500MiB or 1.5GB")
     return size
@@ -270,7 +267,7 @@ def _read_text(file: SourceFile, separator: str | None) -> Iterator[Document | B
     number = 0
     with file.path.open("rb") as raw:
         lines = io.TextIOWrapper(_decompress(file, raw), encoding="utf-8", newline="")
-        texts = _cut(lines, separator) if file.suffix == ".txt" else _whole(lines)
+        texts = _cut(lines, separator) if file.suffix == ".txt" else iter(lines.read, "")
         try:
             for number, text in enumerate(texts, start=1):
                 yield _document(text, file, number, raw.tell())
@@ -281,11 +278,6 @@ def _read_text(file: SourceFile, separator: str | None) -> Iterator[Document | B
         else:
             if number == 0:
                 yield BrokenRecordError(f"{file.path}: the file is empty")
-
-
-def _whole(lines: io.TextIOWrapper) -> Iterator[str]:
-    if text := lines.read():
-        yield text
 
 
 def _cut(lines: io.TextIOWrapper, separator: str | None) -> Iterator[str]:
@@ -300,10 +292,8 @@ def _cut(lines: io.TextIOWrapper, separator: str | None) -> Iterator[str]:
             cut = pending.rfind("\n", 0, LONGEST_TEXT) + 1 or LONGEST_TEXT
             yield pending[:cut]
             pending = pending[cut:]
-    if separator:
-        pending = pending.strip("\n")
-    if pending:
-        yield pending
+    if last := pending.strip("\n") if separator else pending:
+        yield last
 
 
 def _undecodable_line(file: SourceFile) -> int:

@@ -22,6 +22,20 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 FORMAT_VERSION = 1
 ITEM_SIZES = {"uint16": 2, "uint32": 4}
+COUNTS = ("documents", "tokens", "bytes")
+MANIFEST_VALUES = (
+    "dtype",
+    "vocab_size",
+    "eos_token_id",
+    "pad_token_id",
+    "tokenizer",
+    "seed",
+    "near_duplicates",
+    "skipped",
+    "skipped_examples",
+    "sources",
+    "arguments",
+)
 SAMPLED_BLOCKS, SAMPLED_TOKENS = 16, 2**16
 
 
@@ -130,18 +144,8 @@ def save_manifest(manifest: Manifest) -> None:
     """Write `manifest.json` to the manifest's directory, completely or not at all."""
     content = {
         "format_version": FORMAT_VERSION,
-        "dtype": manifest.dtype,
-        "vocab_size": manifest.vocab_size,
-        "eos_token_id": manifest.eos_token_id,
-        "pad_token_id": manifest.pad_token_id,
-        "tokenizer": manifest.tokenizer,
-        "seed": manifest.seed,
+        **{name: getattr(manifest, name) for name in MANIFEST_VALUES},
         "splits": {name: _split_to_json(split, manifest.directory) for name, split in manifest.splits.items()},
-        "near_duplicates": manifest.near_duplicates,
-        "skipped": manifest.skipped,
-        "skipped_examples": list(manifest.skipped_examples),
-        "sources": dict(manifest.sources),
-        "arguments": dict(manifest.arguments),
     }
     write_text(manifest.directory / MANIFEST_NAME, json.dumps(content, indent=2) + "\n")
 
@@ -184,7 +188,7 @@ def check_token_files(paths: Sequence[str | os.PathLike[str]], dtype: str, vocab
         vocab_size: every id must be below it.
 
     Raises:
-        ConfigError: `dtype` is neither of the two.
+        ConfigError: `dtype` is invalid.
         UltraMemError: no file is named, or one is missing, empty, cut off within a token or has too large an id.
     """
     if dtype not in ITEM_SIZES:
@@ -195,16 +199,12 @@ def check_token_files(paths: Sequence[str | os.PathLike[str]], dtype: str, vocab
 
 
 def _split_to_json(split: Split, directory: Path) -> dict[str, Any]:
-    files = [
-        {
-            "path": file.path.relative_to(directory).as_posix(),
-            "documents": file.documents,
-            "tokens": file.tokens,
-            "bytes": file.bytes,
-        }
-        for file in split.files
-    ]
-    return {"documents": split.documents, "tokens": split.tokens, "bytes": split.bytes, "files": files}
+    files = [{"path": file.path.relative_to(directory).as_posix(), **_counts(file)} for file in split.files]
+    return {**_counts(split), "files": files}
+
+
+def _counts(counted: TokenFile | Split) -> dict[str, int]:
+    return {name: getattr(counted, name) for name in COUNTS}
 
 
 def _manifest_from_json(content: dict[str, Any], directory: Path) -> Manifest:
@@ -212,23 +212,12 @@ def _manifest_from_json(content: dict[str, Any], directory: Path) -> Manifest:
         raise ValueError(f"format version {content['format_version']}, but this ultramem reads {FORMAT_VERSION}")
     if content["dtype"] not in ITEM_SIZES:
         raise ValueError(f"dtype {content['dtype']!r}, not uint16 or uint32")
-    splits = {
-        name: Split(
-            name,
-            tuple(
-                TokenFile(directory / file["path"], file["documents"], file["tokens"], file["bytes"])
-                for file in split["files"]
-            ),
-        )
-        for name, split in content["splits"].items()
-    }
-    return Manifest(
-        directory=directory,
-        splits=splits,
-        **{name: content[name] for name in ("dtype", "vocab_size", "eos_token_id", "pad_token_id", "tokenizer")},
-        near_duplicates=content.get("near_duplicates", 0),
-        **{name: content[name] for name in ("seed", "sources", "arguments", "skipped", "skipped_examples")},
-    )
+    splits = {}
+    for name, split in content["splits"].items():
+        files = (TokenFile(directory / file["path"], *(file[count] for count in COUNTS)) for file in split["files"])
+        splits[name] = Split(name, tuple(files))
+    values = {"near_duplicates": 0, **content}  # missing in older manifests
+    return Manifest(directory=directory, splits=splits, **{name: values[name] for name in MANIFEST_VALUES})
 
 
 def _check_file(file: TokenFile, item_size: int) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, islice
+from itertools import accumulate, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ultramem.errors import ConfigError, UltraMemError
 
@@ -70,17 +72,16 @@ class TokenSequences:
 
     def __iter__(self) -> Iterator[NDArray[np.unsignedinteger]]:
         """Yield the sequences, each (at most `length`,)."""
-        opened, tokens = -1, None
-        for file, start, stop in self._spans():
-            if tokens is None or file != opened:
-                opened, tokens = file, np.memmap(self.paths[file], mode="r", dtype=self.dtype)
-            sequence = tokens[start:stop]
-            if (largest := int(sequence.max())) >= self.vocab_size:
-                raise UltraMemError(
-                    f"token file {self.paths[file]} has id {largest} near token {start}, but the model's vocabulary "
-                    f"has {self.vocab_size} tokens; give files made with the tokenizer of its training"
-                )
-            yield sequence
+        for file, spans in groupby(self._spans(), itemgetter(0)):
+            tokens = np.memmap(self.paths[file], mode="r", dtype=self.dtype)
+            for _, start, stop in spans:
+                sequence = tokens[start:stop]
+                if (largest := int(sequence.max())) >= self.vocab_size:
+                    raise UltraMemError(
+                        f"token file {self.paths[file]} has id {largest} near token {start}, but the model's "
+                        f"vocabulary has {self.vocab_size} tokens; give files made with the tokenizer of its training"
+                    )
+                yield sequence
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield inputs and labels, each (at most `batch_size`, at most `length - 1`), int64.
@@ -89,9 +90,8 @@ class TokenSequences:
         """
         sequences = iter(self)
         while batch := list(islice(sequences, batch_size)):
-            tokens = torch.full((len(batch), max(map(len, batch))), IGNORED)
-            for row, sequence in zip(tokens, batch, strict=True):
-                row[: len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
+            rows = [torch.from_numpy(sequence.astype(np.int64)) for sequence in batch]
+            tokens = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
             yield tokens[:, :-1].clamp(min=0), tokens[:, 1:]
 
     def _spans(self) -> Iterator[tuple[int, int, int]]:

@@ -10,23 +10,25 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
 from rich.progress import Progress
 
-from ultramem.configuration.field_types import check_types
+from ultramem.configuration.field_types import check_least, check_types
 from ultramem.data.documents import BrokenRecordError, Document, find_sources, read_documents
-from ultramem.data.encoding import encode_documents
 from ultramem.data.near_duplicates import near_duplicates
-from ultramem.data.progress import DocumentMeter, progress_display
+from ultramem.data.terminal import progress_display
 from ultramem.data.token_files import MANIFEST_NAME, TOKENIZER_NAME, Manifest, load_manifest, save_manifest
 from ultramem.data.token_writer import SplitWriter
-from ultramem.data.tokenizers import SMALLEST_BPE, ChosenTokenizer, load_tokenizer, train_bpe
+from ultramem.data.tokenizers import SMALLEST_BPE, ChosenTokenizer, Encoder, load_tokenizer, train_bpe
+from ultramem.data.worker_processes import map_documents
 from ultramem.errors import ConfigError, UltraMemError, system_reason
-from ultramem.files.whole_directories import partial_directory
+from ultramem.files.directories import partial_directory
 
 BPE_SAMPLE_BYTES = 32 * 2**20  # a larger sample takes more time and memory, but hardly changes the vocabulary
 SKIPPED_EXAMPLES = 10
+# Arguments that have a field of their own in the manifest, or do not change the result.
+NOT_ARGUMENTS = {"sources", "output", "tokenizer", "seed", "processes", "overwrite"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +100,8 @@ class TokenizeConfig:
             raise ConfigError(
                 f"near_duplicates={self.near_duplicates}: must be a similarity above 0 and at most 1, such as 0.7"
             )
-        for name, value, least in (
-            ("seed", self.seed, 0),
-            ("processes", self.processes, 1),
-            ("shard_tokens", self.shard_tokens, 1),
-            ("max_size", self.max_size, 1),
-        ):
-            if value is not None and value < least:
-                raise ConfigError(f"{name}={value}: must be at least {least}")
+        check_least(0, seed=self.seed)
+        check_least(1, processes=self.processes, shard_tokens=self.shard_tokens, max_size=self.max_size)
 
 
 class Corpus:
@@ -116,16 +112,12 @@ class Corpus:
         self.files = find_sources(config.sources, config.include, config.exclude)
         self.size_on_disk = sum(file.num_bytes for file in self.files)
         self.left_out: set[int] = set()  # near-duplicates, by their number among all documents
-        self._start()
-
-    def _start(self) -> None:
-        self.text_bytes = 0
-        self.position = 0
-        self.skipped = 0
+        self.text_bytes = self.position = self.skipped = 0
         self.skipped_examples: list[str] = []
 
     def __iter__(self) -> Iterator[Document]:
-        self._start()
+        self.text_bytes = self.position = self.skipped = 0
+        self.skipped_examples.clear()
         limit, number = self.config.max_size, -1
         for record in read_documents(self.files, self.config.text_field, self.config.separator):
             if isinstance(record, BrokenRecordError):
@@ -138,10 +130,6 @@ class Corpus:
             number += 1
             if number not in self.left_out:
                 yield record
-
-    def leave_out_near_duplicates(self, similarity: float) -> None:
-        """Find near-duplicates among all documents; later readings leave them out."""
-        self.left_out = near_duplicates(self, similarity, self.config.processes)
 
     def _skip(self, record: BrokenRecordError) -> None:
         if self.config.on_error == "stop":
@@ -190,7 +178,7 @@ def tokenize(config: TokenizeConfig) -> Manifest:
         ):
             if config.near_duplicates is not None:
                 searching = display.add_task("looking for near-duplicates", total=None, documents=0)
-                corpus.leave_out_near_duplicates(config.near_duplicates)
+                corpus.left_out = near_duplicates(corpus, config.near_duplicates, config.processes)
                 display.remove_task(searching)
             tokenizer = _choose_tokenizer(config, corpus, display)
             tokenizer.tokenizer.save(str(directory / TOKENIZER_NAME))
@@ -207,26 +195,27 @@ def _choose_tokenizer(config: TokenizeConfig, corpus: Corpus, display: Progress)
     if config.train_bpe is None:
         assert config.tokenizer is not None
         return load_tokenizer(config.tokenizer, config.eos_token, config.eos_id, config.pad_token)
-    sample = _sample(corpus, config.seed, DocumentMeter(display, "reading for the BPE", corpus.size_on_disk))
+    sample = _sample(corpus, config.seed, display)
     training = display.add_task("training the BPE", total=None, documents=len(sample))
     tokenizer = train_bpe(sample, config.train_bpe)
     display.remove_task(training)
     return tokenizer
 
 
-def _sample(corpus: Corpus, seed: int, meter: DocumentMeter) -> list[str]:
+def _sample(corpus: Corpus, seed: int, display: Progress) -> list[str]:
     """Texts of the training documents, or a sample of `BPE_SAMPLE_BYTES`: those with the smallest draws."""
     chosen: list[tuple[float, str, int]] = []  # a heap, the largest draw first
     size = 0
-    for document in corpus:
-        meter.advance(corpus.completed)
+    reading = display.add_task("reading for the BPE", total=corpus.size_on_disk, documents=0)
+    for number, document in enumerate(corpus, start=1):
+        display.update(reading, completed=corpus.completed, documents=number)
         if corpus.is_heldout(document):
             continue
         heapq.heappush(chosen, (-draw(document, seed), document.text, document.num_bytes))
         size += document.num_bytes
         while size > BPE_SAMPLE_BYTES and len(chosen) > 1:
             size -= heapq.heappop(chosen)[2]
-    meter.finish()
+    display.update(reading, completed=corpus.size_on_disk)
     return [text for _, text, _ in chosen]
 
 
@@ -235,12 +224,13 @@ def _write_splits(
 ) -> None:
     """Write the token files, then the manifest."""
     train, heldout = (SplitWriter(directory / name, config.shard_tokens) for name in ("train", "heldout"))
-    meter = DocumentMeter(display, "tokenizing", corpus.size_on_disk)
-    with closing(encode_documents(corpus, tokenizer, config.processes)) as encoded:
-        for document, tokens in encoded:
+    tokenizing = display.add_task("tokenizing", total=corpus.size_on_disk, documents=0)
+    encoder = (tokenizer.tokenizer.to_str(), tokenizer.eos_token_id, tokenizer.dtype)
+    with closing(map_documents(corpus, Encoder, encoder, config.processes)) as encoded:
+        for number, (document, tokens) in enumerate(encoded, start=1):
             (heldout if corpus.is_heldout(document) else train).write(document, tokens)
-            meter.advance(corpus.completed)
-    meter.finish()
+            display.update(tokenizing, completed=corpus.completed, documents=number)
+    display.update(tokenizing, completed=corpus.size_on_disk)
     splits = {split.name: split for split in (train.finish(), heldout.finish())}
     if not splits["train"].files:
         raise UltraMemError(
@@ -262,18 +252,12 @@ def _write_splits(
                 "files": len(corpus.files),
                 "bytes": corpus.size_on_disk,
             },
-            arguments=_arguments(config),
+            arguments={name: value for name, value in asdict(config).items() if name not in NOT_ARGUMENTS},
             near_duplicates=len(corpus.left_out),
             skipped=corpus.skipped,
             skipped_examples=corpus.skipped_examples,
         )
     )
-
-
-def _arguments(config: TokenizeConfig) -> dict[str, Any]:
-    """Arguments that change the result and have no field of their own in the manifest."""
-    elsewhere = {"sources", "output", "tokenizer", "seed", "processes", "overwrite"}
-    return {name: value for name, value in asdict(config).items() if name not in elsewhere}
 
 
 @contextmanager
@@ -282,11 +266,7 @@ def _sigterm_interrupts() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ultramem.errors import ConfigError, UltraMemError, first_line
@@ -45,6 +46,30 @@ class ChosenTokenizer:
     def dtype(self) -> str:
         """NumPy dtype of token files: `uint16` if every id fits, else `uint32`."""
         return "uint16" if self.vocab_size <= 2**16 else "uint32"
+
+
+class Encoder:
+    """Encodes texts and ends each with the end-of-text token.
+
+    Special tokens spelled out in a text are encoded as ordinary text, so that no document can end another.
+
+    Args:
+        tokenizer: the tokenizer in the JSON form of the `tokenizers` library.
+        eos_token_id: appended to every text.
+        dtype: dtype of the returned arrays, `uint16` or `uint32`, little-endian.
+    """
+
+    def __init__(self, tokenizer: str, eos_token_id: int, dtype: str) -> None:
+        self.tokenizer = Tokenizer.from_str(tokenizer)
+        self.tokenizer.encode_special_tokens = True
+        self.eos_token_id = eos_token_id
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+
+    def __call__(self, text: str) -> np.ndarray:
+        """Token ids (n + 1,) of a text of n tokens."""
+        # The library's other calls also compute the characters' offsets, which takes time and memory.
+        (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return np.array([*encoding.ids, self.eos_token_id], dtype=self.dtype)
 
 
 def load_tokenizer(
@@ -181,12 +206,9 @@ def _read_settings(file: Path | None) -> dict[str, str]:
         settings = json.loads(beside.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UltraMemError(f"{beside} is not valid JSON: {error}; fix or remove it") from error
-    found = {}
-    for role in ("eos_token", "pad_token"):
-        token = settings.get(role)
-        if token := token.get("content") if isinstance(token, dict) else token:
-            found[role] = token
-    return found
+    tokens = {role: settings.get(role) for role in ("eos_token", "pad_token")}
+    texts = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
+    return {role: text for role, text in texts.items() if text}
 
 
 def _token_id(tokenizer: Tokenizer, role: str, token: str | None, common: Iterable[str]) -> int | None:

@@ -31,17 +31,10 @@ def map_documents(
     Raises:
         UltraMemError: a worker process died.
     """
-    if processes > 1:
-        yield from _map_in_processes(documents, make, arguments, processes)
+    if processes <= 1:
+        function = make(*arguments)
+        yield from ((document, function(document.text)) for document in documents)
         return
-    function = make(*arguments)
-    for document in documents:
-        yield document, function(document.text)
-
-
-def _map_in_processes(
-    documents: Iterable[Document], make: Callable[..., Callable[[str], T]], arguments: tuple[Any, ...], processes: int
-) -> Generator[tuple[Document, T], None, None]:
     # Not forked: this process may hold locks of the tokenizer's threads, which a fork would copy locked.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(make, arguments))

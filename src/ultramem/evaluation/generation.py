@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, product
 from pathlib import Path
 
 import torch
@@ -13,12 +14,12 @@ import typer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from ultramem.configuration.field_types import check_types
+from ultramem.configuration.field_types import check_least, check_types
 from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.device import autocast
-from ultramem.errors import ConfigError, UltraMemError, system_reason
+from ultramem.errors import UltraMemError, system_reason
 from ultramem.evaluation.sampling import check_sampling, sample
-from ultramem.files.json_files import write_json
+from ultramem.files.whole_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import SAMPLES_NAME
@@ -46,10 +47,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_sampling(self.temperature, self.top_k, self.top_p)
-        if self.seed < 0:
-            raise ConfigError(f"seed={self.seed}: must be at least 0")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+        check_least(0, seed=self.seed)
+        check_least(1, max_new_tokens=self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -190,18 +189,15 @@ def print_samples(
     The first sample of a prompt uses the seed of `config`, the others the seeds after it.
     """
     samples: list[Sample] = []
-    for prompt in prompts:
-        for number in range(num_samples):
-            settings = replace(config, seed=config.seed + number)
-            if len(prompts) * num_samples > 1:
-                typer.secho(f"--- sample {len(samples) + 1}, seed {settings.seed}", bold=True)
-            typer.echo(prompt, nl=False)
-            text = prompt
-            for piece in generator.stream(prompt, settings):
-                typer.echo(piece, nl=False)
-                text += piece
-            typer.echo()
-            samples.append(Sample(prompt, text, settings))
+    for prompt, number in product(prompts, range(num_samples)):
+        settings, text = replace(config, seed=config.seed + number), ""
+        if len(prompts) * num_samples > 1:
+            typer.secho(f"--- sample {len(samples) + 1}, seed {settings.seed}", bold=True)
+        for piece in chain([prompt], generator.stream(prompt, settings)):
+            typer.echo(piece, nl=False)
+            text += piece
+        typer.echo()
+        samples.append(Sample(prompt, text, settings))
     return samples
 
 

@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
+from ultramem.configuration.field_types import check_least
 from ultramem.data.token_sequences import IGNORED, TokenSequences
 from ultramem.device import autocast
-from ultramem.errors import ConfigError, UltraMemError
+from ultramem.errors import UltraMemError
 from ultramem.evaluation.data import find_data
-from ultramem.evaluation.table_columns import column_names
-from ultramem.files.json_files import read_json_object, write_json
+from ultramem.files.whole_files import read_json_object, write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import EVALUATION_NAME
@@ -98,13 +97,10 @@ def evaluate(
     found = find_data(checkpoint, data, split, dtype)
     length = config.data.sequence_length if sequence_length is None else sequence_length
     sequences = TokenSequences(found.files, found.dtype, config.model.vocab_size, length, max_tokens)
-    if batch_size is None:
-        batch_size = max(1, BATCH_TOKENS // length)
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size}: must be at least 1")
+    check_least(1, batch_size=batch_size)
     model = checkpoint.load_model(device)
     started = time.perf_counter()
-    loss = mean_loss(model, sequences, batch_size)
+    loss = mean_loss(model, sequences, batch_size or max(1, BATCH_TOKENS // length))
     seconds = time.perf_counter() - started
     return Evaluation(
         checkpoint=checkpoint.name,
@@ -118,26 +114,6 @@ def evaluate(
         tokens_per_second=sequences.predicted_tokens / seconds,
         run=checkpoint.run,
     )
-
-
-def print_losses(evaluations: Sequence[Evaluation]) -> None:
-    """Print a table with a column for each evaluation."""
-    names = column_names([(evaluation.run, evaluation.checkpoint) for evaluation in evaluations])
-    splits = " and ".join(dict.fromkeys(evaluation.split for evaluation in evaluations))
-    single = evaluations[0].checkpoint if len(evaluations) == 1 else "loss"
-    table = Table("", *names, title=f"{single} on {splits}", show_header=len(evaluations) > 1)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    table.add_row("predicted tokens", *(f"{e.tokens:,}" for e in evaluations))
-    table.add_row("loss (nats per token)", *(f"{e.loss:.4f}" for e in evaluations))
-    table.add_row("perplexity", *(f"{e.perplexity:,.3f}" for e in evaluations))
-    bits = [("bits per byte", [e.bits_per_byte for e in evaluations])]
-    bits.append(("unigram bits per byte", [e.unigram_bits_per_byte for e in evaluations]))
-    for name, values in bits:
-        if any(value is not None for value in values):
-            table.add_row(name, *("" if value is None else f"{value:.4f}" for value in values))
-    table.add_row("tokens per second", *(f"{e.tokens_per_second:,.0f}" for e in evaluations))
-    Console().print(table)
 
 
 @torch.inference_mode()

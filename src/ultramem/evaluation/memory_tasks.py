@@ -36,20 +36,7 @@ FILLER = (
     "# {0} of the {1}\n",
 )
 # None of these could be a made-up word.
-FILLER_NAMES = (
-    "count",
-    "entry",
-    "field",
-    "index",
-    "items",
-    "key",
-    "length",
-    "path",
-    "result",
-    "text",
-    "value",
-    "width",
-)
+FILLER_NAMES = "count entry field index items key length path result text value width"
 
 
 @dataclass(frozen=True)
@@ -120,7 +107,7 @@ def _recall_question(pairs: int, length: int, tokenizer: ChosenTokenizer, random
 
 
 def _filler(tokenizer: ChosenTokenizer, random: Random) -> list[int]:
-    line = random.choice(FILLER).format(*random.sample(FILLER_NAMES, 4))
+    line = random.choice(FILLER).format(*random.sample(FILLER_NAMES.split(), 4))
     return tokenizer.tokenizer.encode(line, add_special_tokens=False).ids
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from olmo_core.distributed.utils import get_rank, get_world_size
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from ultramem.device import autocast
 from ultramem.errors import UltraMemError
@@ -118,15 +119,11 @@ def _score_batch(model: MemoryTransformer, requests: Sequence[Request], context_
     """Log-likelihoods and matches, (2, batch), float64."""
     inputs = [request.input(context_length) for request in requests]
     # Padding on the right does not matter, as attention is causal.
-    tokens = torch.zeros(len(inputs), max(map(len, inputs)), dtype=torch.int64)
-    targets = torch.full((len(inputs), max(len(request.continuation) for request in requests)), -1)
-    places = torch.zeros_like(targets)  # positions of the wanted logits
-    for row, (read, request) in enumerate(zip(inputs, requests, strict=True)):
-        count = len(request.continuation)
-        tokens[row, : len(read)] = torch.tensor(read)
-        targets[row, :count] = torch.tensor(request.continuation)
-        places[row, :count] = torch.arange(len(read) - count, len(read))
-    tokens, targets, places = (tensor.to(model.device) for tensor in (tokens, targets, places))
+    continuations = [torch.tensor(request.continuation) for request in requests]
+    wanted = [torch.arange(len(read) - len(end), len(read)) for read, end in zip(inputs, continuations, strict=True)]
+    tokens = pad_sequence([torch.tensor(read) for read in inputs], batch_first=True).to(model.device)
+    targets = pad_sequence(continuations, batch_first=True, padding_value=-1).to(model.device)
+    places = pad_sequence(wanted, batch_first=True).to(model.device)  # positions of the wanted logits
     with autocast(model.device):
         logits = model(tokens, logits_to_keep=places)
     losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")

@@ -6,10 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ultramem.evaluation.loss import Evaluation, evaluate, print_losses
-from ultramem.evaluation.task_evaluation import evaluate_tasks, print_task_table
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from ultramem.evaluation.loss import Evaluation, evaluate
+from ultramem.evaluation.task_evaluation import TaskEvaluation, evaluate_tasks
+from ultramem.evaluation.task_suite import GROUPS
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import EVALUATION_NAME
+from ultramem.runs.results import TaskResult
 
 
 def show_losses(
@@ -34,7 +40,9 @@ def show_losses(
         evaluation = evaluate(path, data, **options)
         evaluations.append(evaluation)
         if output or evaluation.split == "heldout":
-            notes.append(_note(evaluation, evaluation.save(output)))
+            own = f"{evaluation.run / EVALUATION_NAME} has {evaluation.checkpoint} on all tokens"
+            file = evaluation.save(output)
+            notes.append(f"written to {file}" if file else f"not written: {own}; choose another file with --output")
     print_losses(evaluations)
     for note in notes:
         print(note)
@@ -52,17 +60,72 @@ def show_tasks(paths: Sequence[Path], tasks: Sequence[str], *, output: Path | No
     Raises:
         ConfigError, UltraMemError: as in `evaluate_tasks`.
     """
-    evaluations, written = [], []
-    for evaluation in evaluate_tasks(paths, tasks, **options):
-        evaluations.append(evaluation)
-        written.append(evaluation.save(output))
-    print_task_table(evaluations)
-    for file in written:
+    saved = [(evaluation, evaluation.save(output)) for evaluation in evaluate_tasks(paths, tasks, **options)]
+    print_task_table([evaluation for evaluation, _ in saved])
+    for _, file in saved:
         print(f"written to {file}")
 
 
-def _note(evaluation: Evaluation, file: Path | None) -> str:
-    if file is not None:
-        return f"written to {file}"
-    own = evaluation.run / EVALUATION_NAME
-    return f"not written: {own} has {evaluation.checkpoint} on all tokens; choose another file with --output"
+def print_losses(evaluations: Sequence[Evaluation]) -> None:
+    """Print a table with a column for each evaluation."""
+    splits = " and ".join(dict.fromkeys(evaluation.split for evaluation in evaluations))
+    single = evaluations[0].checkpoint if len(evaluations) == 1 else "loss"
+    columns = (Column(name, justify="right") for name in _column_names(evaluations))
+    table = Table("", *columns, title=f"{single} on {splits}", show_header=len(evaluations) > 1)
+    for label, field, form in (
+        ("predicted tokens", "tokens", ","),
+        ("loss (nats per token)", "loss", ".4f"),
+        ("perplexity", "perplexity", ",.3f"),
+        ("bits per byte", "bits_per_byte", ".4f"),
+        ("unigram bits per byte", "unigram_bits_per_byte", ".4f"),
+        ("tokens per second", "tokens_per_second", ",.0f"),
+    ):
+        values = [getattr(evaluation, field) for evaluation in evaluations]
+        if any(value is not None for value in values):
+            table.add_row(label, *("" if value is None else format(value, form) for value in values))
+    Console().print(table)
+
+
+def print_task_table(evaluations: Sequence[TaskEvaluation]) -> None:
+    """Print a table with a column for each of several evaluations on the same tasks.
+
+    A cell is empty where a part of a task is too long for the model.
+    """
+    names = _column_names(evaluations)
+    numbers = (Column(name, justify="right") for name in ("questions", "chance", *names))
+    table = Table(Column("task", overflow="fold"), *numbers, title="percent ± standard error")
+    columns = [{result.name: result for result in evaluation.results} for evaluation in evaluations]
+    tasks = {name: result for column in reversed(columns) for name, result in column.items()}
+    for result in sorted(tasks.values(), key=lambda result: result.name in GROUPS):
+        figures = (_figure(column.get(result.name)) for column in columns)
+        if result.name in GROUPS:
+            table.add_section()
+        label = f"{result.name} (mean)" if result.name in GROUPS else result.name
+        table.add_row(label, f"{result.questions:,}", f"{100 * result.chance:.1f}", *figures)
+    table.add_section()
+    table.add_row("tokens per second", "", "", *(f"{e.tokens_per_second:,.0f}" for e in evaluations))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    metrics: dict[str, dict[str, None]] = {}  # with the tasks that have them
+    for result in tasks.values():
+        if result.name not in GROUPS:
+            metrics.setdefault(result.metric, {})[result.name.partition("/")[0]] = None
+    for metric, names_of_tasks in metrics.items():
+        console.print(f"{metric}: {', '.join(names_of_tasks)}")
+    for name, evaluation in zip(names, evaluations, strict=True):
+        cut = [f"{r.name} {100 * r.cut:.3g} %" for r in evaluation.results if r.cut and r.name not in GROUPS]
+        if cut:
+            limit = evaluation.context_length
+            console.print(f"{name}: contexts cut on the left to {limit} tokens: {', '.join(cut)}")
+
+
+def _figure(result: TaskResult | None) -> str:
+    return "" if result is None else f"{100 * result.value:.1f} ± {100 * result.standard_error:.1f}"
+
+
+def _column_names(evaluations: Sequence[Evaluation] | Sequence[TaskEvaluation]) -> list[str]:
+    """Headers of a rich table: run directory and checkpoint, with the whole path if two names are the same."""
+    names = [f"{evaluation.run.name}/{evaluation.checkpoint}" for evaluation in evaluations]
+    if len(set(names)) < len(names):
+        names = [f"{evaluation.run}/{evaluation.checkpoint}" for evaluation in evaluations]
+    return [escape(name) for name in names]

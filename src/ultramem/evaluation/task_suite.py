@@ -7,14 +7,14 @@ from dataclasses import replace
 from itertools import islice
 from math import sqrt
 from statistics import fmean
+from typing import Protocol
 
 import torch.distributed as dist
 
 from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.errors import ConfigError
 from ultramem.evaluation import memory_tasks, table3
-from ultramem.evaluation.scoring import BATCH_TOKENS, score
-from ultramem.evaluation.tasks import Task
+from ultramem.evaluation.scoring import BATCH_TOKENS, Request, Score, score
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.results import TaskResult
 
@@ -36,14 +36,17 @@ def task_names(given: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
 
 
-def check_max_questions(max_questions: int | None) -> None:
-    """Check the maximum number of questions.
+class Task(Protocol):
+    """A task for a tokenizer and context length."""
 
-    Raises:
-        ConfigError: the number is below 1.
-    """
-    if max_questions is not None and max_questions < 1:
-        raise ConfigError(f"max_questions={max_questions}: must be at least 1; leave it out for all")
+    @property
+    def requests(self) -> Sequence[Request]:
+        """Requests to score."""
+        ...
+
+    def results(self, scores: Sequence[Score]) -> list[TaskResult]:
+        """Results of the task and its parts from the scores of the requests, in their order."""
+        ...
 
 
 class TaskSuite:
@@ -63,7 +66,12 @@ class TaskSuite:
         self, names: Sequence[str], tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None = None
     ) -> None:
         self.context_length, self.max_questions = context_length, max_questions
-        self.tasks = [_load(name, tokenizer, context_length, max_questions) for name in names]
+        self.tasks: list[Task] = [
+            memory_tasks.load(name, tokenizer, context_length, max_questions)
+            if name in memory_tasks.QUESTIONS
+            else table3.load(name, tokenizer, max_questions)
+            for name in names
+        ]
 
     def tokens(self) -> int:
         """Number of tokens that a model reads."""
@@ -102,12 +110,6 @@ class TaskSuite:
             found = task.results(list(islice(scores, len(task.requests))))
             results += [replace(result, cut=cut) for result in found]
         return with_means(results)
-
-
-def _load(name: str, tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None) -> Task:
-    if name in memory_tasks.QUESTIONS:
-        return memory_tasks.load(name, tokenizer, context_length, max_questions)
-    return table3.load(name, tokenizer, max_questions)
 
 
 def with_means(results: Sequence[TaskResult]) -> list[TaskResult]:

@@ -1,9 +1,13 @@
-"""Atomic writes of text files."""
+"""Atomic writes of text and JSON files, and reads of optional JSON files."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
+from typing import Any
+
+from ultramem.errors import UltraMemError, system_reason
 
 
 def write_text(path: Path, text: str) -> None:
@@ -20,3 +24,24 @@ def write_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write the content as indented JSON.
+
+    Raises:
+        UltraMemError: the file cannot be written.
+    """
+    try:
+        write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UltraMemError(f"{path} cannot be written: {system_reason(error)}") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file; empty if the file is missing or not valid."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

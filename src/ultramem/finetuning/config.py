@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ultramem.configuration.field_types import check_types
+from ultramem.configuration.field_types import check_least, check_types
 from ultramem.errors import ConfigError
 from ultramem.hosts.transformers.sparse_finetuning import OptimizerKind
 
@@ -73,13 +73,11 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("rows", "rank", "steps", "epochs", "batch_size", "sequence_length", "background_batches"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name}={value}: must be at least 1")
+        check_least(1, rows=self.rows, rank=self.rank, steps=self.steps, epochs=self.epochs)
+        check_least(1, batch_size=self.batch_size, background_batches=self.background_batches)
+        check_least(2, sequence_length=self.sequence_length)
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate={self.learning_rate}: must be above 0 and finite")
-        if self.sequence_length < 2:
-            raise ConfigError(f"sequence_length={self.sequence_length}: must be at least 2")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed}: must be from 0 to 2**32 - 1")
         if self.steps and self.epochs:

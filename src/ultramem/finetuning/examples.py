@@ -12,12 +12,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultramem.data.documents import BrokenRecordError, find_sources, read_documents
+from ultramem.data.token_sequences import IGNORED
 from ultramem.device import autocast
 from ultramem.errors import UltraMemError
 from ultramem.hosts.transformers.modes import evaluation_mode
 
-IGNORED = -100
-
+Examples = Sequence[dict[str, list[int]]]
 Batch = dict[str, Tensor]
 
 
@@ -56,7 +56,7 @@ def make_examples(
     return examples
 
 
-def collate(examples: Sequence[dict[str, list[int]]]) -> Batch:
+def collate(examples: Examples) -> Batch:
     """Make a batch, padded on the right to the longest example: ids, mask and labels (examples, tokens)."""
     ids = [torch.tensor(example["input_ids"]) for example in examples]
     mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
@@ -69,7 +69,7 @@ def collate(examples: Sequence[dict[str, list[int]]]) -> Batch:
 
 
 def background_batches(
-    examples: Sequence[dict[str, list[int]]],
+    examples: Examples,
     *,
     batch_tokens: int,
     sequence_length: int,
@@ -97,7 +97,7 @@ def background_batches(
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, examples: Sequence[dict[str, list[int]]], batch_size: int) -> float:
+def mean_loss(model: PreTrainedModel, examples: Examples, batch_size: int) -> float:
     """Mean cross-entropy of the predicted tokens, in nats per token, in evaluation mode."""
     total, predicted = 0.0, 0
     with evaluation_mode(model), autocast(model.device):

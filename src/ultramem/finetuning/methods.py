@@ -20,15 +20,12 @@ from transformers import (
 from ultramem.device import autocast, has_fast_bfloat16
 from ultramem.errors import UltraMemError
 from ultramem.finetuning.config import FinetuneConfig
-from ultramem.finetuning.examples import background_batches, collate
+from ultramem.finetuning.examples import Examples, background_batches, collate
 from ultramem.hosts.transformers.sparse_finetuning import Background, SparseFinetuning, count_background, find_tables
 
 
 def read_background(
-    model: PreTrainedModel,
-    config: FinetuneConfig,
-    examples: Sequence[dict[str, list[int]]],
-    background: Sequence[dict[str, list[int]]],
+    model: PreTrainedModel, config: FinetuneConfig, examples: Examples, background: Examples
 ) -> Background:
     """Count what the model reads for the background, in batches of as many tokens as training batches on average.
 
@@ -59,27 +56,23 @@ class Finetuning:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        config: FinetuneConfig,
-        examples: Sequence[dict[str, list[int]]],
-        background: Background | None = None,
+        self, model: PreTrainedModel, config: FinetuneConfig, examples: Examples, background: Background | None = None
     ) -> None:
         self.model, self.config, self.examples = model, config, examples
         self.steps = 0
-        self._sparse: SparseFinetuning | None = None
-        self._adapted: Any = None
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
-        if background is not None:
-            self._sparse = SparseFinetuning(
+        self._adapted = add_lora(model, config.rank) if config.method == "lora" else None
+        self._sparse = (
+            None
+            if background is None
+            else SparseFinetuning(
                 model,
                 background,
                 rows=config.rows,
                 learning_rate=config.chosen_learning_rate,
                 optimizer=config.optimizer,
             )
-        elif config.method == "lora":
-            self._adapted = add_lora(model, config.rank)
+        )
         self._trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
     def train(self, directory: Path, callbacks: Sequence[TrainerCallback] = ()) -> None:

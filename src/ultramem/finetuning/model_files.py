@@ -8,10 +8,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ultramem.errors import UltraMemError, first_line
-from ultramem.hosts.transformers import detach_memory, load_memory, save_memory
-from ultramem.hosts.transformers.files import load_model_file, save_model_file
-
-MEMORY_NAME = "memory"
+from ultramem.hosts.transformers import load_memory
+from ultramem.hosts.transformers.files import load_model_file
 
 
 def load_model_and_tokenizer(
@@ -42,24 +40,3 @@ def load_model_and_tokenizer(
     if memory is not None:
         load_memory(model, memory).float()
     return model, tokenizer
-
-
-def save_model_and_tokenizer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, attached: bool
-) -> None:
-    """Write a model and tokenizer for `load_model_and_tokenizer`.
-
-    Args:
-        model: model to write.
-        tokenizer: tokenizer to write.
-        directory: transformers directory.
-        attached: whether the memory was attached to the model; it is written to the subdirectory `memory/`.
-
-    Raises:
-        UltraMemError: the directory cannot be written.
-    """
-    if attached:
-        save_memory(model, directory / MEMORY_NAME)
-        detach_memory(model)
-    save_model_file(model, directory)
-    tokenizer.save_pretrained(directory)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
+from ultramem.configuration.decoding import encode
 from ultramem.device import choose_device
 from ultramem.errors import UltraMemError
-from ultramem.files.whole_directories import partial_directory
-from ultramem.files.whole_files import write_text
+from ultramem.files.directories import partial_directory
+from ultramem.files.whole_files import write_json
 from ultramem.finetuning.config import FinetuneConfig
 from ultramem.finetuning.examples import make_examples, mean_loss, read_texts
 from ultramem.finetuning.methods import Finetuning, read_background
-from ultramem.finetuning.model_files import load_model_and_tokenizer, save_model_and_tokenizer
-from ultramem.hosts.transformers.files import MODEL_CONFIG_NAME, MODEL_CONTENTS
+from ultramem.finetuning.model_files import load_model_and_tokenizer
+from ultramem.hosts.transformers import detach_memory, save_memory
+from ultramem.hosts.transformers.files import MODEL_CONFIG_NAME, MODEL_CONTENTS, save_model_file
 from ultramem.hosts.transformers.sparse_finetuning import find_tables
 
+MEMORY_NAME = "memory"
 RESULT_NAME = "finetuning.json"
 
 
@@ -64,9 +64,8 @@ class FinetuneResult:
 
     def print_table(self) -> None:
         """Print the result as a table."""
-        table = Table()
-        for column in ("loss (nats per token)", "before", "after"):
-            table.add_column(column, justify="left" if column.startswith("loss") else "right")
+        columns = (Column(name, justify="right") for name in ("before", "after"))
+        table = Table("loss (nats per token)", *columns)
         table.add_row("new data", f"{self.before.new:.4f}", f"{self.after.new:.4f}")
         if self.before.heldout is not None:
             table.add_row("held-out data", f"{self.before.heldout:.4f}", f"{self.after.heldout:.4f}")
@@ -91,16 +90,18 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> FinetuneResu
         UltraMemError: model or data is missing or does not fit, training diverged, or the output cannot be written.
             Nothing is written then.
     """
-    device = choose_device(config.device)
+    device, sparse = choose_device(config.device), config.method == "sparse"
     with partial_directory(config.output.absolute(), overwrite, MODEL_CONFIG_NAME, MODEL_CONTENTS) as partial:
         new, background, heldout = (
             read_texts(paths, config.text_field, config.include) if paths else []
             for paths in (config.data, config.background, config.heldout)
         )
-        _quieten()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        logging.getLogger("accelerate").setLevel(logging.ERROR)
         set_seed(config.seed)
         model, tokenizer = load_model_and_tokenizer(config.model, config.memory)
-        if config.method == "sparse":
+        if sparse:
             find_tables(model)
         model.to(device)
         new_examples, background_examples, heldout_examples = (
@@ -114,38 +115,22 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> FinetuneResu
             )
 
         before = losses()
-        background_reads = None
-        if config.method == "sparse":
-            background_reads = read_background(model, config, new_examples, background_examples)
-        run = Finetuning(model, config, new_examples, background_reads)
+        reads = read_background(model, config, new_examples, background_examples) if sparse else None
+        run = Finetuning(model, config, new_examples, reads)
         run.train(partial)
         model = run.merged()
         result = FinetuneResult(before, losses(), run.steps, *run.counts())
         if not math.isfinite(result.after.new):
             raise UltraMemError("the loss is not finite, as training diverged; lower --learning-rate")
-        if config.method == "sparse" and not result.trained_rows:
+        if sparse and not result.trained_rows:
             raise UltraMemError(
                 "no row was trained: every background batch reads all rows that the data reads; lower --batch-size"
             )
-        save_model_and_tokenizer(model, tokenizer, partial, attached=config.memory is not None)
-        write_text(partial / RESULT_NAME, json.dumps(_content(config, result), indent=2) + "\n")
+        if config.memory is not None:
+            save_memory(model, partial / MEMORY_NAME)
+            detach_memory(model)
+        save_model_file(model, partial)
+        tokenizer.save_pretrained(partial)
+        settings = {**encode(config), "learning_rate": config.chosen_learning_rate}
+        write_json(partial / RESULT_NAME, {"settings": settings, **asdict(result)})
     return result
-
-
-def _quieten() -> None:
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-
-
-def _content(config: FinetuneConfig, result: FinetuneResult) -> dict[str, Any]:
-    settings = {
-        name: [str(path) for path in value]
-        if isinstance(value, tuple)
-        else str(value)
-        if isinstance(value, Path)
-        else value
-        for name, value in asdict(config).items()
-    }
-    settings["learning_rate"] = config.chosen_learning_rate
-    return {"settings": settings, **asdict(result)}

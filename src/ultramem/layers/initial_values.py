@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ultramem.ops.weighted_lookup.naive import ACTIVATIONS
 from ultramem.tables.table import Table
@@ -79,8 +78,7 @@ def initialize(layers: Sequence[MemoryLayer], schemes: Sequence[HostScheme], gen
     for table, wanted in stds.items():
         # A shared table has the geometric mean of what its layers need.
         std = math.exp(sum(map(math.log, wanted)) / len(wanted)) if all(wanted) else 0.0
-        for parameter in table.parameters():
-            normal(parameter, std, generator)
+        table.init_weights(std, generator)
 
 
 def table_std(config: MemoryConfig, d_model: int, linear_std: float, product_std: float) -> float:
@@ -105,20 +103,3 @@ def second_moment(function: Callable[[Tensor], Tensor], std: float) -> float:
     z = torch.linspace(-10, 10, 4001, dtype=torch.float64, device="cpu")
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
     return float(torch.trapezoid(function(z * std).square() * density, z))
-
-
-def normal(parameter: Tensor, std: float, generator: torch.Generator) -> None:
-    """Fill a parameter with normal values of mean 0."""
-    fill(parameter, lambda full: full.normal_(0, std, generator=generator))
-
-
-def fill(parameter: Tensor, draw: Callable[[Tensor], object]) -> None:
-    """Fill a parameter; if it is sharded, every process draws the whole and keeps its shard."""
-    if not isinstance(parameter, DTensor):
-        draw(parameter)
-        return
-    full = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-    draw(full)
-    # Every process drew the same values, so nothing is sent.
-    shards = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.to_local().copy_(shards.to_local())

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultramem.layers.initial_values import HostScheme, fill, normal, table_std
+from ultramem.layers.initial_values import HostScheme, table_std
 from ultramem.ops.weighted_lookup.reads import Reads
+from ultramem.tables.filling import fill, normal
 from ultramem.tables.layout import TableLayout
 from ultramem.tables.table import Table
 
@@ -58,8 +59,8 @@ class MemoryLayer(nn.Module):
         observers: observers of each forward pass.
     """
 
-    # The kind's defaults of `MemoryConfig` fields that are left at None.
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    # The kind's defaults of `MemoryConfig` fields that are left at None; a kind replaces those that differ.
+    defaults: ClassVar[Mapping[str, Any]] = {"query_per_rank": False, "key_expansion": 1, "value_projectors": "single"}
     # Fields that the kind does not use, and why, as a sentence that follows its name.
     unused: ClassVar[Mapping[str, str]] = {}
 
@@ -165,11 +166,24 @@ class MemoryLayer(nn.Module):
 
     def locate(self, indices: Tensor, scores: Tensor, x: Tensor) -> Reads:
         """Reads of the table for the results of `retrieve` and x (tokens, d_model)."""
-        return Reads(indices, scores)
+        return Reads(self.table_rows(indices), scores)
+
+    def table_rows(self, in_window: Tensor) -> Tensor:
+        """Row numbers in the table of row numbers in the window, which may wrap around at the end of the table."""
+        rows = in_window + self.window_start
+        return torch.where(rows < self.table.rows, rows, rows - self.table.rows)
 
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
         """Map the lookup's result (tokens, output_width) to (tokens, d_model); x is (tokens, d_model)."""
         raise NotImplementedError
+
+    @property
+    def active_parameters(self) -> int:
+        """Number of parameters that a token uses: the layer's own, and the table rows that it reads."""
+        of_table = set(self.table.parameters())
+        own = sum(parameter.numel() for parameter in self.parameters() if parameter not in of_table)
+        reads = self.config.heads * self.config.top_k
+        return own + reads * (self.table.value_dim + self.table.pre_value_dim)
 
     def metrics(self) -> dict[str, Tensor]:
         """Scalars about the layer's parameters, for `Memory.usage_metrics`."""

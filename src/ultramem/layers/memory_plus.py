@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultramem.layers.initial_values import HostScheme, normal, second_moment
+from ultramem.layers.initial_values import HostScheme, second_moment
 from ultramem.layers.memory_layer import rms_norm
 from ultramem.layers.product_key import ProductKeyLayer
+from ultramem.tables.filling import normal
 from ultramem.tables.layout import TableLayout, whole_tables
 from ultramem.tables.table import Table
 

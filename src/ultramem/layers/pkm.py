@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ultramem.errors import ConfigError
-from ultramem.layers.initial_values import HostScheme, normal
+from ultramem.layers.initial_values import HostScheme
 from ultramem.layers.product_key import ProductKeyLayer
+from ultramem.tables.filling import normal
 from ultramem.tables.layout import TableLayout, whole_tables
 
 if TYPE_CHECKING:

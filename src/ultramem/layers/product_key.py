@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ultramem.layers.balance import balance_loss
-from ultramem.layers.initial_values import SIMULATED_TOKENS, HostScheme, fill
+from ultramem.layers.initial_values import SIMULATED_TOKENS, HostScheme
 from ultramem.layers.memory_layer import MemoryLayer
 from ultramem.ops.product_key_topk import product_key_topk
 from ultramem.ops.product_key_topk.naive import axis_scores
 from ultramem.ops.product_key_topk.naive import product_key_topk as product_key_topk_by_definition
+from ultramem.tables.filling import fill
 from ultramem.tables.table import Table
 
 if TYPE_CHECKING:
@@ -30,12 +31,7 @@ class ProductKeyLayer(MemoryLayer):
     Each head has its own queries and keys. Arguments as in `MemoryLayer`.
     """
 
-    defaults = {
-        "query_per_rank": False,
-        "key_expansion": 1,
-        "value_projectors": "single",
-        "value_lr": 1e-3,
-    }
+    defaults = {"value_lr": 1e-3}
     unused = {
         "axis_top_k": "searches the whole grid exactly",
         "tucker_rank": _NO_TUCKER,

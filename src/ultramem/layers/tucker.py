@@ -13,12 +13,13 @@ from torch.distributed.tensor import DTensor
 
 from ultramem.errors import ConfigError
 from ultramem.layers.balance import balance_loss
-from ultramem.layers.initial_values import SIMULATED_TOKENS, HostScheme, fill, normal
+from ultramem.layers.initial_values import SIMULATED_TOKENS, HostScheme
 from ultramem.layers.memory_layer import MemoryLayer, rms_norm
 from ultramem.ops.tucker_topk import tucker_topk
 from ultramem.ops.tucker_topk.naive import axis_scores
 from ultramem.ops.tucker_topk.naive import tucker_topk as tucker_topk_by_definition
 from ultramem.ops.weighted_lookup.reads import Reads
+from ultramem.tables.filling import fill, normal
 from ultramem.tables.table import Table
 
 if TYPE_CHECKING:
@@ -105,10 +106,8 @@ class TuckerMemory(MemoryLayer):
         """As in `MemoryLayer`: the shuffle maps indices to virtual copies and table rows."""
         config, virtual = self.config, self.shuffle[indices]
         in_window = virtual if config.virtual_copies == 1 else virtual % self.window_rows
-        rows = in_window + self.window_start
-        rows = torch.where(rows < self.table.rows, rows, rows - self.table.rows)
         return Reads(
-            rows,
+            self.table_rows(in_window),
             scores,
             None if self.pre_proj is None else self.pre_proj(x),
             config.pre_activation,

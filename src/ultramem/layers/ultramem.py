@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class UltraMem(TuckerMemory):
     """UltraMem (arXiv:2411.12364). Arguments as in `MemoryLayer`."""
 
-    defaults = {"query_per_rank": False, "key_expansion": 2, "value_projectors": "per_block"}
+    defaults = {"key_expansion": 2, "value_projectors": "per_block"}
     unused = {
         "share_ratio": "does not pool its layers' tables",
         "sharing": "does not pool its layers' tables",

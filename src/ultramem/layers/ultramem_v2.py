@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class UltraMemV2(TuckerMemory):
     """UltraMemV2 (arXiv:2508.18756); with `pre_activation` PEER (arXiv:2407.04153). Arguments as in `MemoryLayer`."""
 
-    defaults = {"query_per_rank": True, "key_expansion": 1, "value_projectors": "single"}
+    defaults = {"query_per_rank": True}
     published_gain_exponent = -0.4
 
     @classmethod

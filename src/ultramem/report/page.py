@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ultramem.configuration.yaml_text import parse_yaml
 from ultramem.errors import UltraMemError, system_reason
 from ultramem.files.whole_files import write_text
 from ultramem.report import plots
-from ultramem.report.run import LayerSeries, Run, Series
+from ultramem.report.run import Array, LayerSeries, Run, Series
 from ultramem.runs.layout import (
     CONFIG_NAME,
     GRADIENT_NORM,
@@ -115,13 +115,15 @@ def held_out(run: Run, figure: str) -> float | None:
     if run.evaluation is not None:
         value = getattr(run.evaluation, figure)
         return None if value is None else float(value)
-    values = run.series(HELD_OUT[figure]).values
-    return float(values[-1]) if len(values) else None
+    return _last(run.series(HELD_OUT[figure]).values)
 
 
 def final_loss(run: Run) -> float | None:
     """The smoothed training loss at the last step, in nats per token."""
-    values = plots.smooth(run.series(TRAIN_LOSS).values)
+    return _last(plots.smooth(run.series(TRAIN_LOSS).values))
+
+
+def _last(values: Array) -> float | None:
     return float(values[-1]) if len(values) else None
 
 
@@ -139,85 +141,59 @@ def _run_page(run: Run) -> str:
         "run.html",
         title=run.path.name,
         run=run,
-        tiles=_quality_tiles(run) + _cost_tiles(run),
+        tiles=_tiles(run),
         curves=_curves(run),
         layer_plots=layer_plots,
     )
 
 
-def _quality_tiles(run: Run) -> list[Tile]:
-    """Tiles of loss and speed; figures that were not measured are left out."""
-    tiles = []
+def _tiles(run: Run) -> list[Tile]:
+    """Tiles of loss, speed, parameters, operations and bytes; figures that were not measured are left out."""
+    summary, decimals = run.summary, "{:.3f}".format
+    bits, loss, perplexity = (held_out(run, figure) for figure in ("bits_per_byte", "loss", "perplexity"))
     unigram = run.evaluation and run.evaluation.unigram_bits_per_byte
-    if (bits := held_out(run, "bits_per_byte")) is not None:
-        note = f"unigram model: {unigram:.3f}" if unigram else ""
-        tiles.append(Tile("Held-out bits per byte", bits, f"{bits:.3f}", note))
-    if (loss := held_out(run, "loss")) is not None:
-        perplexity = held_out(run, "perplexity")
-        note = f"perplexity {perplexity:.4g}" if perplexity is not None else ""
-        tiles.append(Tile("Held-out loss", loss, f"{loss:.3f}", note))
-    if (loss := final_loss(run)) is not None:
-        tiles.append(Tile("Training loss", loss, f"{loss:.3f}", "at the last step, smoothed"))
-    if (rate := throughput(run)) is not None:
-        tiles.append(Tile("Tokens per second", rate, abbreviate(rate), "median"))
-    tokens = run.summary.train_tokens
-    note = f"{abbreviate(tokens)} training tokens" if tokens else ""
-    return [*tiles, Tile("Last step", run.last_step, f"{run.last_step:,}", note)]
-
-
-def _cost_tiles(run: Run) -> list[Tile]:
-    """Tiles of parameters, operations and bytes."""
-    summary = run.summary
-
-    def parameters(label: str, count: int, without_embeddings: int) -> Tile:
-        return Tile(label, count, abbreviate(count), f"{abbreviate(without_embeddings)} without embeddings")
-
-    tiles = [
-        parameters("Active parameters", summary.active, summary.active_without_embeddings),
-        parameters("Total parameters", summary.total, summary.total_without_embeddings),
-        Tile(
-            "FLOPs per token",
-            summary.flops_per_token,
-            in_unit(summary.flops_per_token, "FLOP"),
-            "forward, active",
-        ),
-        Tile(
-            "Read per token",
-            summary.bytes_per_token,
-            in_unit(summary.bytes_per_token, "B"),
-            "bf16, batch of one",
-        ),
+    trained = f"{abbreviate(summary.train_tokens)} training tokens" if summary.train_tokens else ""
+    active = f"{abbreviate(summary.active_without_embeddings)} without embeddings"
+    total = f"{abbreviate(summary.total_without_embeddings)} without embeddings"
+    figures: list[tuple[str, float | None, Callable[[float], str], str]] = [
+        ("Held-out bits per byte", bits, decimals, f"unigram model: {unigram:.3f}" if unigram else ""),
+        ("Held-out loss", loss, decimals, f"perplexity {perplexity:.4g}" if perplexity is not None else ""),
+        ("Training loss", final_loss(run), decimals, "at the last step, smoothed"),
+        ("Tokens per second", throughput(run), abbreviate, "median"),
+        ("Last step", run.last_step, "{:,}".format, trained),
+        ("Active parameters", summary.active, abbreviate, active),
+        ("Total parameters", summary.total, abbreviate, total),
+        ("FLOPs per token", summary.flops_per_token, partial(in_unit, unit="FLOP"), "forward, active"),
+        ("Read per token", summary.bytes_per_token, partial(in_unit, unit="B"), "bf16, batch of one"),
     ]
     if memory := summary.memory:
         note = f"{memory['layers']} layers, {abbreviate(memory['window_rows'])} in each window"
-        tiles.append(Tile("Memory rows", memory["table_rows"], abbreviate(memory["table_rows"]), note))
-    return tiles
+        figures.append(("Memory rows", memory["table_rows"], abbreviate, note))
+    return [Tile(label, value, write(value), note) for label, value, write, note in figures if value is not None]
 
 
 def _curves(run: Run) -> list[Plot]:
     """Plots over steps of the metrics that the run has."""
     curves = []
-    if len((loss := run.series(TRAIN_LOSS)).steps):
-        draw = partial(plots.draw_loss, train=loss, held_out=run.series(HELD_OUT["loss"]))
-        curves.append(Plot("Loss", plots.svg(draw, "Loss by step")))
-    rates = {group: run.series(name) for group, name in LEARNING_RATES.items()}
-    if rates := {group: rate for group, rate in rates.items() if len(rate.steps)}:
-        draw = partial(plots.draw_learning_rates, rates=rates)
-        curves.append(Plot("Learning rates", plots.svg(draw, "Learning rate of each parameter group by step")))
-    if len((norm := run.series(GRADIENT_NORM)).steps):
-        draw = partial(plots.draw_gradient_norm, norm=norm)
-        curves.append(Plot("Gradient norm", plots.svg(draw, "Gradient norm by step"), "before clipping"))
-    if len((rate := run.series(THROUGHPUT)).steps):
-        draw = partial(plots.draw_throughput, throughput=rate)
-        curves.append(Plot("Throughput", plots.svg(draw, "Tokens per second by step")))
+    if loss := run.series(TRAIN_LOSS):
+        drawing = plots.svg(plots.draw_loss, "Loss by step", loss, run.series(HELD_OUT["loss"]))
+        curves.append(Plot("Loss", drawing))
+    if rates := {group: rate for group, name in LEARNING_RATES.items() if (rate := run.series(name))}:
+        description = "Learning rate of each parameter group by step"
+        curves.append(Plot("Learning rates", plots.svg(plots.draw_learning_rates, description, rates)))
+    if norm := run.series(GRADIENT_NORM):
+        drawing = plots.svg(plots.draw_gradient_norm, "Gradient norm by step", norm)
+        curves.append(Plot("Gradient norm", drawing, "before clipping"))
+    if rate := run.series(THROUGHPUT):
+        curves.append(Plot("Throughput", plots.svg(plots.draw_throughput, "Tokens per second by step", rate)))
     return curves
 
 
 def _heat_map(metric: LayerSeries) -> Plot:
     unit, explanation = LAYER_METRICS.get(metric.name, (metric.name, ""))
     title = metric.name[0].upper() + metric.name[1:]
-    draw = partial(plots.draw_heat_map, metric=metric, unit=unit)
-    return Plot(title, plots.svg(draw, f"{title} by {metric.axis} and step"), explanation)
+    drawing = plots.svg(plots.draw_heat_map, f"{title} by {metric.axis} and step", metric, unit)
+    return Plot(title, drawing, explanation)
 
 
 def _comparison_page(runs: list[Run]) -> str:
@@ -264,7 +240,7 @@ def _compared_tasks(runs: list[Run]) -> dict[tuple[str, str], list[TaskResult | 
 
 def _comparison_curves(runs: list[Run]) -> list[Plot]:
     """Overlaid curves, over tokens if every run counts them, else over steps."""
-    by_tokens = all(len(run.series(TOKENS).steps) for run in runs)
+    by_tokens = all(run.series(TOKENS) for run in runs)
     x = "tokens" if by_tokens else "step"
     curves = []
     for metric, title, y, adjust in (
@@ -274,16 +250,16 @@ def _comparison_curves(runs: list[Run]) -> list[Plot]:
         (THROUGHPUT, "Throughput", "tokens per second", plots.start_at_zero),
     ):
         series = [run.series(metric) for run in runs]
-        if not any(len(one.steps) for one in series):
+        if not any(series):
             continue
         smoothed = metric != HELD_OUT["bits_per_byte"]
         if smoothed:
             series = [Series(one.steps, plots.smooth(one.values)) for one in series]
         if by_tokens:
             series = [_by_tokens(run, one) for run, one in zip(runs, series, strict=True)]
-        marker = None if smoothed else "o"
-        draw = partial(plots.draw_comparison, curves=series, x=x, y=y, marker=marker, adjust=adjust)
-        curves.append(Plot(title, plots.svg(draw, f"{title} by {x}"), "smoothed" if smoothed else ""))
+        marker, explanation = (None, "smoothed") if smoothed else ("o", "")
+        drawing = plots.svg(plots.draw_comparison, f"{title} by {x}", series, x, y, marker, adjust)
+        curves.append(Plot(title, drawing, explanation))
     return curves
 
 
@@ -295,12 +271,7 @@ def _by_tokens(run: Run, series: Series) -> Series:
 
 def _config_differences(runs: list[Run]) -> dict[str, list[Any]]:
     """Configuration values that differ between runs, by dotted key; None for a missing one."""
-    configs = []
-    for run in runs:
-        try:
-            configs.append(_flatten(yaml.safe_load(run.config)))
-        except yaml.YAMLError as error:
-            raise UltraMemError(f"{run.path / CONFIG_NAME} is not valid YAML; write it again") from error
+    configs = [_flatten(parse_yaml(run.config, str(run.path / CONFIG_NAME))) for run in runs]
     names = dict.fromkeys(name for config in configs for name in config)
     values = {name: [config.get(name) for config in configs] for name in names}
     return {name: row for name, row in values.items() if any(value != row[0] for value in row)}

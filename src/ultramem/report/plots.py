@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import matplotlib
 import numpy as np
@@ -23,6 +23,8 @@ FAINT = "#fe0d08"
 INK = "#fe0d09"
 GRID = "#fe0d10"
 LINE_STYLES = ("solid", "dashed", "dotted")
+
+P = ParamSpec("P")
 
 _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -49,27 +51,24 @@ _STYLE: dict[Any, Any] = {
 _PIXELS_PER_INCH = 200
 
 
-def svg(draw: Callable[[Axes], None], description: str) -> Markup:
+def svg(draw: Callable[Concatenate[Axes, P], None], description: str, *arguments: P.args, **named: P.kwargs) -> Markup:
     """Draw on fresh axes and return an SVG element to stand in a page.
 
     Args:
         draw: draws a plot on given axes.
         description: description for screen readers.
+        arguments, named: arguments for `draw`.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": description}):
         figure = Figure()
-        draw(figure.subplots())
+        draw(figure.subplots(), *arguments, **named)
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, dpi=_PIXELS_PER_INCH, metadata=no_metadata)
-    drawing = buffer.getvalue()
-    drawing = drawing[drawing.index("<svg") :]
-    drawing = page_color(drawing)
+    _, _, drawing = page_color(buffer.getvalue()).partition("<svg")
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # "axes_1" and the like would repeat within the page
-    drawing = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", drawing, count=1)
-    drawing = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawing, count=1)
-    label = Markup('<svg role="img" aria-label="{}"').format(description)
-    return label + Markup(drawing.removeprefix("<svg"))
+    drawing = re.sub(r' (width|height)="[^"]*"', "", drawing, count=2)  # of the whole, which come first
+    return Markup('<svg role="img" aria-label="{}"').format(description) + Markup(drawing)
 
 
 def page_color(text: str) -> str:
@@ -115,8 +114,8 @@ def draw_noisy(axes: Axes, series: Series, name: str) -> None:
 def draw_loss(axes: Axes, train: Series, held_out: Series) -> None:
     """Draw the training loss, each step and smoothed, and the held-out loss where it was measured."""
     draw_noisy(axes, train, "training")
-    if len(held_out.steps):
-        marker = "o" if len(held_out.steps) <= 100 else None
+    if held_out:
+        marker = "o" if len(held_out) <= 100 else None
         axes.plot(held_out.steps, held_out.values, color=CURVES[1], marker=marker, markersize=3.5, label="held-out")
     axes.legend()
     label_axes(axes, "loss (nats per token)")
@@ -162,10 +161,8 @@ def draw_heat_map(axes: Axes, metric: LayerSeries, unit: str) -> None:
 
 def _cell_edges(centres: Array) -> Array:
     """Borders (n + 1,) halfway between neighbours; a single cell is one wide."""
-    if len(centres) == 1:
-        return np.array([centres[0] - 0.5, centres[0] + 0.5])
-    between = (centres[:-1] + centres[1:]) / 2
-    return np.array([2 * centres[0] - between[0], *between, 2 * centres[-1] - between[-1]])
+    widths = np.diff(centres) if len(centres) > 1 else np.ones(1)
+    return np.array([centres[0] - widths[0] / 2, *(centres[:-1] + centres[1:]) / 2, centres[-1] + widths[-1] / 2])
 
 
 def draw_comparison(

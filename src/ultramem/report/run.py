@@ -35,6 +35,10 @@ class Series:
     steps: Array
     values: Array
 
+    def __len__(self) -> int:
+        """Number of reports."""
+        return len(self.steps)
+
 
 @dataclass(frozen=True)
 class LayerSeries:
@@ -222,31 +226,24 @@ def _layer_series(group: str, axis: str, name: str, points: list[tuple[int, int,
 
 def _read_metrics(path: Path) -> tuple[dict[int, dict[str, float]], int]:
     """Metrics by ascending step, and the number of unreadable lines before the last."""
-    metrics: dict[int, dict[str, float]] = {}
-    unreadable = 0
-    torn_end = False
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                unreadable += torn_end
-                try:
-                    step, values = _parse_report(line)
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    torn_end = True
-                else:
-                    metrics[step], torn_end = values, False
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    reports = [_parse_report(line) for line in lines]
+    metrics = dict(report for report in reports if report is not None)
     if not any(metrics.values()):
         raise UltraMemError(
             f"{path.parent} has no metrics yet, as the run has just started; try again after its first report"
         )
-    return dict(sorted(metrics.items())), unreadable
+    return dict(sorted(metrics.items())), reports[:-1].count(None)
 
 
-def _parse_report(line: str) -> tuple[int, dict[str, float]]:
-    """Step and metrics of one line of `metrics.jsonl`."""
-    report = json.loads(line)
-    metrics = report["metrics"].items()
-    return int(report["step"]), {name: float(value) for name, value in metrics if isinstance(value, int | float)}
+def _parse_report(line: str) -> tuple[int, dict[str, float]] | None:
+    """Step and metrics of one line of `metrics.jsonl`; None if it is unreadable."""
+    try:
+        report = json.loads(line)
+        metrics = report["metrics"].items()
+        return int(report["step"]), {name: float(value) for name, value in metrics if isinstance(value, int | float)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _parse(path: Path, parse: Callable[[Any], Parsed]) -> Parsed:

@@ -110,15 +110,12 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     steps = complete_steps(run)
     if not steps:
         raise UltraMemError(f"{run} has no complete checkpoint yet; wait for the first, or resume training")
-    if given == run:
-        step = steps[-1]
-    else:
-        named = {checkpoint_name(step): step for step in steps}
-        if given.name not in named:
-            fault = "is not a complete checkpoint" if given.exists() else "does not exist"
-            raise UltraMemError(f"{given} {fault}; complete ones are {', '.join(named)}")
-        step = named[given.name]
-    return Checkpoint(run, step, load_config(run / CONFIG_NAME))
+    named = {checkpoint_name(step): step for step in steps}
+    name = checkpoint_name(steps[-1]) if given == run else given.name
+    if name not in named:
+        fault = "is not a complete checkpoint" if given.exists() else "does not exist"
+        raise UltraMemError(f"{given} {fault}; complete ones are {', '.join(named)}")
+    return Checkpoint(run, named[name], load_config(run / CONFIG_NAME))
 
 
 def load_model(path: str | os.PathLike[str], device: str = "auto") -> tuple[MemoryTransformer, RunConfig]:

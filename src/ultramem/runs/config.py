@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ultramem.configuration.decoding import encode
-from ultramem.configuration.field_types import check_types
+from ultramem.configuration.field_types import check_field, check_types, field_types, without_none
 from ultramem.configuration.yaml_text import dump_yaml
 from ultramem.errors import ConfigError
 from ultramem.files.whole_files import write_text
@@ -45,8 +45,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_types(self)
         _make_absolute(self, "directory", "more_directories", "train_files", "heldout_files")
-        if self.sequence_length < 2:
-            raise ConfigError(f"sequence_length={self.sequence_length}: must be at least 2")
+        check_field(self, "sequence_length", self.sequence_length >= 2, "at least 2")
         for_files = {name: getattr(self, name) for name in ("vocab_size", "eos_token_id", "dtype")}
         if self.directory is not None:
             given = [name for name, value in for_files.items() if value is not None]
@@ -85,12 +84,12 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check(self, "learning_rate", self.learning_rate > 0, "above 0")
-        _check(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
-        _check(self, "eps", self.eps > 0, "above 0")
-        _check(self, "weight_decay", self.weight_decay >= 0, "at least 0")
-        _check(self, "value_weight_decay", (self.value_weight_decay or 0) >= 0, "at least 0")
-        _check(self, "max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "above 0, or null")
+        check_field(self, "learning_rate", self.learning_rate > 0, "above 0")
+        check_field(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
+        check_field(self, "eps", self.eps > 0, "above 0")
+        check_field(self, "weight_decay", self.weight_decay >= 0, "at least 0")
+        check_field(self, "value_weight_decay", (self.value_weight_decay or 0) >= 0, "at least 0")
+        check_field(self, "max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "above 0, or null")
 
 
 @dataclass(frozen=True)
@@ -113,10 +112,10 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check(self, "warmup_steps", (self.warmup_steps or 0) >= 0, "at least 0, or null")
-        _check(self, "warmup_share", 0 <= self.warmup_share <= 1, "from 0 to 1")
-        _check(self, "decay_share", 0 <= self.decay_share <= 1, "from 0 to 1")
-        _check(self, "final_share", 0 <= self.final_share < 1, "from 0 to below 1")
+        check_field(self, "warmup_steps", (self.warmup_steps or 0) >= 0, "at least 0, or null")
+        check_field(self, "warmup_share", 0 <= self.warmup_share <= 1, "from 0 to 1")
+        check_field(self, "decay_share", 0 <= self.decay_share <= 1, "from 0 to 1")
+        check_field(self, "final_share", 0 <= self.final_share < 1, "from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -181,9 +180,10 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check_types(self)
         _make_absolute(self, "directory", "initial_weights")
-        for name in _COUNTS:
-            _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
-        _check(self, "seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
+        for name, hint in field_types(TrainerConfig).items():
+            if name != "seed" and without_none(hint)[0] is int:
+                check_field(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        check_field(self, "seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
         if (self.steps is None) == (self.tokens is None):
             raise ConfigError(
                 "steps is missing; give either steps or tokens"
@@ -271,28 +271,6 @@ class RunConfig:
     def save(self, path: Path) -> None:
         """Write a YAML file that `load_config` reads, completely or not at all."""
         write_text(path, dump_yaml(encode(self)))
-
-
-# Where one may be None, its type says so.
-_COUNTS = (
-    "batch_size",
-    "steps",
-    "tokens",
-    "micro_batch_size",
-    "checkpoint_interval",
-    "keep_checkpoints",
-    "metrics_interval",
-    "memory_metrics_interval",
-    "evaluate_interval",
-    "evaluate_tokens",
-    "evaluate_tasks_interval",
-    "evaluate_tasks_questions",
-)
-
-
-def _check(config: Any, name: str, right: bool, what: str) -> None:
-    if not right:
-        raise ConfigError(f"{name}={encode(getattr(config, name))}: must be {what}")
 
 
 def _make_absolute(config: Any, *names: str) -> None:

@@ -13,8 +13,7 @@ import torch
 
 from ultramem.configuration.decoding import encode
 from ultramem.errors import ConfigError, UltraMemError, system_reason
-from ultramem.files.locks import locked
-from ultramem.files.removal import remove
+from ultramem.files.directories import locked, remove
 from ultramem.files.whole_files import write_text
 from ultramem.hosts.olmo_core import ModelStatistics, model_statistics
 from ultramem.runs.checkpoints import checkpoint_name, complete_steps, is_complete

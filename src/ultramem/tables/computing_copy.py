@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ultramem.tables.optimizer_steps import after_each_step
+from ultramem.tables.torch_internals import describe_contents
 
 
 class ComputingCopy:
@@ -16,7 +17,7 @@ class ComputingCopy:
 
     def __init__(self) -> None:
         self._copy: Tensor | None = None
-        self._copied: list[tuple[int, int]] = []  # address and version of what was copied
+        self._copied: list[tuple[int, int]] = []  # contents of the tables when they were copied
 
     def in_dtype(self, values: Tensor, pre_values: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Values and pre-values in `dtype`: themselves if they have it, else the copy.
@@ -29,7 +30,7 @@ class ComputingCopy:
         if values.dtype == dtype:
             return values, pre_values
         tables = [values] if pre_values is None else [pre_values, values]
-        described = [(table.data_ptr(), table._version) for table in tables]
+        described = [describe_contents(table) for table in tables]
         if self._copy is None or self._copy.dtype != dtype or self._copied != described:
             self._make(tables, dtype)
             self._copied = described

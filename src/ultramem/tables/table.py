@@ -12,8 +12,8 @@ from ultramem.ops.weighted_lookup.reads import Reads
 class Table(nn.Module):
     """Rows that memory layers look up; one table may serve many layers. Reads go in, weighted sums come out.
 
-    A table in another form is a subclass that defines `gather`, `device` and `dtype`; and `lookup`, where it can do
-    better than to gather rows and sum them.
+    A table in another form is a subclass that defines `gather`, `init_weights`, `device` and `dtype`; and `lookup`,
+    where it can do better than to gather rows and sum them.
 
     Args:
         rows: of the table.
@@ -42,6 +42,10 @@ class Table(nn.Module):
 
     def gather(self, rows: Tensor, *, pre_values: bool) -> tuple[Tensor, Tensor | None]:
         """Values (*rows.shape, value_dim) of rows, int64, and their pre-values if these are asked for, else None."""
+        raise NotImplementedError
+
+    def init_weights(self, std: float, generator: torch.Generator) -> None:
+        """Fill the rows with normal values of mean 0, the same whether sharded or not."""
         raise NotImplementedError
 
     def begin_pass(self) -> None:

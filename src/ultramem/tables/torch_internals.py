@@ -28,6 +28,11 @@ def keep_until_it_ends(thing: object) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(let_go)
 
 
+def describe_contents(tensor: Tensor) -> tuple[int, int]:
+    """Another one after each change of the tensor that PyTorch sees: its address, and how often it has changed."""
+    return tensor.data_ptr(), tensor._version
+
+
 def take_gradient(node: Any) -> Tensor | None:
     """Take the gradient that a parameter has already, if what `node` is given in this pass would be added to that.
 

@@ -11,6 +11,7 @@ from ultramem.ops.backend import HAS_KERNELS, takes_kernels
 from ultramem.ops.kernels.numbered import register
 from ultramem.ops.weighted_lookup.reads import Reads
 from ultramem.tables.computing_copy import ComputingCopy
+from ultramem.tables.filling import normal
 from ultramem.tables.gradient_accumulator import GradientAccumulator, TableLink, gather
 from ultramem.tables.table import Table
 
@@ -25,8 +26,8 @@ class TrainableTable(Table):
 
     Args:
         rows, value_dim, pre_value_dim: as of `Table`.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Attributes:
         values: parameter (rows, value_dim).
@@ -64,7 +65,7 @@ class TrainableTable(Table):
 
     def lookup(self, reads: Reads) -> Tensor:
         """As of `Table`; with kernels computed and returned in autocast's dtype where that is on."""
-        if not takes_kernels("weighted_lookup", HAS_KERNELS and fused.supports(self.values, self.pre_values)):
+        if not takes_kernels("weighted_lookup", HAS_KERNELS and fused.supports(reads, self.values, self.pre_values)):
             return super().lookup(reads)
         link = self._link.get(self.values, self.pre_values)
         return fused.weighted_lookup(reads, self.values, self.pre_values, link=link, numbers=self._numbers)
@@ -77,6 +78,11 @@ class TrainableTable(Table):
             return values, None
         assert self.pre_values is not None
         return values, gather(1, self.pre_values, rows, link, self._accumulator)
+
+    def init_weights(self, std: float, generator: torch.Generator) -> None:
+        """As of `Table`."""
+        for parameter in self.parameters():
+            normal(parameter, std, generator)
 
     def begin_pass(self) -> None:
         """As of `Table`: compiled lookups take the link that is there, and it is to be as young as the pass."""

@@ -88,15 +88,12 @@ class ModelAndValuesScheduler(Scheduler):
     def set_lr(self, group: dict[str, Any], trainer: Trainer) -> Any:
         """Set the learning rate of a parameter group, and record it as a metric."""
         learning_rate = super().set_lr(group, trainer)
-        name = "model"
-        if group.get(GROUP_FLAG):
+        if of_values := group.get(GROUP_FLAG):
             assert self.memory is not None
             assert trainer.max_steps is not None
-            name = "values"
+            learning_rate *= self.memory.value_lr_factor(trainer.global_step, trainer.max_steps)
             if self.memory.value_lr is not None:
                 learning_rate = self.memory.value_lr
-            else:
-                learning_rate *= self.memory.value_lr_factor(trainer.global_step, trainer.max_steps)
             group[self.lr_field] = learning_rate
-        trainer.record_metric(LEARNING_RATES[name], learning_rate)
+        trainer.record_metric(LEARNING_RATES["values" if of_values else "model"], learning_rate)
         return learning_rate

@@ -18,7 +18,7 @@ from olmo_core.train import Trainer
 from rich.console import Console
 from rich.markup import escape
 
-from ultramem.convert.initial_weights import load_weights, read_weights
+from ultramem.convert.initial_weights import load_weights
 from ultramem.data.tokenizers import load_model_tokenizer
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.evaluation.task_suite import TaskSuite, task_names
@@ -99,14 +99,11 @@ def train(
             check_stored_model(directory.checkpoint(step) / MODEL_NAME, config.model)
         if processes.rank == 0:
             _announce(console, config, statistics, data, processes, step)
-        weights = None
-        if step is None and config.trainer.initial_weights is not None:
-            weights = read_weights(config.trainer.initial_weights, config.model)
         trainer = build_trainer(config, data, suite, processes, console)
         if step is not None:
             load_checkpoint(trainer, directory.checkpoint(step))
-        elif weights is not None:
-            load_weights(trainer.train_module.model, weights)
+        elif config.trainer.initial_weights is not None:
+            load_weights(trainer.train_module.model, config.trainer.initial_weights, config.model)
         _fit(trainer, directory)
         finished = trainer.global_step >= config.trainer.total_steps
         return RunResult(directory.path, trainer.global_step, "finished" if finished else "interrupted")

@@ -266,7 +266,7 @@ def build_block(n_layers=4, init_device="cpu", moe=CONFIG):
         n_layers=n_layers,
         sequence_mixer=AttentionConfig(n_heads=2, bias=False),
         layer_norm=norm,
-        moe=moe,
+        feed_forward=moe,
         init_device=init_device,
     )
 

@@ -213,11 +213,17 @@ def test_the_same_from_run_to_run_whatever_memory_held(
 
 
 def test_what_is_supported(device: torch.device) -> None:
-    def supports(dtype: torch.dtype = torch.float32, value_dim: int = 2, pre_dim: int = 2) -> bool:
-        return fused.supports(*(torch.zeros(3, dim, dtype=dtype, device=device) for dim in (value_dim, pre_dim)))
+    def supports(
+        dtype: torch.dtype = torch.float32, value_dim: int = 2, pre_dim: int = 2, activation: str | None = None
+    ) -> bool:
+        reads = Reads(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, 1), pre_activation=activation)
+        tables = (torch.zeros(3, dim, dtype=dtype, device=device) for dim in (value_dim, pre_dim))
+        return fused.supports(reads, *tables)
 
     assert all(supports(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
     assert not supports(torch.float64)
+    assert all(supports(activation=name) for name in naive.ACTIVATIONS)
+    assert not supports(activation="relu")
     assert supports(value_dim=4096)
     assert not supports(value_dim=4097)
     assert not supports(pre_dim=4097)

@@ -12,7 +12,7 @@ from olmo_core.nn.lm_head import LMHeadConfig
 from olmo_core.nn.rope import RoPEConfig
 
 from ultramem.config import MemoryConfig
-from ultramem.configuration.field_types import check_finite, check_types
+from ultramem.configuration.field_types import check_field, check_finite, check_types
 from ultramem.errors import ConfigError
 from ultramem.hosts.olmo_core.model import MemoryBlockConfig, MemoryTransformer
 from ultramem.hosts.olmo_core.moe import ROW_ALIGNMENT, MoEConfig
@@ -59,34 +59,25 @@ class ModelConfig:
         check_types(self)
         check_finite(self)
         for name in ("d_model", "num_blocks", "num_heads", "vocab_size", "rope_theta"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.feed_forward_size < 1 and self.moe is None:
-            raise ConfigError(f"feed_forward_size={self.feed_forward_size}: must be at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed={self.seed}: must be at least 0 and below 2**63")
-        for name in ("norm_eps", "init_std"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be above 0")
+            check_field(self, name, getattr(self, name) >= 1, "at least 1")
+        check_field(self, "feed_forward_size", self.feed_forward_size >= 1 or self.moe is not None, "at least 1")
+        check_field(self, "seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63")
+        check_field(self, "norm_eps", self.norm_eps > 0, "above 0")
+        check_field(self, "init_std", self.init_std is None or self.init_std > 0, "above 0")
         if self.d_model % (2 * self.num_heads):
             raise ConfigError(
                 f"num_heads={self.num_heads}: must divide d_model={self.d_model} into heads of an even width"
             )
         if self.memory is not None and self.moe is not None:
             raise ConfigError("moe: must be null for a model with memory; set one of them to null")
-        if self.moe is not None and self.d_model % ROW_ALIGNMENT:
-            raise ConfigError(
-                f"d_model={self.d_model}: must be a multiple of {ROW_ALIGNMENT} with a mixture of experts"
-            )
+        aligned = self.moe is None or self.d_model % ROW_ALIGNMENT == 0
+        check_field(self, "d_model", aligned, f"a multiple of {ROW_ALIGNMENT} with a mixture of experts")
         if self.memory is not None:
-            self._check_memory(self.memory)
-
-    def _check_memory(self, memory: MemoryConfig) -> None:
-        try:
-            memory.layout(len(memory.insertions(self.num_blocks)))
-            memory.check_width(self.d_model)
-        except ConfigError as error:
-            raise ConfigError(f"memory.{error}") from error
+            try:
+                self.memory.layout(len(self.memory.insertions(self.num_blocks)))
+                self.memory.check_width(self.d_model)
+            except ConfigError as error:
+                raise ConfigError(f"memory.{error}") from error
 
     @property
     def system(self) -> str:
@@ -120,9 +111,8 @@ class ModelConfig:
                 qk_norm=norm,
                 use_head_qk_norm=True,
             ),
-            feed_forward=None if self.moe else FeedForwardConfig(hidden_size=self.feed_forward_size, bias=False),
+            feed_forward=self.moe or FeedForwardConfig(hidden_size=self.feed_forward_size, bias=False),
             layer_norm=norm,
-            moe=self.moe,
         )
         return MemoryTransformer(
             d_model=self.d_model,

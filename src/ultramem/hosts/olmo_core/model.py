@@ -33,16 +33,13 @@ from ultramem.ops.backend import can_run_kernels
 
 @dataclass
 class MemoryBlockConfig(TransformerBlockConfig):
-    """Builds the blocks of a `MemoryTransformer`, with a mixture of experts if `moe` is given."""
-
-    moe: MoEConfig | None = None
+    """Builds the blocks of a `MemoryTransformer`, with a mixture of experts if `feed_forward` is one."""
 
     def build(self, **options: Any) -> TransformerBlock:
         """As in OLMo-core."""
-        options |= {"sequence_mixer": self.sequence_mixer, "layer_norm": self.layer_norm}
-        if self.moe is not None:
-            return MoEBlock(moe=self.moe, **options)
-        return MemoryBlock(feed_forward=self.feed_forward, **options)
+        kind = MoEBlock if isinstance(self.feed_forward, MoEConfig) else MemoryBlock
+        parts = {name: getattr(self, name) for name in ("sequence_mixer", "feed_forward", "layer_norm")}
+        return kind(**parts, **options)
 
 
 class PassOutputs:
@@ -88,16 +85,14 @@ class MemoryBlock(TransformerBlock):
             outputs[number] = read_memory(layer, read_from, loss_div_factor)
         own_outputs = [read_memory(layer, read_from, loss_div_factor) for layer in self.own]
         h = self.feed_forward_residual_stream(h, self.feed_forward(read_from))
-        for output in own_outputs:
+        for output in [*own_outputs, *(outputs[number] for number in self.adds)]:
             h = h + output
-        for number in self.adds:
-            h = h + outputs[number]
         return h
 
     def num_flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations per token of a training step, including those of memory layers."""
         layers = [*self.own, *(layer for _, layer in self.reads)]
-        return super().num_flops_per_token(seq_len) + sum(6 * layer_active_parameters(layer) for layer in layers)
+        return super().num_flops_per_token(seq_len) + sum(6 * layer.active_parameters for layer in layers)
 
 
 def read_memory(layer: MemoryLayer, x: Tensor, loss_div_factor: Tensor | float | None) -> Tensor:
@@ -134,25 +129,16 @@ class FullMegatronInit:
     Has the methods of OLMo-core's `InitMethod`, all of whose members leave one sublayer's output unscaled.
     """
 
-    def init_embeddings(
-        self, m: nn.Embedding, *, d_model: int, embed_scale: float | None, std: float, generator: torch.Generator
-    ) -> None:
+    def init_embeddings(self, m: nn.Embedding, *, std: float, generator: torch.Generator, **_: Any) -> None:
         """Initialise the embedding."""
         _apply_init(nn.init.trunc_normal_, m.weight, mean=0.0, std=std, a=-3 * std, b=3 * std, generator=generator)
 
-    def init_final_w_out(self, m: nn.Linear, *, d_model: int, std: float, generator: torch.Generator) -> None:
+    def init_final_w_out(self, m: nn.Linear, *, std: float, generator: torch.Generator, **_: Any) -> None:
         """Initialise the output layer, if it is not tied to the embedding."""
         init_linear(m, std=std, generator=generator)
 
     def init_attention(
-        self,
-        m: SequenceMixer,
-        *,
-        d_model: int,
-        block_idx: int,
-        num_blocks: int,
-        std: float,
-        generator: torch.Generator,
+        self, m: SequenceMixer, *, num_blocks: int, std: float, generator: torch.Generator, **_: Any
     ) -> None:
         """Initialise the attention projections."""
         for linear in (m.w_q, m.w_k, m.w_v):
@@ -160,23 +146,15 @@ class FullMegatronInit:
         init_linear(m.w_out, std=std / math.sqrt(2 * num_blocks), generator=generator)
 
     def init_feed_forward(
-        self,
-        m: FeedForward | DroplessMoE,
-        *,
-        d_model: int,
-        block_idx: int,
-        num_blocks: int,
-        std: float,
-        generator: torch.Generator,
+        self, m: FeedForward | DroplessMoE, *, num_blocks: int, std: float, generator: torch.Generator, **_: Any
     ) -> None:
         """Initialise the feed-forward or experts."""
         output_std = std / math.sqrt(2 * num_blocks)
         if isinstance(m, DroplessMoE):
             m.init_weights(std=std, output_std=output_std, generator=generator)
-            return
-        init_linear(m.w1, std=std, generator=generator)
-        init_linear(m.w3, std=std, generator=generator)
-        init_linear(m.w2, std=output_std, generator=generator)
+        else:
+            for linear, linear_std in ((m.w1, std), (m.w3, std), (m.w2, output_std)):
+                init_linear(linear, std=linear_std, generator=generator)
 
 
 class MemoryTransformer(Transformer):
@@ -205,9 +183,9 @@ class MemoryTransformer(Transformer):
             layer = self.memory.layers[number]
             if read == add:
                 self.blocks[str(read)].own.append(layer)
-                continue
-            self.blocks[str(read)].reads.append((number, layer))
-            self.blocks[str(add)].adds.append(number)
+            else:
+                self.blocks[str(read)].reads.append((number, layer))
+                self.blocks[str(add)].adds.append(number)
         # OLMo-core caches its counts on construction, before the memory exists.
         for count in ("num_params", "num_non_embedding_params"):
             self.__dict__.pop(count, None)
@@ -280,11 +258,3 @@ class MemoryTransformer(Transformer):
         super().post_optim_step()
         if self.memory is not None:
             self.memory.refresh()
-
-
-def layer_active_parameters(layer: MemoryLayer) -> int:
-    """Number of parameters that a token uses: the layer's own, and the table rows that it reads."""
-    table = set(layer.table.parameters())
-    own = sum(parameter.numel() for parameter in layer.parameters() if parameter not in table)
-    config = layer.config
-    return own + config.heads * config.top_k * (config.value_dim + config.pre_value_dim)

@@ -7,16 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from olmo_core.nn.attention.base import SequenceMixerConfig
-from olmo_core.nn.buffer_cache import BufferCache
-from olmo_core.nn.layer_norm import LayerNormConfig
 from olmo_core.nn.transformer import TransformerBlock
 from olmo_core.nn.transformer.init import _apply_init
 from olmo_core.ops import attach_auxiliary_loss
 from torch import Tensor, nn
 
-from ultramem.configuration.field_types import check_finite, check_types
-from ultramem.errors import ConfigError
+from ultramem.configuration.field_types import check_field, check_finite, check_types
 
 if TYPE_CHECKING:
     from olmo_core.train.common import ReduceType
@@ -48,14 +44,12 @@ class MoEConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_finite(self)
-        _check_aligned("hidden_size", self.hidden_size)
-        if self.num_experts < 1:
-            raise ConfigError(f"num_experts={self.num_experts}: must be at least 1")
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ConfigError(f"top_k={self.top_k}: must be at least 1 and at most num_experts={self.num_experts}")
+        _check_aligned(self, "hidden_size")
+        check_field(self, "num_experts", self.num_experts >= 1, "at least 1")
+        right = 1 <= self.top_k <= self.num_experts
+        check_field(self, "top_k", right, f"at least 1 and at most num_experts={self.num_experts}")
         for name in ("load_balancing_coef", "z_loss_coef"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 0; 0 turns the loss off")
+            check_field(self, name, getattr(self, name) >= 0, "at least 0; 0 turns the loss off")
 
     def num_params(self, d_model: int) -> int:
         """Number of parameters of the layer, including the router."""
@@ -73,11 +67,10 @@ class MoEConfig:
         return DroplessMoE(d_model, self, init_device=init_device)
 
 
-def _check_aligned(name: str, value: int) -> None:
-    if value < 1 or value % ROW_ALIGNMENT:
-        raise ConfigError(
-            f"{name}={value}: must be a positive multiple of {ROW_ALIGNMENT}, as grouped matrix products need"
-        )
+def _check_aligned(owner: MoEConfig | DroplessMoE, name: str) -> None:
+    width = getattr(owner, name)
+    right = width >= 1 and width % ROW_ALIGNMENT == 0
+    check_field(owner, name, right, f"a positive multiple of {ROW_ALIGNMENT}, as grouped matrix products need")
 
 
 class DroplessMoE(nn.Module):
@@ -102,8 +95,8 @@ class DroplessMoE(nn.Module):
 
     def __init__(self, d_model: int, config: MoEConfig, *, init_device: str = "cpu") -> None:
         super().__init__()
-        _check_aligned("d_model", d_model)
         self.d_model, self.config = d_model, config
+        _check_aligned(self, "d_model")
         inward = (config.num_experts, d_model, config.hidden_size)
         outward = (config.num_experts, config.hidden_size, d_model)
         self.router = nn.Linear(d_model, config.num_experts, bias=False, device=init_device)
@@ -321,40 +314,7 @@ class MoEBlock(TransformerBlock):
 
     The auxiliary losses are averaged over the model's blocks, as in OLMoE, and each micro-batch's counts by its
     share of the tokens in the batch.
-
-    Args:
-        d_model: width of the residual stream.
-        block_idx: position of the block in the model, from 0.
-        n_layers: blocks in the model.
-        sequence_mixer: the attention's configuration.
-        layer_norm: configuration of the norms before attention and feed-forward.
-        moe: configuration of the feed-forward.
-        init_device: where the parameters are created.
-        cache: buffers shared by the blocks.
     """
-
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        block_idx: int,
-        n_layers: int,
-        sequence_mixer: SequenceMixerConfig,
-        layer_norm: LayerNormConfig,
-        moe: MoEConfig,
-        init_device: str = "cpu",
-        cache: BufferCache | None = None,
-    ) -> None:
-        super().__init__(
-            d_model=d_model,
-            block_idx=block_idx,
-            n_layers=n_layers,
-            sequence_mixer=sequence_mixer,
-            feed_forward=moe,
-            layer_norm=layer_norm,
-            init_device=init_device,
-            cache=cache,
-        )
 
     def forward(self, x: Tensor, *, loss_div_factor: Tensor | float | None = None, **kwargs: Any) -> Tensor:
         """Run the block.

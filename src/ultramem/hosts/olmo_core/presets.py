@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import replace
+from typing import Any
 
 from ultramem.config import MemoryConfig
 from ultramem.errors import ConfigError
@@ -33,149 +34,114 @@ _DENSE_MEDIUM = ModelConfig(d_model=512, num_blocks=8, num_heads=8, feed_forward
 # rest, and pre-values do not pay yet.
 _DENSE_SMALL = ModelConfig(d_model=64, num_blocks=4, num_heads=2, feed_forward_size=192, vocab_size=4096)
 
+# What the memories but UltraMemV2's have in common at each size.
+_READS_227M: dict[str, Any] = {"heads": 2, "top_k": 80}
+_READS_MEDIUM: dict[str, Any] = {"heads": 2, "top_k": 32, "init": "published"}
+_READS_SMALL: dict[str, Any] = {"heads": 2, "top_k": 16}
+
+
+def _with_memory(dense: ModelConfig, feed_forward_size: int, kind: str, num_keys: int, **memory: Any) -> ModelConfig:
+    return replace(dense, feed_forward_size=feed_forward_size, memory=MemoryConfig(kind, num_keys, **memory))
+
+
+def _with_experts(dense: ModelConfig, **moe: Any) -> ModelConfig:
+    return replace(dense, feed_forward_size=0, moe=MoEConfig(**moe))
+
+
 PRESETS: dict[str, ModelConfig] = {
     "dense_227m": _DENSE_227M,
-    "olmoe_227m": replace(_DENSE_227M, feed_forward_size=0, moe=MoEConfig(num_experts=64, top_k=8, hidden_size=384)),
-    "memory_plus_227m": replace(
+    "olmoe_227m": _with_experts(_DENSE_227M, num_experts=64, top_k=8, hidden_size=384),
+    "memory_plus_227m": _with_memory(
         _DENSE_227M,
-        feed_forward_size=3008,
-        memory=MemoryConfig(
-            kind="memory_plus",
-            num_keys=1138,
-            key_dim=384,
-            value_dim=768,
-            heads=2,
-            top_k=80,
-            insertion="4:4/8:8/12:12/16:16",
-        ),
+        3008,
+        "memory_plus",
+        1138,
+        key_dim=384,
+        value_dim=768,
+        insertion="4:4/8:8/12:12/16:16",
+        **_READS_227M,
     ),
-    "ultramem_227m": replace(
-        _DENSE_227M,
-        feed_forward_size=2752,
-        memory=MemoryConfig(
-            kind="ultramem",
-            num_keys=808,
-            key_dim=192,
-            value_dim=384,
-            heads=2,
-            top_k=80,
-            insertion="2:5/6:9/10:13/14:17",
-        ),
+    "ultramem_227m": _with_memory(
+        _DENSE_227M, 2752, "ultramem", 808, key_dim=192, value_dim=384, insertion="2:5/6:9/10:13/14:17", **_READS_227M
     ),
-    "ultramem_v2_227m": replace(
-        _DENSE_227M,
-        feed_forward_size=2496,
-        memory=MemoryConfig(num_keys=360, key_dim=192, value_dim=192, pre_value_dim=192, top_k=32, share_ratio=0.5),
+    "ultramem_v2_227m": _with_memory(
+        _DENSE_227M, 2496, "ultramem_v2", 360, key_dim=192, value_dim=192, pre_value_dim=192, top_k=32, share_ratio=0.5
     ),
     "dense_1b": _DENSE_1B,
-    "olmoe_1b": replace(_DENSE_1B, feed_forward_size=0, moe=MoEConfig(num_experts=64, top_k=8, hidden_size=1024)),
-    "ultramem_v2_1b": replace(
-        _DENSE_1B,
-        feed_forward_size=6656,
-        memory=MemoryConfig(num_keys=528, key_dim=512, value_dim=768, pre_value_dim=384, top_k=128, share_ratio=0.5),
+    "olmoe_1b": _with_experts(_DENSE_1B, num_experts=64, top_k=8, hidden_size=1024),
+    "ultramem_v2_1b": _with_memory(
+        _DENSE_1B, 6656, "ultramem_v2", 528, key_dim=512, value_dim=768, pre_value_dim=384, top_k=128, share_ratio=0.5
     ),
     "dense_medium": _DENSE_MEDIUM,
-    "olmoe_medium": replace(
-        _DENSE_MEDIUM, feed_forward_size=0, moe=MoEConfig(num_experts=64, top_k=8, hidden_size=192)
+    "olmoe_medium": _with_experts(_DENSE_MEDIUM, num_experts=64, top_k=8, hidden_size=192),
+    "pkm_medium": _with_memory(
+        _DENSE_MEDIUM, 1456, "pkm", 372, key_dim=128, value_dim=512, insertion="2:2/5:5", **_READS_MEDIUM
     ),
-    "pkm_medium": replace(
+    "memory_plus_medium": _with_memory(
         _DENSE_MEDIUM,
-        feed_forward_size=1456,
-        memory=MemoryConfig(
-            kind="pkm",
-            num_keys=372,
-            key_dim=128,
-            value_dim=512,
-            heads=2,
-            top_k=32,
-            insertion="2:2/5:5",
-            init="published",
-        ),
+        1184,
+        "memory_plus",
+        528,
+        key_dim=128,
+        value_dim=512,
+        insertion="1:1/3:3/5:5/7:7",
+        **_READS_MEDIUM,
     ),
-    "memory_plus_medium": replace(
+    "ultramem_medium": _with_memory(
         _DENSE_MEDIUM,
-        feed_forward_size=1184,
-        memory=MemoryConfig(
-            kind="memory_plus",
-            num_keys=528,
-            key_dim=128,
-            value_dim=512,
-            heads=2,
-            top_k=32,
-            insertion="1:1/3:3/5:5/7:7",
-            init="published",
-        ),
+        1280,
+        "ultramem",
+        430,
+        key_dim=64,
+        value_dim=256,
+        insertion="1:2/3:4/5:6",
+        value_lr_multiplier=8.0,
+        **_READS_MEDIUM,
     ),
-    "ultramem_medium": replace(
+    "ultramem_v2_medium": _with_memory(
         _DENSE_MEDIUM,
-        feed_forward_size=1280,
-        memory=MemoryConfig(
-            kind="ultramem",
-            num_keys=430,
-            key_dim=64,
-            value_dim=256,
-            heads=2,
-            top_k=32,
-            insertion="1:2/3:4/5:6",
-            init="published",
-            value_lr_multiplier=8.0,
-        ),
-    ),
-    "ultramem_v2_medium": replace(
-        _DENSE_MEDIUM,
-        feed_forward_size=1096,
-        memory=MemoryConfig(
-            num_keys=264,
-            key_dim=128,
-            value_dim=192,
-            pre_value_dim=64,
-            top_k=32,
-            share_ratio=0.5,
-            init="published",
-            value_lr=1e-3,
-        ),
+        1096,
+        "ultramem_v2",
+        264,
+        key_dim=128,
+        value_dim=192,
+        pre_value_dim=64,
+        top_k=32,
+        share_ratio=0.5,
+        init="published",
+        value_lr=1e-3,
     ),
     "dense_small": _DENSE_SMALL,
-    "olmoe_small": replace(_DENSE_SMALL, feed_forward_size=0, moe=MoEConfig(num_experts=144, top_k=9, hidden_size=16)),
-    "pkm_small": replace(
-        _DENSE_SMALL,
-        feed_forward_size=160,
-        memory=MemoryConfig(kind="pkm", num_keys=112, key_dim=16, value_dim=64, heads=2, top_k=16, insertion="1:1/3:3"),
+    "olmoe_small": _with_experts(_DENSE_SMALL, num_experts=144, top_k=9, hidden_size=16),
+    "pkm_small": _with_memory(
+        _DENSE_SMALL, 160, "pkm", 112, key_dim=16, value_dim=64, insertion="1:1/3:3", **_READS_SMALL
     ),
-    "memory_plus_small": replace(
-        _DENSE_SMALL,
-        feed_forward_size=128,
-        memory=MemoryConfig(
-            kind="memory_plus", num_keys=160, key_dim=16, value_dim=64, heads=2, top_k=16, insertion="1:1/3:3"
-        ),
+    "memory_plus_small": _with_memory(
+        _DENSE_SMALL, 128, "memory_plus", 160, key_dim=16, value_dim=64, insertion="1:1/3:3", **_READS_SMALL
     ),
-    "ultramem_small": replace(
+    "ultramem_small": _with_memory(
         _DENSE_SMALL,
-        feed_forward_size=112,
-        memory=MemoryConfig(
-            kind="ultramem",
-            num_keys=158,
-            key_dim=8,
-            value_dim=32,
-            heads=2,
-            top_k=16,
-            insertion="0:1/2:3",
-            init="published",
-        ),
+        112,
+        "ultramem",
+        158,
+        key_dim=8,
+        value_dim=32,
+        insertion="0:1/2:3",
+        init="published",
+        **_READS_SMALL,
     ),
-    "ultramem_v2_small": replace(
+    "ultramem_v2_small": _with_memory(
         _DENSE_SMALL,
-        feed_forward_size=112,
-        memory=MemoryConfig(
-            num_keys=80,
-            key_dim=16,
-            value_dim=64,
-            top_k=32,
-            axis_top_k=16,
-            share_ratio=0.5,
-            query_per_rank=False,
-            init="published",
-            value_lr_multiplier=1.0,
-        ),
+        112,
+        "ultramem_v2",
+        80,
+        key_dim=16,
+        value_dim=64,
+        top_k=32,
+        axis_top_k=16,
+        share_ratio=0.5,
+        query_per_rank=False,
+        init="published",
+        value_lr_multiplier=1.0,
     ),
 }

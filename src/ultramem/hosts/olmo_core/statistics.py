@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ultramem.hosts.olmo_core.config import ModelConfig
-from ultramem.hosts.olmo_core.model import layer_active_parameters
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def model_statistics(config: ModelConfig, sequence_length: int) -> ModelStatisti
     active = total
     if model.memory is not None:
         in_memory = sum(parameter.numel() for parameter in model.memory.parameters())
-        active += sum(map(layer_active_parameters, model.memory.layers)) - in_memory
+        active += sum(layer.active_parameters for layer in model.memory.layers) - in_memory
     if config.moe is not None:
         unused = config.moe.num_params(config.d_model) - config.moe.num_active_params(config.d_model)
         active -= config.num_blocks * unused

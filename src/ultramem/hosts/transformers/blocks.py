@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -65,17 +67,10 @@ def _fault(model: PreTrainedModel, block: nn.Module) -> str | None:
     return None
 
 
-class _Observation:
-    """Observations of a block in a pass: whether `mlp` reads a norm's output, the output of `mlp`, and the block's."""
-
-    reads_norm = False
-    output: Any = None
-    result: Tensor
-
-
 @torch.no_grad()
-def _observe(model: PreTrainedModel, block: nn.Module, shift: float) -> _Observation:
-    seen = _Observation()
+def _observe(model: PreTrainedModel, block: nn.Module, shift: float) -> SimpleNamespace:
+    """Observations of a block in a pass: whether `mlp` reads a norm's output, the output of `mlp`, and the block's."""
+    seen = SimpleNamespace(reads_norm=False, output=None, result=None)
     normed: list[Any] = []
 
     def after_norm(_: nn.Module, inputs: Any, output: Any) -> None:
@@ -90,15 +85,10 @@ def _observe(model: PreTrainedModel, block: nn.Module, shift: float) -> _Observa
         seen.result = output[0] if isinstance(output, tuple) else output
 
     norms = [module for module in block.children() if "norm" in type(module).__name__.lower()]
-    handles = [norm.register_forward_hook(after_norm) for norm in norms]
-    handles += [
-        block.get_submodule("mlp").register_forward_hook(after_feed_forward),
-        block.register_forward_hook(after_block),
-    ]
-    try:
-        with evaluation_mode(model):
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = [(norm, after_norm) for norm in norms]
+    hooks += [(block.get_submodule("mlp"), after_feed_forward), (block, after_block)]
+    with ExitStack() as handles, evaluation_mode(model):
+        for module, hook in hooks:
+            handles.enter_context(module.register_forward_hook(hook))
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     return seen

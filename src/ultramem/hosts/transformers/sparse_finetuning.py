@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback
 
 from ultramem.errors import ConfigError, UltraMemError
@@ -63,23 +63,19 @@ class RowCounter:
         self._model = model
         self._tables = find_tables(model)
         self._counts: dict[Table, Tensor] = {}
-        self._handle: RemovableHandle | None = None
+        self._attached = ExitStack()
 
     def attach(self) -> None:
         """Start counting."""
         self.detach()
         for layer in self._model.memory.layers:
             layer.observers.append(self)
-        self._handle = self._model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
+            self._attached.callback(layer.observers.remove, self)
+        self._attached.enter_context(self._model.register_forward_pre_hook(self._before_pass, with_kwargs=True))
 
     def detach(self) -> None:
         """Stop counting if it was started."""
-        if self._handle is None:
-            return
-        self._handle.remove()
-        self._handle = None
-        for layer in self._model.memory.layers:
-            layer.observers.remove(self)
+        self._attached.close()
 
     def take(self) -> list[Tensor]:
         """The counts since the last call, for each table (rows,), int64; over all processes if distributed."""

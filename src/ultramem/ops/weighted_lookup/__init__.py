@@ -28,6 +28,6 @@ def weighted_lookup(reads: Reads, values: Tensor, pre_values: Tensor | None = No
     Raises:
         UltraMemError: the backend is `fused`, and there is no kernel for the arguments.
     """
-    if takes_kernels("weighted_lookup", HAS_KERNELS and fused.supports(values, pre_values)):
+    if takes_kernels("weighted_lookup", HAS_KERNELS and fused.supports(reads, values, pre_values)):
         return fused.weighted_lookup(reads, values, pre_values)
     return naive.weighted_lookup(reads, values, pre_values)

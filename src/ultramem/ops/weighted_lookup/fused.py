@@ -22,6 +22,7 @@ from ultramem.ops.weighted_lookup.table_gradient import table_gradients
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Widest rows that one program holds several of in registers.
 _MAX_WIDTH = 4096
+_ACTIVATIONS = (None, "gelu", "silu")  # of `_activation` and its gradient
 
 
 class TableCopy(Protocol):
@@ -38,11 +39,12 @@ class ProductCollector(Protocol):
         """Keep what one knows."""
 
 
-def supports(values: Tensor, pre_values: Tensor | None = None) -> bool:
-    """Whether there are kernels for lookups in these tables."""
+def supports(reads: Reads, values: Tensor, pre_values: Tensor | None = None) -> bool:
+    """Whether there are kernels for these arguments."""
     tables = [values] if pre_values is None else [values, pre_values]
     return (
         can_run_kernels(values)
+        and reads.pre_activation in _ACTIVATIONS
         and all(part.dtype in _DTYPES and part.shape[1] <= _MAX_WIDTH for part in tables)
         and autocast_dtype(values) in _DTYPES
     )

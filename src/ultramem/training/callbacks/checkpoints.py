@@ -60,9 +60,6 @@ def _cause(error: BaseException) -> str | None:
 
     Found in the text of the error, as OLMo-core and PyTorch wrap the system's error in their own.
     """
-    text = str(error)
-    for number in _WRITE_ERRORS:
-        if os.strerror(number) in text:
-            return os.strerror(number)
     # PyTorch's writer does not give the reason; this is by far the most frequent one.
-    return os.strerror(errno.ENOSPC) if "PytorchStreamWriter" in text else None
+    unknown = os.strerror(errno.ENOSPC) if "PytorchStreamWriter" in str(error) else None
+    return next((reason for reason in map(os.strerror, _WRITE_ERRORS) if reason in str(error)), unknown)

@@ -53,7 +53,6 @@ class MetricsFile(Callback):
         earlier = self._last[1] if self._last[0] == step else {}
         self._last = step, earlier | finite
         line = {"step": step, "time": round(self._times.get(step, time.time()), 3), "metrics": self._last[1]}
-        for noted in [noted for noted in self._times if noted < step]:
-            del self._times[noted]
+        self._times = {noted: noted_at for noted, noted_at in self._times.items() if noted >= step}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

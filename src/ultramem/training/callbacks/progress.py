@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from olmo_core.train.callbacks import Callback
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ultramem.runs.layout import HELD_OUT, LEARNING_RATES, TASK_METRICS, THROUGHPUT, TRAIN_LOSS
 
@@ -24,7 +24,6 @@ class ProgressReport(Callback):
     console: Console = field(default_factory=Console)
     interval: int = 10
     _display: Progress | None = None
-    _task: TaskID | None = None
     _start: tuple[int, float] = (0, 0.0)
     _speed: float | None = None
 
@@ -40,13 +39,13 @@ class ProgressReport(Callback):
                 console=self.console,
                 speed_estimate_period=300,
             )
-            self._task = self._display.add_task("", total=self._total, completed=self.step)
+            self._display.add_task("", total=self._total, completed=self.step)
             self._display.start()
 
     def post_step(self) -> None:
         """Advance the progress bar."""
-        if self._display is not None and self._task is not None:
-            self._display.update(self._task, completed=self.step)
+        if self._display is not None:
+            self._display.update(self._display.task_ids[0], completed=self.step)
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Show loss, tokens per second and learning rate; results of evaluations on lines of their own."""
@@ -78,8 +77,8 @@ class ProgressReport(Callback):
         return self.trainer.max_steps
 
     def _show(self, step: int, text: str) -> None:
-        if self._display is not None and self._task is not None:
-            self._display.update(self._task, description=text)
+        if self._display is not None:
+            self._display.update(self._display.task_ids[0], description=text)
         elif step % self.interval == 0 or step in (self._start[0] + 1, self._total):
             self.console.print(f"step {step:,}/{self._total:,}  {text}  {self._remaining()}")
 

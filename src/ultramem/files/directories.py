@@ -1,7 +1,9 @@
-"""Output directories that appear only when complete."""
+"""Output directories that appear only when complete; locks on directories; removal."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,8 +11,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ultramem.errors import UltraMemError, system_reason
-from ultramem.files.locks import locked
-from ultramem.files.removal import remove
 
 
 @contextmanager
@@ -43,6 +43,37 @@ def partial_directory(output: Path, overwrite: bool, marker: str, contents: Sequ
             shutil.rmtree(partial, ignore_errors=True)
             raise
         _replace(output, partial)
+
+
+@contextmanager
+def locked(directory: Path, busy: str) -> Iterator[None]:
+    """Hold a lock on a directory. The system releases it, however the process ends.
+
+    Args:
+        directory: directory to lock.
+        busy: error message if another process holds the lock.
+
+    Raises:
+        UltraMemError: another process holds the lock.
+        OSError: the directory cannot be opened.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UltraMemError(busy) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a directory with its contents."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _check_replaceable(output: Path, overwrite: bool, marker: str, contents: Sequence[str]) -> None:

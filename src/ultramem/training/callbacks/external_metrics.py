@@ -1,4 +1,4 @@
-"""Metrics as TensorBoard events."""
+"""Metrics in TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olmo_core.distributed.utils import get_rank
-from olmo_core.train.callbacks import Callback
+from olmo_core.train.callbacks import Callback, WandBCallback
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -41,3 +41,14 @@ class TensorBoard(Callback):
         """Close the event file."""
         if self._writer is not None:
             self._writer.close()
+
+
+@dataclass
+class WeightsAndBiases(WandBCallback):
+    """OLMo-core's callback, made to work with recent versions of wandb."""
+
+    def finalize(self, exit_code: int = 0) -> None:
+        """Finish the run on Weights & Biases."""
+        if not self.finalized:
+            self.wandb.finish(exit_code=exit_code)
+            self._finalized = True
