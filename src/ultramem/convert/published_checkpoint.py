@@ -57,7 +57,7 @@ MEMORY_KEYS = {
     "balance_coef": "mem_key_balance_reg_coef",
     "norm_eps": "layer_norm_eps",
 }
-# Fields of UltraMemV2 alone.
+# Fields that only UltraMemV2 has.
 _V2_FIELDS = {"pre_value_dim", "query_per_rank", "key_expansion", "value_projectors", "share_ratio"} | {
     "pre_activation", "output_dropout", "balance_coef"
 }  # fmt: skip

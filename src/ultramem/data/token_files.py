@@ -188,7 +188,7 @@ def check_token_files(paths: Sequence[str | os.PathLike[str]], dtype: str, vocab
         vocab_size: every id must be below it.
 
     Raises:
-        ConfigError: `dtype` is invalid.
+        ConfigError: `dtype` is neither of the two.
         UltraMemError: no file is named, or one is missing, empty, cut off within a token or has too large an id.
     """
     if dtype not in ITEM_SIZES:

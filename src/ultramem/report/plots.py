@@ -67,7 +67,7 @@ def svg(draw: Callable[Concatenate[Axes, P], None], description: str, *arguments
         figure.savefig(buffer, format="svg", transparent=True, dpi=_PIXELS_PER_INCH, metadata=no_metadata)
     _, _, drawing = page_color(buffer.getvalue()).partition("<svg")
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # "axes_1" and the like would repeat within the page
-    drawing = re.sub(r' (width|height)="[^"]*"', "", drawing, count=2)  # of the whole, which come first
+    drawing = re.sub(r' (width|height)="[^"]*"', "", drawing, count=2)  # of the whole drawing, which come first
     return Markup('<svg role="img" aria-label="{}"').format(description) + Markup(drawing)
 
 

@@ -26,8 +26,8 @@ class TrainableTable(Table):
 
     Args:
         rows, value_dim, pre_value_dim: as of `Table`.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Attributes:
         values: parameter (rows, value_dim).
