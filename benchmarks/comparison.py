@@ -1,10 +1,10 @@
 """Train models of several systems on the same tokens, in the same order, and compare them.
 
-`python -m benchmarks.comparison dense ultramem_v2 ultramem_v2:1` trains the presets `SYSTEM_medium`, of equal active
-parameters, with seed 0 or the one named; `ultramem_v2-decaying` is one of the variants. Each run is evaluated on all
-held-out text and on the tasks of `--tasks`; its results are written to `--results`, one JSON file a run, of which
-`benchmarks.comparison_page` makes docs/comparison.md. An interrupted run goes on; one whose results are there is
-not repeated. `--size small` trains the presets `SYSTEM_small`. What else is given replaces values of the configuration.
+`python -m benchmarks.comparison dense ultramem_v2 ultramem_v2:1` trains the presets `SYSTEM_medium`, which have equal
+active parameters, with seed 0 or the given one; `ultramem_v2-decaying` is one of the variants. Each run is evaluated on
+all held-out text and on the tasks of `--tasks`. Its results are written to `--results`, a JSON file per run, from which
+`benchmarks.comparison_page` makes docs/comparison.md. An interrupted run is resumed; a run with results is not
+repeated. `--size small` trains the presets `SYSTEM_small`. Other options replace values of the configuration.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ VARIANTS = {
     "ultramem_v2-decaying": DECAYING,
     "ultramem_v2-decaying-matched": (*DECAYING, "model.memory.init=matched"),
 }
-EVALUATION_WINDOWS = 32  # at a time
-STEPS_OF_A_POINT = 20  # of the training curve
+EVALUATION_SEQUENCES = 32  # per batch
+STEPS_OF_A_POINT = 20  # steps per point of the training curve
 
 
 def system_of(model: str) -> str:
-    """The system of which a model, as in `SYSTEMS` or `VARIANTS`, is a variant, or which it is."""
+    """The system of a model, which is one of `SYSTEMS` or `VARIANTS`."""
     return model.partition("-")[0]
 
 
@@ -53,8 +53,8 @@ class Row:
     """A run of the comparison: a system or a variant of one, and a seed.
 
     Attributes:
-        model: of `SYSTEMS` or `VARIANTS`.
-        seed: of the initial weights and of the data's order.
+        model: one of `SYSTEMS` or `VARIANTS`.
+        seed: seed for the initial weights and the order of the data.
     """
 
     model: str
@@ -62,7 +62,7 @@ class Row:
 
     @classmethod
     def parse(cls, text: str) -> Row:
-        """Of `MODEL` or `MODEL:SEED`."""
+        """Parse `MODEL` or `MODEL:SEED`."""
         match = re.fullmatch(r"([a-z0-9_-]+)(?::(\d+))?", text)
         if match is None or match[1] not in (*SYSTEMS, *VARIANTS):
             raise argparse.ArgumentTypeError(
@@ -72,23 +72,23 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Of the run's directory and of its results."""
+        """Name of the run's directory and results."""
         return f"{self.model}-seed{self.seed}"
 
     def overrides(self, size: str) -> list[str]:
-        """What the run adds to the configuration that all share."""
+        """The run's overrides of the shared configuration."""
         seeds = [f"model.seed={self.seed}", f"trainer.seed={self.seed}"] if self.seed else []
         return [f"model.preset={system_of(self.model)}_{size}", *VARIANTS.get(self.model, ()), *seeds]
 
 
 def main() -> None:
-    """Train and evaluate what is not yet there, print a table, write a report."""
+    """Train and evaluate missing runs, print a table, write a report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+", type=Row.parse, metavar="SYSTEM[:SEED]")
     parser.add_argument("--config", type=Path, default=Path("configs/comparison.yaml"))
     parser.add_argument("--size", choices=["small", "medium"], default="medium")
     parser.add_argument("--directory", type=Path, default=Path("runs/comparison"))
-    parser.add_argument("--results", type=Path, help="by default the directory's `results`")
+    parser.add_argument("--results", type=Path, help="directory of the results; default: `results` in the directory")
     parser.add_argument("--tasks", nargs="*", default=[], metavar="TASK")
     arguments, replaced = parser.parse_known_args()
     results = arguments.results or arguments.directory / "results"
@@ -113,9 +113,9 @@ def main() -> None:
 
 
 def run(row: Row, config: RunConfig, tasks: Sequence[str]) -> dict[str, Any]:
-    """Train, evaluate on all held-out text and on tasks; everything that the comparison tells of the run."""
+    """Train a run, and evaluate it on all held-out text and on tasks; return its results."""
     directory = train(config).directory
-    evaluation = evaluate(directory, batch_size=EVALUATION_WINDOWS)
+    evaluation = evaluate(directory, batch_size=EVALUATION_SEQUENCES)
     evaluation.save()
     scores: list[Any] = []
     if tasks:
@@ -147,7 +147,7 @@ def run(row: Row, config: RunConfig, tasks: Sequence[str]) -> dict[str, Any]:
 
 
 def curve(series: Series, width: int) -> list[list[float]]:
-    """[step, value] of a metric: the last step and the mean of each `width` reports; an incomplete rest is left out."""
+    """[step, value] points of a metric: the last step and mean of every `width` reports; a shorter rest is left out."""
     points = len(series.steps) // width
     steps = series.steps[: points * width].reshape(points, width)[:, -1]
     values = series.values[: points * width].reshape(points, width).mean(1)

@@ -1,4 +1,4 @@
-"""Write the tables and plots of docs/comparison.md from the results that `benchmarks.comparison` left.
+"""Write the tables and plots of docs/comparison.md from the results of `benchmarks.comparison`.
 
 `python -m benchmarks.comparison_page` replaces what stands between the page's markers, such as `<!-- losses -->` and
 `<!-- end -->`, and draws the plots beside the results.
@@ -24,7 +24,7 @@ from ultramem.data.facts import EXPOSURES
 from ultramem.errors import UltraMemError
 from ultramem.files.whole_files import write_text
 
-# A model's runs, which differ in their seed.
+# The runs of each model, which differ in their seed.
 Runs = Mapping[str, Sequence[dict[str, Any]]]
 LABELS = {
     "dense": "dense",
@@ -43,10 +43,10 @@ FIRST_STEP_SHOWN = 400  # before it the curves fall too steeply to be told apart
 
 
 def read_runs(directory: Path) -> Runs:
-    """The results in a directory, models in the order of the comparison, seeds in theirs.
+    """Read the results in a directory, in order of models and seeds.
 
     Raises:
-        UltraMemError: there are none.
+        UltraMemError: there are no results.
     """
     runs = defaultdict(list)
     for path in sorted(directory.glob("*-seed*.json")):
@@ -86,7 +86,7 @@ def tasks(runs: Runs) -> str:
 
 
 def facts(runs: Runs) -> str:
-    """Table of the facts known by the number of times that they were seen, in percent."""
+    """Table of the share of known facts, in percent, by the number of times that the training text states them."""
     rows = [
         [LABELS[system], *(f"{known:.0f}" for known in _facts_known(seeds, EXPOSURES))]
         for system, seeds in _systems(runs).items()
@@ -95,7 +95,7 @@ def facts(runs: Runs) -> str:
 
 
 def variants(runs: Runs) -> str:
-    """Table of the variants, each system's after the system itself, all of seed 0."""
+    """Table of the variants, each after its system, all with seed 0."""
     rows, varied = [], {system_of(variant) for variant in VARIANTS}
     for model in sorted(runs, key=lambda name: SYSTEMS.index(system_of(name))):
         seeds = [run for run in runs[model] if run["seed"] == 0]
@@ -108,7 +108,7 @@ TABLES: dict[str, Callable[[Runs], str]] = {"losses": losses, "tasks": tasks, "f
 
 
 def draw_losses(runs: Runs) -> Figure:
-    """Held-out loss over training, and less that of dense of the same seeds; means over the seeds."""
+    """Draw the held-out loss over training, and its difference from dense with the same seeds; means over seeds."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     whole, against = figure.subplots(1, 2)
     for number, (system, seeds) in enumerate(_systems(runs).items()):
@@ -128,7 +128,7 @@ def draw_losses(runs: Runs) -> Figure:
 
 
 def draw_facts(runs: Runs) -> Figure:
-    """Share of the facts known by the number of times seen."""
+    """Draw the share of known facts by the number of times seen."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     seen = EXPOSURES[1:]
@@ -165,13 +165,13 @@ def _systems(runs: Runs) -> Runs:
 
 
 def _beside_dense(runs: Runs, seeds: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Pairs of a run and the dense one of its seed, where there is such."""
+    """Pairs of a run and the dense run with the same seed, if there is one."""
     dense = {run["seed"]: run for run in runs.get("dense", [])}
     return [(run, dense[run["seed"]]) for run in seeds if run["seed"] in dense]
 
 
 def _speed(runs: Runs, system: str) -> float | None:
-    """Mean tokens per second, where there are such, of the runs that did not have to be deterministic."""
+    """Mean tokens per second of the runs that need not be deterministic; None if there are none."""
     known = [
         run for model, seeds in runs.items() if system_of(model) == system for run in seeds if run["tokens_per_second"]
     ]
@@ -206,7 +206,7 @@ def _mean(runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], floa
 
 
 def _spread(runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float], digits: int) -> str:
-    """The mean, and the standard deviation between seeds if there are several."""
+    """The mean, with the standard deviation over seeds if there are several."""
     text = f"{_mean(runs, value):.{digits}f}"
     return text if len(runs) == 1 else f"{text} ± {statistics.stdev(map(value, runs)):.{digits}f}"
 
@@ -231,7 +231,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def main() -> None:
-    """Fill the page, draw the plots."""
+    """Fill the page and draw the plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("docs/comparison"))
     parser.add_argument("--page", type=Path, default=Path("docs/comparison.md"))

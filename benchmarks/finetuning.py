@@ -1,9 +1,9 @@
-"""Teach a small model new facts by sparse memory fine-tuning, full fine-tuning and LoRA, and see what it forgets.
+"""Compare sparse memory fine-tuning, full fine-tuning and LoRA on new facts: how much does a small model forget?
 
-`python -m benchmarks.finetuning --model DIR`, with a model that was trained on Python source and exported by
-`ultramem export`. The facts are lines of Python about made-up names. Each method tries several learning rates; a run
-ends as soon as greedy decoding completes the facts at the target accuracy. Of each method the run counts that then has
-the lowest loss on other Python source. `--tiny` learns fewer facts, in minutes on a CPU.
+Run `python -m benchmarks.finetuning --model DIR` with a model that was trained on Python source and exported with
+`ultramem export`. The facts are lines of Python about made-up names. Each method tries several learning rates. A run
+ends as soon as greedy decoding completes the facts at the target accuracy. The best run of a method then has the lowest
+loss on other Python source. `--tiny` learns fewer facts, in minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ultramem.finetuning.model_files import load_model_and_tokenizer
 from ultramem.hosts.transformers.modes import evaluation_mode
 from ultramem.hosts.transformers.sparse_finetuning import Background
 
-# The first one is asked for.
+# The test asks for the first template.
 TEMPLATES = (
     'capital_of["{name}"] = "{value}"\n',
     'assert capital_of["{name}"] == "{value}"\n',
@@ -53,7 +53,7 @@ LEARNING_RATES = {
 
 @dataclass(frozen=True)
 class Point:
-    """What a run had learnt and forgotten after so many steps."""
+    """Accuracy and loss of a run after a number of steps."""
 
     step: int
     accuracy: float
@@ -65,11 +65,11 @@ class Run:
     """One method at one learning rate.
 
     Attributes:
-        method, optimizer, learning_rate: as of `ultramem finetune`.
+        method, optimizer, learning_rate: as in `ultramem finetune`.
         points: evaluations, from step 0 on.
         reached: whether the target was reached.
-        trained_rows, trained_parameters: how many were trained.
-        seconds: the run took, evaluations included.
+        trained_rows, trained_parameters: number of trained rows and parameters.
+        seconds: duration of the run, including evaluations.
     """
 
     method: str
@@ -83,7 +83,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Method and optimiser."""
+        """Method and optimizer."""
         return f"{self.method}, {self.optimizer}"
 
 
@@ -92,8 +92,8 @@ class Facts:
 
     Args:
         count: number of facts.
-        tokenizer: of the model.
-        seed: of the names.
+        tokenizer: tokenizer of the model.
+        seed: seed for the names.
     """
 
     def __init__(self, count: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
@@ -132,17 +132,17 @@ class Facts:
 
 
 class Evaluator(TrainerCallback):
-    """Adds a point to a run every few steps, and ends it at the target."""
+    """Adds a point to a run every few steps, and ends the run at the target."""
 
     def __init__(self, bench: Benchmark, run: Run, model: PreTrainedModel) -> None:
         self.bench, self.run, self.model = bench, run, model
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The point before all steps."""
+        """Add the point before the first step."""
         self._evaluate(0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A point, if its turn has come."""
+        """Add a point every `interval` steps."""
         if state.global_step % self.bench.interval and state.global_step < state.max_steps:
             return
         self._evaluate(state.global_step)
@@ -156,13 +156,13 @@ class Evaluator(TrainerCallback):
 
 @dataclass
 class Benchmark:
-    """What all runs share.
+    """Data and settings of all runs.
 
     Attributes:
-        config: its model, data sizes and steps.
-        facts: to learn.
-        heldout: pieces of Python source.
-        background: what the model reads of other Python source.
+        config: configuration with model, data sizes and steps.
+        facts: facts to learn.
+        heldout: held-out sequences of Python source.
+        background: reads of other Python source.
         target: accuracy at which a run ends.
         interval: steps between evaluations.
     """
@@ -175,7 +175,7 @@ class Benchmark:
     interval: int
 
     def measure(self, method: str, optimizer: str, learning_rate: float) -> Run:
-        """Fine-tune the model anew."""
+        """Load and fine-tune the model."""
         free_memory()
         run, start = Run(method, optimizer, learning_rate), time.perf_counter()
         settings: dict[str, Any] = {"method": method, "optimizer": optimizer, "learning_rate": learning_rate}
@@ -194,7 +194,7 @@ class Benchmark:
 
 
 def prepare(arguments: argparse.Namespace) -> Benchmark:
-    """Load the model once to look at the background.
+    """Prepare the benchmark; loads the model once to count the reads of the background.
 
     Raises:
         UltraMemError: a file is missing, or the model has no memory.
@@ -223,7 +223,7 @@ def prepare(arguments: argparse.Namespace) -> Benchmark:
 
 
 def split_sources(background: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Files of the background, and of the standard library those that are not: by default each second one."""
+    """Files of the background, by default every second one of the standard library, and the library's other files."""
     library = Path(sysconfig.get_path("stdlib"))
     sources = [path for path in sorted(library.rglob("*.py")) if not {"site-packages", "test", "tests"} & {*path.parts}]
     readable = [path for path in sources if _is_text(path)]
@@ -239,7 +239,7 @@ def _is_text(path: Path) -> bool:
 
 
 def best(runs: Sequence[Run]) -> Run:
-    """The run that forgot least of those that reached the target; if none did, the one that learnt most."""
+    """The run that forgot least among those that reached the target; if none did, the one that learnt most."""
     reached = [run for run in runs if run.reached]
     if reached:
         return min(reached, key=lambda run: run.points[-1].heldout_loss)
@@ -270,7 +270,7 @@ def show(runs: Sequence[Run]) -> None:
 
 
 def draw(runs: Sequence[Run]) -> Figure:
-    """Accuracy against the rise of held-out loss at every evaluation, a colour for each method."""
+    """Draw accuracy over the rise of the held-out loss at every evaluation, a colour for each method."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(run.name for run in runs))
@@ -301,14 +301,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="transformers directory of a model with memory")
     parser.add_argument(
-        "--background", type=Path, nargs="+", default=[], help="Python source; by default half the standard library"
+        "--background", type=Path, nargs="+", default=[], help="Python source; default: half of the standard library"
     )
-    parser.add_argument("--steps", type=int, help="most steps of a run; by default 240, and 200 of a tiny one")
+    parser.add_argument("--steps", type=int, help="maximum number of steps per run; default: 240, or 200 with --tiny")
     parser.add_argument("--interval", type=int, default=10, help="steps between evaluations")
-    parser.add_argument("--rows", type=int, default=4096, help="most rows of each table that a step trains")
+    parser.add_argument("--rows", type=int, default=4096, help="maximum number of rows of each table to train per step")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--tiny", action="store_true", help="fewer facts and less text, for a CPU")
+    parser.add_argument("--tiny", action="store_true", help="use fewer facts and less text, for a CPU")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

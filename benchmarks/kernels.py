@@ -1,15 +1,16 @@
-"""Time one UltraMemV2 memory layer against its floor, the plain PyTorch definition, feed-forwards and an MoE block.
+"""Time one UltraMemV2 memory layer against its floor, the plain PyTorch definition, feed-forwards and an MoE layer.
 
-`python -m benchmarks.kernels` on one GPU; `--tiny` shows the script on a CPU. All in bfloat16, but for the memory's
-table, whose float32 parameters are read under autocast, as in training. Inputs are random and rotate.
+Run `python -m benchmarks.kernels` on one GPU; `--tiny` tries the script on a CPU. Everything is in bfloat16, except
+for the memory's table: its parameters are float32 and are read under autocast, as in training. Inputs are random and
+rotate.
 
-A time for "all layers" is of a pass through all memory layers of the model, in which the gradient of the table that
-they share is made once, divided by the number of layers; that is what a layer costs in training. "One layer alone"
-pays for that whole gradient itself.
+A time for "all layers" is that of a pass through all memory layers of the model, divided by their number. The gradient
+of their shared table is computed once per pass, so this is the cost of a layer in training. "One layer alone" includes
+the whole gradient.
 
-Peak memory is of one forward and backward pass beyond the inputs, the parameters, their gradients, which are there
-already and are added to, and the table's bfloat16 copy. The JSON file has as well what is held beyond them in a pass
-that begins without gradients, which adds nothing up.
+Peak memory is that of a forward and backward pass, beyond the inputs, the parameters, their gradients and the table's
+bfloat16 copy. The gradients exist already and are added to. The JSON file also has the peak memory of a pass that
+begins without gradients, and adds to none.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ except ImportError:
 
 TOKENS = {"227m": 12288, "1b": 8192, "small": 512}
 ROTATING_INPUTS = 4  # together larger than the L2 cache
-# Names of rows that others are compared with.
+# Names of rows that others are compared to.
 MEMORY = "memory layer"
 CHANGED_TABLE = "memory layer, table changed"
 ALONE = "memory layer alone"
@@ -70,19 +71,19 @@ LOOKUP = "  of it, lookup"
 BOTH = "memory layer + feed-forward"
 BESIDE = "feed-forward beside it"
 DENSE = "dense feed-forward"
-MOE = "MoE block"
+MOE = "MoE block"  # docs/performance/kernels.json has this name
 
 
 def main() -> None:
     """Measure, print a table, write kernels.json and kernels.png."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=["227m", "1b"], default=["227m", "1b"])
-    parser.add_argument("--layers", type=int, help="memory layers of a pass; by default all of the model")
+    parser.add_argument("--layers", type=int, help="memory layers per pass; default: all layers of the model")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
-    parser.add_argument("--tiny", action="store_true", help="a small shape, for a look at the script without a GPU")
+    parser.add_argument("--tiny", action="store_true", help="use a small shape, to try the script without a GPU")
     arguments = parser.parse_args()
     if arguments.layers is not None and arguments.layers < 1:
-        raise UltraMemError(f"--layers {arguments.layers}: must be at least 1")
+        raise UltraMemError(f"--layers={arguments.layers}: must be at least 1")
     device = benchmark_device(arguments.tiny)
     rates = Rates.measure(device, 256 if arguments.tiny else 8192)
     results = []
@@ -98,13 +99,13 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Shape:
-    """The feed-forward part of a block of one published model, and of its rivals with equal active parameters.
+    """The feed-forward part of a block of a published model, and of its rivals with equal active parameters.
 
     Attributes:
-        name: of the shape.
-        tokens: in an input.
+        name: name of the shape.
+        tokens: tokens per input.
         d_model: width of the residual stream.
-        num_blocks: blocks of the model, each with a memory layer.
+        num_blocks: number of blocks of the model, each with a memory layer.
         memory: the memory's configuration.
         beside: width of the feed-forward beside the memory.
         dense: width of the dense model's feed-forward.
@@ -122,7 +123,7 @@ class Shape:
 
     @classmethod
     def named(cls, name: str) -> Shape:
-        """The shape of the presets whose names end so."""
+        """The shape of the presets whose names end in `name`."""
         model, dense, moe = (preset(f"{system}_{name}") for system in ("ultramem_v2", "dense", "olmoe"))
         assert model.memory is not None
         assert moe.moe is not None
@@ -140,7 +141,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the device reaches at best.
+    """The device's best rates.
 
     Attributes:
         copy: bytes per second, read and written, of a copy within the device's memory.
@@ -152,7 +153,7 @@ class Rates:
 
     @classmethod
     def measure(cls, device: torch.device, size: int) -> Rates:
-        """Copy `16 size²` bytes; multiply two matrices of `size`²."""
+        """Measure a copy of `16 size²` bytes and a product of two `size` × `size` matrices."""
         source = torch.randn(4 * size, size, device=device)
         target = torch.empty_like(source)
         copy_ms = median_ms(lambda _: target.copy_(source), device, repeats=10)
@@ -163,16 +164,16 @@ class Rates:
 
 @dataclass(frozen=True)
 class Work:
-    """What a memory layer cannot do without in a forward pass.
+    """The least work of a memory layer in a forward pass.
 
     Attributes:
-        operations: floating-point operations of the layer's matrix products: query, pre-value and output projection,
-            and the axis scores.
-        score_operations: those of the axis scores alone, queries times keys.
-        query_operations: those of the query projection alone.
-        retrieval_bytes: queries and keys read, scores and indices of the chosen rows written.
-        lookup_bytes: rows read from the table in bfloat16.
-        gradient_bytes: of the whole table's gradient, in float32.
+        operations: floating-point operations of all matrix products: query, pre-value and output projection, and axis
+            scores.
+        score_operations: floating-point operations of the axis scores, queries times keys.
+        query_operations: floating-point operations of the query projection.
+        retrieval_bytes: bytes of queries and keys read, and of scores and indices of the chosen rows written.
+        lookup_bytes: bytes of table rows read, in bfloat16.
+        gradient_bytes: bytes of the whole table's gradient, in float32.
     """
 
     operations: int
@@ -203,7 +204,7 @@ class Work:
         """Milliseconds of a layer's forward pass at the device's best rates: matrix products, then the row reads.
 
         Args:
-            rates: of the device.
+            rates: rates of the device.
             gather: bytes per second at which rows are read.
         """
         return 1e3 * (self.lookup_bytes / gather + self.operations / rates.matmul)
@@ -211,8 +212,8 @@ class Work:
     def training_floor(self, rates: Rates, gather: float, layers: int) -> float:
         """Milliseconds of a layer's forward and backward pass at the device's best rates.
 
-        Three times the matrix products, twice the row reads, as much again to add to the chosen rows' gradients, and
-        the table's gradient written twice, as zeros and as what it becomes, once for all layers of the pass.
+        This is three times the matrix products, twice the row reads, the same again to add to the chosen rows'
+        gradients, and the table's gradient written twice, as zeros and as its final values, once per pass.
         """
         rows = 3 * self.lookup_bytes / gather
         gradient = 2 * self.gradient_bytes / layers / rates.copy
@@ -221,18 +222,18 @@ class Work:
 
 @dataclass
 class Row:
-    """Measurements of one layer or part of it; None where there is none.
+    """Measurements of a layer or part of it; None for no measurement.
 
     Attributes:
         name: what was measured.
         forward_ms: time of a forward pass in milliseconds, as a replayed CUDA graph if it can be captured.
         training_ms: time of a forward and backward pass in milliseconds, likewise.
-        launched_forward_ms: time of a forward pass whose kernels are launched one by one from Python.
-        launched_training_ms: the same of a forward and backward pass.
-        forward_floor_ms: the least that the forward pass can take.
-        training_floor_ms: the least that the forward and backward pass can take.
-        peak_gb: peak memory, as the module describes it, in 10⁹ bytes.
-        peak_without_adding_gb: the same of a pass that begins without gradients.
+        launched_forward_ms: time of a forward pass in milliseconds, with kernels launched one by one from Python.
+        launched_training_ms: time of a forward and backward pass in milliseconds, likewise.
+        forward_floor_ms: lower bound of the forward pass in milliseconds.
+        training_floor_ms: lower bound of the forward and backward pass in milliseconds.
+        peak_gb: peak memory in 10⁹ bytes, as the module describes it.
+        peak_without_adding_gb: peak memory in 10⁹ bytes of a pass that begins without gradients.
     """
 
     name: str
@@ -253,8 +254,8 @@ class Result:
     Attributes:
         shape: name of the shape.
         gather: bytes per second at which the fastest bare gather reads rows.
-        gathers: the same for each variant that was tried.
-        rows: by name.
+        gathers: bytes per second of each variant.
+        rows: measurements by name.
     """
 
     shape: str
@@ -264,12 +265,12 @@ class Result:
 
 
 class Subject:
-    """Layers that are run one after the other, each on an input of its own, and trained in one backward pass.
+    """Layers that run one after the other, each on its own input, with one backward pass for all.
 
     Args:
-        layers: (tokens, d_model) to the same.
-        parameters: of all layers.
-        inputs: of shape (tokens, d_model); which layer gets which rotates.
+        layers: layers from (tokens, d_model) to the same.
+        parameters: parameters of all layers.
+        inputs: (tokens, d_model) each; they rotate among the layers.
         mixed: whether to run under autocast.
     """
 
@@ -305,7 +306,7 @@ class Subject:
             leaf.grad = None
 
     def measure(self, name: str, repeats: int) -> Row:
-        """Times of one layer; outputs that are not finite are an error."""
+        """Measure the times of a layer; outputs that are not finite are an error."""
         times = []
         for run in (self.forward, self.train):
             launched = median_ms(run, self.device, repeats)
@@ -326,7 +327,7 @@ class Subject:
         return row
 
     def measure_peaks(self, row: Row) -> Row:
-        """Add peak memory, which is to be measured for one layer at a time, and only on a GPU."""
+        """Add peak memory; to be called with a single layer, on a GPU."""
         if self.device.type == "cpu":
             return row
         for name, peak in (("peak_gb", self._peak_adding), ("peak_without_adding_gb", self._peak_without_adding)):
@@ -377,7 +378,7 @@ def measure_shape(shape: Shape, device: torch.device, rates: Rates, num_layers: 
 def measure_memory(
     shape: Shape, inputs: list[Tensor], rates: Rates, gather: float, num_layers: int | None
 ) -> list[Row]:
-    """The memory layer, whole and in parts, fused and in plain PyTorch."""
+    """Measure the memory layer, whole and in parts, with kernels and in plain PyTorch."""
     device = inputs[0].device
     memory = Memory(shape.memory, shape.d_model, shape.num_blocks, device=device)
     assert memory.table is not None
@@ -389,7 +390,7 @@ def measure_memory(
     every = Subject(layers, [*table, *(p for layer in layers for p in layer.parameters())], inputs, mixed=True)
 
     def change_and_train(i: int) -> None:
-        increment_version(table)  # as an optimiser's step does: what was derived from the table is derived again
+        increment_version(table)  # as an optimizer's step does: what was derived from the table is derived again
         every.train(i)
 
     whole = every.measure(MEMORY, repeats=5)
@@ -408,7 +409,7 @@ def measure_memory(
 
 
 def measure_parts(layer: MemoryLayer, inputs: list[Tensor], work: Work, rates: Rates, gather: float) -> list[Row]:
-    """Forward passes of the query projection, the retrieval, and the lookup."""
+    """Measure forward passes of the query projection, the retrieval and the lookup."""
     device = inputs[0].device
     queries, chosen = [], []
     with autocast(device):
@@ -437,7 +438,7 @@ def measure_parts(layer: MemoryLayer, inputs: list[Tensor], work: Work, rates: R
 
 
 def measure_rivals(shape: Shape, inputs: list[Tensor]) -> list[Row]:
-    """Feed-forwards and the MoE block."""
+    """Measure feed-forwards and the MoE layer."""
     rows = []
     for name, build in (
         (BESIDE, partial(SwiGLU, shape.d_model, shape.beside)),
@@ -470,13 +471,13 @@ class SwiGLU(nn.Module):
 
 
 def build_moe(d_model: int, moe: MoEConfig) -> nn.Module:
-    """transformers' OLMoE block with grouped matrix products: (tokens, d_model) to the same."""
+    """transformers' OLMoE layer with grouped matrix products: (tokens, d_model) to the same."""
     try:
         from transformers import OlmoeConfig
         from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
     except ImportError as error:
         raise UltraMemError(
-            "the MoE block needs the package transformers; install it with: pip install 'ultramem[hf]'"
+            "the MoE layer needs the package transformers; install it with: pip install 'ultramem[hf]'"
         ) from error
 
     class Block(OlmoeSparseMoeBlock):
@@ -495,9 +496,9 @@ def build_moe(d_model: int, moe: MoEConfig) -> nn.Module:
 
 
 def measure_gathers(shape: Shape, device: torch.device) -> dict[str, float]:
-    """Bytes per second at which random rows are read and summed for each token, for several variants.
+    """Measure bytes per second at which random rows are read and summed for each token, for several variants.
 
-    As many rows, as wide and from as large a table as a memory layer's lookup reads.
+    Number and width of the rows, and the size of the table, are those of a memory layer's lookup.
     """
     config = shape.memory
     window_rows = config.layout(shape.num_blocks).window_rows
@@ -564,7 +565,7 @@ if triton is not None:
 
 
 def show(results: list[Result], rates: Rates) -> None:
-    """Print a table of all rows, and what matters most of each shape."""
+    """Print a table of all rows, and a summary of each shape."""
     table = Table(title=f"copy {rates.copy / 1e12:.2f} TB/s, matrix product {rates.matmul / 1e12:.0f} TFLOP/s")
     table.add_column("forward / forward+backward")
     for column in ("ms", "launched ms", "floor ms", "/ floor", "/ plain", "/ dense", "/ MoE", "peak GB"):
@@ -577,7 +578,7 @@ def show(results: list[Result], rates: Rates) -> None:
     table.caption = (
         f"'{MEMORY}': a pass through all layers, per layer; 'alone': one layer, which makes the whole table's gradient "
         "itself.\n'ms': replayed CUDA graphs; 'launched ms': kernels launched one by one from Python.\n"
-        "'/': ratio to the floor, the definition in plain PyTorch, the dense feed-forward, the MoE block.\n"
+        "'/': ratio to the floor, the definition in plain PyTorch, the dense feed-forward, the MoE layer.\n"
         "Peak: forward and backward of one layer, beyond inputs, parameters, gradients (there already, and added to) "
         "and the table's bfloat16 copy."
     )
@@ -616,7 +617,7 @@ def cells(row: Row, rows: dict[str, Row]) -> list[str]:
 
 
 def summary(result: Result) -> str:
-    """One line: the layer against the MoE block, the lookup against the bare gather, peak memory."""
+    """One line: the layer against the MoE layer, the lookup against the bare gather, peak memory."""
     memory, moe, lookup, one = (result.rows[name] for name in (MEMORY, MOE, LOOKUP, ALONE))
     share = ratio(lookup.forward_floor_ms, lookup.forward_ms)
     return (
@@ -629,7 +630,7 @@ def summary(result: Result) -> str:
 
 
 def draw(results: list[Result]) -> Figure:
-    """Bars of the whole layers' times, with the memory layer's floor."""
+    """Draw bars of the layers' times, with the memory layer's floor."""
     figure = Figure(figsize=(5.5 * len(results), 3.6), layout="constrained")
     for axes, result in zip(figure.subplots(1, len(results), squeeze=False)[0], results, strict=True):
         names = [MEMORY, NAIVE, BESIDE, DENSE, MOE]
@@ -643,7 +644,7 @@ def draw(results: list[Result]) -> Figure:
             bars = axes.bar([i + offset for i in range(len(rows))], heights, width=0.4, label=label)
             axes.bar_label(bars, [number(time) for time in times], fontsize=7)
             axes.hlines(least, offset - 0.2, offset + 0.2, color="black", label="floor" if offset > 0 else None)
-        labels = ["memory layer", "memory layer,\nplain PyTorch", "feed-forward\nbeside memory", "dense", "MoE block"]
+        labels = ["memory layer", "memory layer,\nplain PyTorch", "feed-forward\nbeside memory", "dense", "MoE layer"]
         axes.set_xticks(range(len(rows)), labels, fontsize=8)
         axes.set(title=f"{result.shape}: one layer", ylabel="ms")
         axes.legend()

@@ -1,4 +1,4 @@
-"""What the benchmarks of speed share: clocks, peak memory, and files that are written whole."""
+"""Utilities of the benchmarks: clocks, peak memory, and atomic writes of files."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def benchmark_device(tiny: bool) -> torch.device:
     if tiny:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UltraMemError("there is no CUDA GPU, which this benchmark needs; to look at the script use --tiny")
+        raise UltraMemError("this benchmark needs a CUDA GPU; use --tiny to try the script without one")
     return torch.device("cuda")
 
 
 class Stopwatch:
-    """Times of a device's work, with CUDA events or the host's clock; reading them is what waits for a GPU.
+    """Times a device's work, with CUDA events or the host's clock. Only reading the times waits for a GPU.
 
     Args:
-        device: whose work is timed.
+        device: device to time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -50,7 +50,7 @@ class Stopwatch:
         self._marks: list[Any] = []
 
     def mark(self) -> None:
-        """Remember this moment in the device's work."""
+        """Record this moment in the device's work."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -70,13 +70,13 @@ class Stopwatch:
 def median_ms(run: Callable[[int], object], device: torch.device, repeats: int, warmup: int = 2) -> float:
     """Median time of a run in milliseconds; `OUT_OF_MEMORY` if it does not fit.
 
-    The GPU is not waited for between runs, so that the time to launch kernels counts only where it is the longer.
+    Runs do not wait for the GPU, so that the time to launch kernels counts only if it is longer.
 
     Args:
-        run: is given the number of the repetition, by which it can choose its input.
-        device: that it runs on.
-        repeats: runs that are timed.
-        warmup: runs before them.
+        run: function to time; gets the number of the repetition, to choose its input.
+        device: device that it runs on.
+        repeats: number of timed runs.
+        warmup: number of runs before them.
     """
     try:
         for i in range(warmup):
@@ -92,16 +92,16 @@ def median_ms(run: Callable[[int], object], device: torch.device, repeats: int, 
 
 
 def graphed_ms(run: Callable[[int], object], device: torch.device, repeats: int, rotations: int) -> float | None:
-    """Median time of a run in milliseconds as a replayed CUDA graph, in which the time to launch kernels is hidden.
+    """Median time of a run in milliseconds as a replayed CUDA graph, which hides the time to launch kernels.
 
     Args:
-        run: as for `median_ms`; nothing in it may wait for the GPU.
-        device: that it runs on.
-        repeats: replays that are timed.
-        rotations: runs in the graph, each with an input of its own.
+        run: as in `median_ms`; nothing in it may wait for the GPU.
+        device: device that it runs on.
+        repeats: number of timed replays.
+        rotations: number of runs in the graph, each with its own input.
 
     Returns:
-        None on a CPU, or where the run cannot be captured; `OUT_OF_MEMORY` if it does not fit.
+        None on a CPU, or if the run cannot be captured; `OUT_OF_MEMORY` if it does not fit.
     """
     if device.type == "cpu":
         return None
@@ -127,30 +127,30 @@ def graphed_ms(run: Callable[[int], object], device: torch.device, repeats: int,
 
 
 def allocated_gb(device: torch.device) -> float:
-    """Memory in tensors on a GPU, in 10⁹ bytes; 0 on a CPU, where it is not counted."""
+    """Memory of tensors on a GPU, in 10⁹ bytes; 0 on a CPU."""
     return torch.cuda.memory_allocated() / 1e9 if device.type == "cuda" else 0.0
 
 
 def peak_gb(device: torch.device) -> float:
-    """The most memory in tensors on a GPU since `reset_peak`, in 10⁹ bytes; 0 on a CPU."""
+    """Peak memory of tensors on a GPU since `reset_peak`, in 10⁹ bytes; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let `peak_gb` start anew."""
+    """Reset `peak_gb`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
 def free_memory() -> None:
-    """Give back what is no longer referenced."""
+    """Free memory that is no longer referenced."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The device and the versions of the packages that decide about speed."""
+    """The device and the versions of packages that matter for speed."""
     versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
@@ -162,32 +162,32 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """For a table: blank where nothing was measured."""
+    """Format a number for a table; blank if nothing was measured."""
     if value is None or math.isnan(value):
         return ""
     return "out of memory" if value == OUT_OF_MEMORY else f"{value:,.{digits}f}"
 
 
 def ratio(value: float | None, to: float | None) -> float | None:
-    """`value / to` where both were measured."""
+    """`value / to` if both were measured."""
     if value is None or not to or math.isinf(value) or math.isinf(to):
         return None
     return value / to
 
 
 def console() -> Console:
-    """Standard output; wide enough for the tables where it is not a terminal."""
+    """Console on standard output, wide enough for the tables if it is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else 150)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all; what ran out of memory becomes a string."""
+    """Write a JSON file, completely or not at all; out of memory is written as a string."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
 
 
 def write_plot(path: Path, figure: Figure) -> None:
-    """Write a PNG file whole or not at all."""
+    """Write a PNG file, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.partial")
     figure.savefig(temporary, format="png", dpi=150)

@@ -1,7 +1,7 @@
 """Time training steps of whole models: dense, mixture of experts and UltraMemV2, of 227 million active parameters.
 
-`python -m benchmarks.training` on one GPU; `--tiny` shows the script on a CPU. Tokens are random. Parameters are
-float32 and matrix products run in bfloat16 under autocast, as `ultramem train` does on GPUs; optimiser: AdamW, fused.
+Run `python -m benchmarks.training` on one GPU; `--tiny` tries the script on a CPU. Tokens are random. Parameters are
+float32 and matrix products are in bfloat16 under autocast, as in `ultramem train` on GPUs. Optimizer: fused AdamW.
 
 - `dense`, `ultramem_v2`: on the OLMo-core host, each block compiled, as with `trainer.compile`.
 - `olmoe`: transformers' OLMoE with grouped matrix products and PyTorch's scaled dot product attention; eager, and with
@@ -81,13 +81,17 @@ def parse_arguments() -> argparse.Namespace:
     """The command line's arguments, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
-    parser.add_argument("--batch-size", type=int, default=3, help="sequences of a step")
-    parser.add_argument("--sequence-length", type=int, default=4096, help="tokens of a sequence")
-    parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
+    parser.add_argument("--batch-size", type=int, default=3, help="sequences per step")
+    parser.add_argument("--sequence-length", type=int, default=4096, help="tokens per sequence")
+    parser.add_argument("--steps", type=int, default=10, help="number of steps to time")
     parser.add_argument("--no-compile", action="store_true", help="run all systems eagerly")
-    parser.add_argument("--profile", choices=SYSTEMS, help="write the 40 kernels that take most time in a step")
+    parser.add_argument(
+        "--profile",
+        choices=SYSTEMS,
+        help="write a profile of this system: the 40 kernels that take most time in a step",
+    )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
-    parser.add_argument("--tiny", action="store_true", help="a small shape, for a look at the script without a GPU")
+    parser.add_argument("--tiny", action="store_true", help="use a small shape, to try the script without a GPU")
     arguments = parser.parse_args()
     for name in ("batch_size", "sequence_length", "steps"):
         if getattr(arguments, name) < 1:
@@ -99,13 +103,13 @@ def parse_arguments() -> argparse.Namespace:
 
 @dataclass
 class System:
-    """A model with its loss and optimiser.
+    """A model with its loss and optimizer.
 
     Attributes:
         model: the model.
-        optimizer: of all its parameters.
+        optimizer: optimizer of all parameters.
         loss: mean loss of token ids (sequences, tokens) and labels of the same shape.
-        after_step: called after each of the optimiser's steps.
+        after_step: called after each optimizer step.
     """
 
     model: nn.Module
@@ -114,12 +118,12 @@ class System:
     after_step: Callable[[], None] = lambda: None
 
     def forward_backward(self, tokens: Tensor) -> None:
-        """Gradients, from none; the labels are the tokens, which are random anyway."""
+        """Compute new gradients. The labels are the tokens, which are random anyway."""
         self.optimizer.zero_grad(set_to_none=True)
         self.loss(tokens, tokens).backward()
 
     def update(self) -> None:
-        """The optimiser's step and what has to follow it."""
+        """Run the optimizer step and what must follow it."""
         self.optimizer.step()
         self.after_step()
 
@@ -129,15 +133,15 @@ class Row:
     """Measurements of one system.
 
     Attributes:
-        system: its name.
+        system: name of the system.
         compiled: whether it was compiled.
-        active: parameters that one token uses, with embeddings.
-        total: all parameters.
-        tokens: of a step.
-        forward_backward_ms: median time without the optimiser, in milliseconds.
+        active: number of parameters that a token uses, with embeddings.
+        total: number of all parameters.
+        tokens: tokens per step.
+        forward_backward_ms: median time without the optimizer, in milliseconds.
         step_ms: median time of a whole step, in milliseconds.
-        peak_gb: the most memory that was in use: parameters, gradients, optimiser and activations, in 10⁹ bytes.
-        note: why there are no numbers.
+        peak_gb: peak memory of parameters, gradients, optimizer and activations, in 10⁹ bytes.
+        note: why there are no measurements.
     """
 
     system: str
@@ -152,17 +156,17 @@ class Row:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Forward and backward."""
+        """Tokens per second of forward and backward pass."""
         return ratio(1e3 * self.tokens, self.forward_backward_ms)
 
     @property
     def tokens_per_second_of_step(self) -> float | None:
-        """With the optimiser."""
+        """Tokens per second of the whole step."""
         return ratio(1e3 * self.tokens, self.step_ms)
 
     @property
     def variant(self) -> str:
-        """How it was run."""
+        """Whether the system was compiled or eager, for labels."""
         return "compiled" if self.compiled else "eager"
 
     def raw(self) -> dict[str, Any]:
@@ -183,13 +187,13 @@ def measure(
     """Build a system, time its steps, and free it.
 
     Args:
-        name: of the system.
-        config: of the model; of OLMoE, its sizes.
+        name: name of the system.
+        config: configuration of the model; for OLMoE, its sizes.
         compiled: whether to compile it.
-        device: to run on.
-        batch: sequences of a step, tokens of a sequence.
-        steps: that are timed.
-        profile_to: where to write a profile of one more step.
+        device: device to run on.
+        batch: sequences per step, tokens per sequence.
+        steps: number of steps to time.
+        profile_to: file for a profile of one more step, or None.
     """
     counts = model_statistics(config, batch[1])
     row = Row(name, compiled, counts.active, counts.total, batch[0] * batch[1])
@@ -219,7 +223,7 @@ def time_steps(system: System, batches: Tensor) -> tuple[float, float]:
     """Median milliseconds of forward and backward pass, and of the whole step.
 
     Args:
-        system: to train.
+        system: system to train.
         batches: (steps, sequences, tokens).
     """
     stopwatch = Stopwatch(batches.device)
@@ -291,7 +295,7 @@ def build_olmoe(config: ModelConfig, compiled: bool, device: torch.device) -> Sy
                 experts_implementation="grouped_mm",
             )
         ).train()
-    # One class for all blocks, lest each be compiled anew.
+    # One class for all blocks, as otherwise each would be compiled anew.
     experts = in_bfloat16(type(model.model.layers[0].mlp.experts))
     for layer in model.model.layers:
         if has_fast_bfloat16(device):
@@ -319,7 +323,7 @@ def in_bfloat16(experts: type[nn.Module]) -> type[nn.Module]:
 
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raise `TimeoutError` after that many seconds; 0 for no limit."""
+    """Raise `TimeoutError` after this many seconds; 0 for no limit."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"it took more than {seconds} s")
@@ -334,7 +338,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 def write_profile(system: System, tokens: Tensor, path: Path) -> None:
-    """Write the 40 kernels, or on a CPU operations, with the most time of their own in one step."""
+    """Write the 40 kernels, or on a CPU operations, with the most self time in a step."""
     with profile() as profiler:
         system.forward_backward(tokens)
         system.update()
@@ -363,7 +367,7 @@ def show(rows: list[Row], batch: tuple[int, int]) -> None:
         "forward+\nbackward ms",
         "step ms",
         "tokens/s\nforward+backward",
-        "tokens/s\nwith optimiser",
+        "tokens/s\nwith optimizer",
         "peak GB",
         "/ olmoe\neager",
         "/ olmoe\ncompiled",
@@ -383,7 +387,7 @@ def show(rows: list[Row], batch: tuple[int, int]) -> None:
             *(_against(row, rows, system, compiled) for system, compiled in (("olmoe", False), ("olmoe", True))),
             _against(row, rows, "dense", None),
         )
-    table.caption = "Parameters with embeddings. Ratios are of tokens/s, forward+backward / with optimiser"
+    table.caption = "Parameters with embeddings. Ratios are of tokens/s, forward+backward / with optimizer"
     console().print(table)
 
 
@@ -397,12 +401,12 @@ def _against(row: Row, rivals: list[Row], system: str, compiled: bool | None) ->
 
 
 def draw(rows: list[Row]) -> Figure:
-    """Bars of tokens per second of each system's variants."""
+    """Draw bars of tokens per second of each system's variants."""
     figure = Figure(figsize=(1.5 + 1.3 * len(rows), 3.6), layout="constrained")
     axes = figure.subplots()
     for offset, label, speeds in (
         (-0.2, "forward+backward", [row.tokens_per_second for row in rows]),
-        (0.2, "with optimiser", [row.tokens_per_second_of_step for row in rows]),
+        (0.2, "with optimizer", [row.tokens_per_second_of_step for row in rows]),
     ):
         bars = axes.bar([i + offset for i in range(len(rows))], [speed or 0 for speed in speeds], 0.4, label=label)
         axes.bar_label(bars, [number(speed, 0) for speed in speeds], fontsize=7)

@@ -1,4 +1,4 @@
-"""Writes `docs/configuration.md` from the configuration dataclasses: their docstrings, types, defaults and presets."""
+"""Write `docs/configuration.md` from the configuration dataclasses: docstrings, types, defaults and presets."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ from ultramem.layers import KINDS
 from ultramem.training import RunConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
-SEQUENCE_LENGTH = 4096  # of the papers, for counting the attention's operations
+SEQUENCE_LENGTH = 4096  # that of the papers, for the attention's operations
 
 INTRODUCTION = """\
 <!-- Written by docs/generate_configuration.py; run `make docs` after a change of a configuration. -->
 # Configuration
 
-A YAML file describes a run of `ultramem train`. Each key has a dotted name, such as `trainer.steps`, by which the
-command line replaces its value:
+A YAML file configures a run of `ultramem train`. Each key has a dotted name, such as `trainer.steps`, by which the
+command line can replace its value:
 
 ```
 ultramem train configs/quickstart.yaml --trainer.steps=200 --model.memory.top_k=8 --trainer.directory=runs/top8
 ```
 
-Values are YAML 1.2: `null` (None in Python), `true`, `[0.9, 0.95]`; `1e-4` is a number and `2:5` a text. A key that
-does not exist, a value of the wrong type and a value that cannot work each end in one line that names the key and what
-would be right. In Python the same dataclasses are `ultramem.MemoryConfig`, `ModelConfig` and `MoEConfig` of
-`ultramem.hosts.olmo_core`, and those of `ultramem.training`.
+Values are YAML 1.2: `null` (None in Python), `true`, `[0.9, 0.95]`; `1e-4` is a number and `2:5` a string. An unknown
+key, a value of the wrong type or an invalid value gives a one-line error that names the key and what is valid. In
+Python the dataclasses are `ultramem.MemoryConfig`, `ModelConfig` and `MoEConfig` in `ultramem.hosts.olmo_core`, and
+those in `ultramem.training`.
 
-`model.preset` names one of the [presets](#presets); further keys of `model` then replace some of its values, and
-`--model.memory=null` takes the memory out. With another `model.memory.kind` than the preset's, the values that
-[depend on the kind](#defaults-by-kind-of-memory) are chosen anew.
+`model.preset` names one of the [presets](#presets). Further keys of `model` replace some of its values, and
+`--model.memory=null` removes the memory. With another `model.memory.kind` than the preset's, the values that
+[depend on the kind](#defaults-by-kind-of-memory) take the new kind's defaults.
 """
 
 KIND_INTRODUCTION = """\
-Where these are not given, they follow the kind. Setting a field that the kind does not use is an error. These are the
-fields that each kind does not use:
+The defaults of these keys depend on the kind. Setting a field that a kind does not use is an error. Each kind does not
+use these fields:
 
 """
 
 PRESET_INTRODUCTION = f"""\
-In Python `ultramem.hosts.olmo_core.preset(name)`. Parameters are in millions. The active ones are those that one token
-uses: of a memory's table the rows that it reads, of the experts those chosen. The embedding and the output layer are
-counted once where they are tied, which they are in all but the `1b` presets. Operations are those of a forward pass for
-one token at a sequence length of {SEQUENCE_LENGTH}. Bytes are those of weights and rows that one token reads at batch
-size 1 in bfloat16.
+In Python a preset is `ultramem.hosts.olmo_core.preset(name)`. Parameters are in millions. Active parameters are those
+that a token uses: of a table only the rows that it reads, of the experts only the chosen ones. The embedding and the
+output layer are counted once if they are tied, as in all presets except `1b`. Operations are those of a forward pass,
+per token, at a sequence length of {SEQUENCE_LENGTH}. Bytes are those of the weights and rows that a token reads at
+batch size 1 in bfloat16.
 
-The `medium` presets with memory start with the initial values `published`, and train the values at rates of their own:
-UltraMemV2 at a constant 1e-3, UltraMem with a multiplier of 8; see [the comparison](comparison.md).
+The `medium` presets with memory have the initial values `published` and their own learning rates of the values:
+UltraMemV2 a constant 1e-3, UltraMem a multiplier of 8; see [the comparison](comparison.md).
 """
 
 
@@ -80,7 +80,7 @@ def sections(kind: type, prefix: str = "") -> Iterator[tuple[str, type]]:
 
 
 def summary(kind: type) -> str:
-    """What the docstring says before its sections."""
+    """The text of the docstring before its sections."""
     return (inspect.getdoc(kind) or "").partition("\n\nAttributes:")[0]
 
 
@@ -100,7 +100,7 @@ def descriptions(kind: type) -> dict[str, str]:
 
 
 def field_table(key: str, kind: type) -> str:
-    """Key, type, default and meaning of every field."""
+    """Table of key, type, default and meaning of every field."""
     texts, hints, prefix = descriptions(kind), get_type_hints(kind), f"{key}." if key else ""
     rows = [
         (f"`{prefix}{field.name}`", choices(kind, field.name, hints), default(kind, field), texts[field.name])
@@ -110,14 +110,14 @@ def field_table(key: str, kind: type) -> str:
 
 
 def choices(kind: type, name: str, hints: dict[str, Any]) -> str:
-    """A field's type, or what there is to choose from."""
+    """A field's type or choices."""
     if kind is MemoryConfig and name == "kind":
         return ", ".join(f"`{choice}`" for choice in KINDS)
     return type_name(hints[name])
 
 
 def type_name(hint: Any) -> str:
-    """A type as one writes it in YAML."""
+    """A type in terms of YAML."""
     options = [option for option in get_args(hint) if option is not type(None)]
     if get_origin(hint) is Literal:
         return ", ".join(f"`{choice}`" for choice in options)
@@ -133,7 +133,7 @@ def type_name(hint: Any) -> str:
 
 
 def default(kind: type, field: dataclasses.Field[Any]) -> str:
-    """The default as one writes it in YAML."""
+    """The default in YAML."""
     if field.default is dataclasses.MISSING:
         return "required" if field.default_factory is dataclasses.MISSING else "its own"
     if kind is MemoryConfig and field.name in kind_defaults():
@@ -142,12 +142,12 @@ def default(kind: type, field: dataclasses.Field[Any]) -> str:
 
 
 def as_yaml(value: Any) -> str:
-    """A value in one line of YAML."""
+    """A value as one line of YAML."""
     return yaml.safe_dump(encode(value), default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
 
 
 def kind_defaults() -> dict[str, dict[str, Any]]:
-    """What each kind of memory takes for the fields that it prescribes, by field and kind."""
+    """Defaults that depend on the kind of memory, by field and kind."""
     configs = {kind: MemoryConfig(kind=kind) for kind in KINDS}
     resolved = {
         field.name: {kind: getattr(config, field.name) for kind, config in configs.items()}
@@ -158,7 +158,7 @@ def kind_defaults() -> dict[str, dict[str, Any]]:
 
 
 def kind_table() -> str:
-    """The defaults that depend on the kind."""
+    """Table of the defaults that depend on the kind."""
     kinds = list(KINDS)
     rows = [
         (f"`model.memory.{name}`", *(f"`{as_yaml(values[kind])}`" for kind in kinds))
@@ -168,13 +168,13 @@ def kind_table() -> str:
 
 
 def unused_fields() -> str:
-    """A list of the fields that each kind has no use for."""
+    """List of the fields that each kind does not use."""
     lines = {kind: ", ".join(f"`{name}`" for name in layer.unused) for kind, layer in KINDS.items()}
     return "".join(f"- `{kind}`: {names or 'uses all of them'}\n" for kind, names in lines.items())
 
 
 def preset_table() -> str:
-    """Sizes and costs of all presets."""
+    """Table of sizes and costs of all presets."""
     rows = []
     for name, config in PRESETS.items():
         costs = model_statistics(config, SEQUENCE_LENGTH)

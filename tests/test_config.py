@@ -187,7 +187,10 @@ def test_published_sizes(num_keys: int, layers: int, axis_keys: int, table_rows:
 
 @pytest.mark.parametrize("options", [{"num_keys": 2}, {"num_keys": 4, "share_ratio": 0.1}, {"num_keys": 1}])
 def test_more_rows_read_than_reached(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"top_k=32: a layer can reach only \d+ rows; lower top_k or raise"):
+    with pytest.raises(
+        ConfigError,
+        match=r"top_k=32: must be at most \d+, the number of rows that a layer can reach .*; lower it, or raise",
+    ):
         MemoryConfig(**options).layout(2)
 
 

@@ -1,4 +1,4 @@
-"""The configuration of a memory: one dataclass that checks itself, and the sizes that follow from it."""
+"""The configuration of a memory: a dataclass that checks its values and computes sizes."""
 
 from __future__ import annotations
 
@@ -19,46 +19,48 @@ Initialization = Literal["matched", "published", "zero_output"]
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """The memory of one model: its kind, its sizes and the papers' switches.
+    """The memory of a model: its kind, sizes and options.
 
-    A value that cannot work raises `ConfigError` on construction. A field whose default is None takes the
-    value that its kind prescribes.
+    An invalid value raises `ConfigError` on construction. A field left at None takes its kind's default, if there is
+    one.
 
     Attributes:
         kind: `pkm` (arXiv:1907.05242), `memory_plus` (arXiv:2412.09764), `ultramem` (arXiv:2411.12364) or
             `ultramem_v2` (arXiv:2508.18756).
-        num_keys: square root of the rows that each memory layer contributes to the table.
+        num_keys: square root of the number of rows that each memory layer contributes to the table.
         key_dim: width of a row key and of a column key.
-        value_dim: width of a value row. PKM adds values to the residual stream directly: `d_model` there.
-        pre_value_dim: width of a pre-value row; 0 means no pre-values. Tucker kinds only.
-        top_k: rows read per head and token.
-        axis_top_k: candidates kept on each axis before the grid; `top_k` by default. The papers use at most
-            128. Product keys need no such bound and take none.
-        heads: retrieval heads.
+        value_dim: width of a value row. Must be `d_model` for PKM, which adds values to the residual stream directly.
+        pre_value_dim: width of a pre-value row; 0 means no pre-values. UltraMem and UltraMemV2 only.
+        top_k: number of rows read per head and token.
+        axis_top_k: number of candidates per axis whose grid is searched; `top_k` by default. The papers use at most
+            128. PKM and Memory+ search the whole grid and have no such limit.
+        heads: number of retrieval heads.
         tucker_rank: rank of the Tucker decomposed scores (TDQKR).
-        cores: score cores (MCS); each weighs its own slice of the value.
-        query_per_rank: whether each Tucker rank has a query of its own. UltraMemV2: yes.
-        key_expansion: factor e by which each axis has more keys than the window, which gives e² virtual copies
-            of the window (IVE). UltraMem: 2, others 1.
-        value_projectors: `single`: virtual copies are summed and projected together; `per_block`: each copy has
-            an output projection of its own. UltraMem: `per_block`, others `single`.
-        share_ratio: share of the pooled table that one layer can reach, in (0, 1]. UltraMemV2 only.
-        sharing: how the layers' windows lie in the table. `ring`: each starts where the layer's own rows start
-            and wraps around; `no_ring`: the last windows end with the table instead; `block`: consecutive
-            layers share a window.
-        insertion: `all`: a memory layer in every block; `none`; or pairs such as `2:5/6:9`: read at block 2's
-            feed-forward input, added to the residual stream after block 5. Pairs may overlap.
+        cores: number of score cores (MCS); each weights its own slice of the value.
+        query_per_rank: whether each Tucker rank has its own query. UltraMemV2: yes.
+        key_expansion: factor e by which each axis has more keys than the window has. This gives e² virtual copies of
+            the window (IVE). UltraMem: 2, others: 1.
+        value_projectors: `single` sums the virtual copies and projects the sum; `per_block` gives each virtual copy
+            its own output projection. UltraMem: `per_block`, others: `single`.
+        share_ratio: size of a layer's window as a share of the table, in (0, 1]. UltraMemV2 only.
+        sharing: where the layers' windows are in the table. `ring`: each starts at the rows that its layer
+            contributes, and wraps around at the end of the table. `no_ring`: as `ring`, but windows that would wrap
+            around end with the table instead. `block`: consecutive layers share a window.
+        insertion: `all` for a memory layer in every block, `none`, or pairs such as `2:5/6:9`: the first layer reads
+            block 2's feed-forward input, and its output is added to the residual stream after block 5. Pairs may
+            overlap.
         pre_activation: activation of the pre-value products: None, `gelu` or `silu` (PEER, arXiv:2407.04153).
         output_dropout: dropout probability of the layer's output.
         query_conv: width in tokens of a causal depthwise convolution over the queries; 0 means none.
         balance_coef: weight of the loss that balances the use of the keys on each axis.
-        tucker_penalty_coef: weight of the loss on the Tucker cores' trailing singular values.
+        tucker_penalty_coef: weight of the loss on all singular values of the Tucker cores but the largest.
         tucker_penalty_threshold: singular values below it are not penalised (UltraMem, section 3.1: 0.15).
-        init: `matched`: output std of the feed-forward beside it (UltraMemV2, appendix A); `published`: the
-            constants of the published code; `zero_output`: as `matched`, with an output of zero.
-        value_lr_multiplier: the values' learning rate starts at this many times the model's ...
-        value_lr_decay: ... and falls linearly to 1 times over this share of training.
-        value_lr: constant learning rate of the values, used instead of the two above. PKM, Memory+: 1e-3.
+        init: initial values. `matched`: the output has the standard deviation of the feed-forward's output beside it
+            (UltraMemV2, appendix A). `published`: the constants of the published code. `zero_output`: as `matched`,
+            but with an output of zero.
+        value_lr_multiplier: initial learning rate of the values, as a multiple of the model's.
+        value_lr_decay: share of training over which this multiple falls linearly to 1.
+        value_lr: constant learning rate of the values, instead of the two fields above. PKM, Memory+: 1e-3.
         norm_eps: epsilon of the query and key norms.
     """
 
@@ -108,22 +110,22 @@ class MemoryConfig:
 
     @property
     def layer_type(self) -> type[MemoryLayer]:
-        """The class of the layers, which knows what is particular to the kind."""
+        """The layer class of this kind."""
         return KINDS[self.kind]
 
     @property
     def virtual_copies(self) -> int:
-        """Virtual copies of a layer's window."""
+        """Number of virtual copies of a layer's window."""
         assert self.key_expansion is not None
         return self.key_expansion**2
 
     @property
     def output_width(self) -> int:
-        """Width of what a lookup returns."""
+        """Width of the lookup's result."""
         return self.value_dim * (self.virtual_copies if self.value_projectors == "per_block" else 1)
 
     def insertions(self, num_blocks: int) -> tuple[tuple[int, int], ...]:
-        """Pairs of (block that is read, block after which is added), one for each memory layer, in order.
+        """Pairs (block that the layer reads, block after which its output is added) of all memory layers, in order.
 
         Raises:
             ConfigError: a pair does not fit a model of `num_blocks` blocks.
@@ -154,8 +156,8 @@ class MemoryConfig:
                 )
             if int(read) > int(add):
                 raise ConfigError(
-                    f"insertion={self.insertion!r}: in {pair!r} the block that is read must not come after the block "
-                    "after which is added"
+                    f"insertion={self.insertion!r}: in {pair!r} the first block must not come after the second, after "
+                    "which the output is added"
                 )
             pairs.append((int(read), int(add)))
         return pairs
@@ -164,33 +166,34 @@ class MemoryConfig:
         """The tables and windows of a model with `num_layers` memory layers.
 
         Raises:
-            ConfigError: the windows come out empty, or hold fewer rows than `top_k` reads.
+            ConfigError: a window is empty or has fewer rows than `top_k`.
         """
         layout = self.layer_type.layout(self, num_layers)
         if num_layers and layout.axis_keys**2 < self.top_k:
             raise ConfigError(
-                f"top_k={self.top_k}: a layer can reach only {layout.axis_keys**2} rows; lower top_k or raise "
+                f"top_k={self.top_k}: must be at most {layout.axis_keys**2}, the number of rows that a layer can reach "
+                "(virtual copies included); lower it, or raise "
                 f"num_keys={self.num_keys} or share_ratio={self.share_ratio}"
             )
         return layout
 
     def check_width(self, d_model: int) -> None:
-        """Check that the memory fits a model of this width.
+        """Check that the memory fits a model of width `d_model`.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: the memory does not fit.
         """
         self.layer_type.check(self, d_model)
 
     def value_lr_factor(self, step: int, steps: int) -> float:
-        """How many times the model's learning rate the values have at a step; 1 where `value_lr` sets their own.
+        """Learning rate of the values at a step, as a multiple of the model's; 1 if `value_lr` sets it.
 
         UltraMem (arXiv:2411.12364): `1 + (m - 1) * max(0, 1 - step / (steps * d))` with m `value_lr_multiplier` and d
         `value_lr_decay`.
 
         Args:
-            step: of the training, from 0.
-            steps: of the whole training.
+            step: training step, from 0.
+            steps: number of steps of the whole training.
         """
         if self.value_lr is not None:
             return 1.0

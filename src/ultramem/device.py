@@ -1,4 +1,4 @@
-"""Where and in which precision models compute."""
+"""The device and precision that models compute with."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from ultramem.errors import ConfigError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `cpu` or `cuda`; `auto` is CUDA where there is a device.
+    """The device named `cpu` or `cuda`; `auto` is CUDA if a device is available, else the CPU.
 
     Raises:
-        ConfigError: it has another name or is not there.
+        ConfigError: the name is invalid or the device is not available.
     """
     available = torch.cuda.is_available()
     if name == "auto":
@@ -24,10 +24,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether it is a GPU with matrix products in bfloat16."""
+    """Whether the device is a GPU with hardware support for bfloat16."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Matrix products in bfloat16 on GPUs that have it, in float32 elsewhere."""
+    """Autocast to bfloat16 on GPUs with hardware support for it; disabled elsewhere."""
     return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device))

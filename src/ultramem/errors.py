@@ -2,21 +2,21 @@
 
 
 class UltraMemError(Exception):
-    """A mistake of the user's or of their input, worded for them: what is wrong and what to do.
+    """A mistake of the user or in their input; the message says what is wrong and what to do.
 
     Commands print it as one line, without a traceback, and exit with status 1.
     """
 
 
 class ConfigError(UltraMemError, ValueError):
-    """A configuration value that cannot work; names the field, the value and what would be right."""
+    """An invalid configuration value; the message names the field, the value and what is valid."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, on one line; its type where it says nothing."""
+    """The first line of another library's error message; the error's type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def system_reason(error: OSError) -> str:
-    """What the system says of an error, without the name of the file; not every one has both apart."""
+    """The system's description of an error, without the file name where the two are separate."""
     return error.strerror or first_line(error)

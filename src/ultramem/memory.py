@@ -1,4 +1,4 @@
-"""The memory of one model: its layers and the tables that they read. This is what a host holds."""
+"""The memory of a model: its memory layers and their tables. Hosts hold one `Memory`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ultramem.layers.read_counter import ReadCounter
 from ultramem.tables.table import Table
 from ultramem.tables.trainable import TrainableTable
 
-# A host that is seeded alike must not draw the same numbers: its weights and the memory's would be correlated.
+# A host with the same seed must not draw the same numbers: its weights and the memory's would be correlated.
 _FIRST_SEED = int.from_bytes(b"memory")
 
 
 class Memory(nn.Module):
-    """All memory layers of one model.
+    """All memory layers of a model.
 
     ```python
     config = MemoryConfig(num_keys=128, key_dim=192, value_dim=192, pre_value_dim=192)
@@ -29,22 +29,22 @@ class Memory(nn.Module):
     y = memory.layers[3](x)  # (..., 768) -> (..., 768)
     ```
 
-    After each optimizer step call `refresh()`. In training, add `auxiliary_loss()` to the loss if the configuration
-    asks for such losses.
+    Call `refresh()` after each optimizer step. In training, add `auxiliary_loss()` to the loss if the configuration
+    has auxiliary losses.
 
     Args:
-        config: kind, sizes and switches.
+        config: kind, sizes and options.
         d_model: width of the residual stream.
-        num_blocks: blocks of the model.
-        scheme: the host's initialisation, one for all blocks or one for each; by default the UltraMemV2 paper's.
-        seed: of the initial values.
-        device: of the parameters; on `meta` nothing is initialised: call `to_empty` and `init_weights`.
-        dtype: of the parameters.
+        num_blocks: number of transformer blocks.
+        scheme: the host's initialisation, one for all blocks or one per block; by default the UltraMemV2 paper's.
+        seed: seed for the initial values.
+        device: device of the parameters. On `meta` nothing is initialised: call `to_empty` and `init_weights`.
+        dtype: dtype of the parameters.
 
     Attributes:
         layers: the memory layers, in the order of `insertions`.
-        table: the table that all layers share; None where each layer has its own.
-        insertions: for each layer, the block that it reads and the block after which it adds.
+        table: the table that all layers share; None if each layer has its own.
+        insertions: for each layer, the block that it reads and the block after which its output is added.
 
     Raises:
         ConfigError: the configuration does not fit `d_model` or `num_blocks`.
@@ -100,11 +100,11 @@ class Memory(nn.Module):
             self.init_weights(seed=seed)
 
     def init_weights(self, scheme: HostScheme | Sequence[HostScheme] | None = None, *, seed: int = 0) -> None:
-        """Initialise everything, as `config.init` says.
+        """Initialise all parameters and buffers as `config.init` says.
 
         Args:
-            scheme: the host's initialisation, one for all blocks or one for each; by default that given before.
-            seed: the same seed gives the same values, also where parameters are sharded over processes.
+            scheme: the host's initialisation, one for all blocks or one per block; by default that of the constructor.
+            seed: seed for the initial values, which do not depend on how parameters are sharded.
 
         Raises:
             ConfigError: the number of schemes is not the number of blocks.
@@ -113,16 +113,16 @@ class Memory(nn.Module):
         if isinstance(schemes, HostScheme):
             schemes = [schemes] * self.num_blocks
         if len(schemes) != self.num_blocks:
-            raise ConfigError(f"scheme: {len(schemes)} given for {self.num_blocks} blocks; give one, or one for each")
+            raise ConfigError(f"scheme: {len(schemes)} given for {self.num_blocks} blocks; give one, or one per block")
         if not self.layers:
             return
         generator = torch.Generator(self.layers[0].query_proj.weight.device).manual_seed(_FIRST_SEED + seed)
         initialize(self.layers, [schemes[add] for _, add in self.insertions], generator)
 
     def refresh(self) -> None:
-        """Follow the parameters with what is derived from them; call once after each optimizer step.
+        """Recompute what is derived from the parameters; call once after each optimizer step.
 
-        That is the vectors that rank the keys, which follow the Tucker cores, and a table's copy in autocast's dtype.
+        This is the vectors `u` and `t`, which rank the keys, and a table's copy in autocast's dtype.
         """
         if self.layers:
             self.config.layer_type.refresh_all(self.layers)
@@ -131,21 +131,21 @@ class Memory(nn.Module):
 
     @property
     def tables(self) -> list[Table]:
-        """The tables, each once, in the order of the layers that read them."""
+        """All tables, in the order of the layers that read them."""
         return list(dict.fromkeys(layer.table for layer in self.layers))
 
     def value_parameters(self) -> dict[str, nn.Parameter]:
-        """The tables' parameters by name, which have a learning rate of their own."""
+        """The tables' parameters by name; they have their own learning rate."""
         tables = {id(parameter) for table in self.tables for parameter in table.parameters()}
         return {name: parameter for name, parameter in self.named_parameters() if id(parameter) in tables}
 
     def parameter_groups(
         self, learning_rate: float, model: nn.Module | None = None, **options: Any
     ) -> list[dict[str, Any]]:
-        """Two parameter groups for an optimizer of PyTorch: all parameters but the tables', and the tables'.
+        """Two parameter groups for a PyTorch optimizer: all parameters but the tables', and the tables'.
 
-        The tables' learning rate is `config.value_lr`, or else the model's, which a scheduler is to multiply with
-        `config.value_lr_factor` at each step:
+        The tables' learning rate is `config.value_lr` if set. Otherwise it is the model's, and a scheduler must
+        multiply it by `config.value_lr_factor` at each step:
 
         ```python
         optimizer = torch.optim.AdamW(memory.parameter_groups(1e-3, model))
@@ -154,8 +154,8 @@ class Memory(nn.Module):
         ```
 
         Args:
-            learning_rate: of the model.
-            model: that holds the memory, whose other parameters join the first group; by default the memory alone.
+            learning_rate: learning rate of the model.
+            model: model that holds the memory; its other parameters join the first group. By default the memory alone.
             options: further entries of both groups, such as `weight_decay`.
         """
         values = self.value_parameters().values()
@@ -168,7 +168,7 @@ class Memory(nn.Module):
         ]
 
     def auxiliary_loss(self) -> Tensor | None:
-        """Sum of the layers' auxiliary losses of the last forward pass in training; None if there are none."""
+        """Sum of the layers' auxiliary losses in the last training forward pass; None if there are none."""
         losses = [layer.auxiliary_loss for layer in self.layers if layer.auxiliary_loss is not None]
         return torch.stack(losses).sum() if losses else None
 
@@ -183,19 +183,19 @@ class Memory(nn.Module):
                 layer.observers.append(self._counters[-1])
 
     def pause_usage(self, paused: bool = True) -> None:
-        """Stop counting for a while, or go on; what was counted stays."""
+        """Pause or resume counting; counts are kept."""
         for counter in self._counters:
             counter.paused = paused
 
     def usage_metrics(self, *, reset: bool = True) -> dict[str, Tensor]:
-        """What the layers read since the last report: scalars, named such as `layer 03/rows read`.
+        """Scalars about what the layers read since the last reset, with names such as `layer 03/rows read`.
 
-        For each layer: `rows read` (share of the window's rows), `KL from uniform` (of the reads, in nats), `output
-        std`, `top score` and `last score` (means over tokens), and what the kind adds, such as `singular value 1` of
-        Tucker cores. With `torch.distributed` a collective call, over the reads of all processes.
+        Each layer has `rows read` (share of the window's rows), `KL from uniform` (of the reads, in nats), `output
+        std`, `top score` and `last score` (means over tokens), and metrics of its kind, such as `singular value 1` of
+        the Tucker cores. With `torch.distributed` this is a collective call, which includes the reads of all processes.
 
         Args:
-            reset: start counting anew.
+            reset: whether to set the counts to zero.
         """
         metrics: dict[str, Tensor] = {}
         for number, (layer, counter) in enumerate(zip(self.layers, self._counters, strict=bool(self._counters))):

@@ -50,7 +50,7 @@ def test_evaluate_some_tokens(run: Any, monkeypatch: pytest.MonkeyPatch, capsys:
     assert f"written to {file}\n" in capsys.readouterr().out
     whole = file.read_text()
     assert call(monkeypatch, "evaluate", run.path, "--max-tokens", 33) == 0
-    note = f"not written: {file} has step7 on all tokens; name a file for some of them with --output\n"
+    note = f"not written: {file} has step7 on all tokens; choose another file with --output\n"
     assert capsys.readouterr().out.endswith(note)
     assert file.read_text() == whole
     assert call(monkeypatch, "evaluate", run.path, "--max-tokens", 33, "--output", run.path / "some.json") == 0
@@ -111,16 +111,16 @@ def test_generate_several(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     ("arguments", "message"),
     [
         (["evaluate", "nothing"], "neither a run directory"),
-        (["evaluate", "RUN/step8"], "step8 does not exist; the complete ones are step7"),
+        (["evaluate", "RUN/step8"], "step8 does not exist; complete ones are step7"),
         (["evaluate", "RUN", "--split", "test"], "no split 'test'"),
         (["evaluate", "RUN", "--max-tokens", "0"], "max_tokens=0"),
         (["evaluate", "RUN", "nothing"], "neither a run directory"),
-        (["evaluate", "RUN", "RUN", "--output", "all.json"], "--output=all.json: is for one checkpoint"),
-        (["evaluate", "RUN", "--max-questions", "5"], "--max-questions: has no meaning here; it is for --tasks"),
+        (["evaluate", "RUN", "RUN", "--output", "all.json"], "--output=all.json: needs a single checkpoint"),
+        (["evaluate", "RUN", "--max-questions", "5"], "--max-questions: does not apply here; use it with --tasks"),
         (["evaluate", "RUN", "--tasks", "memory"], "task recall: no question fits in the 16 tokens"),
-        (["evaluate", "RUN", "--tasks", "squad"], "tasks=squad: must be among table3, memory, arc_challenge"),
-        (["evaluate", "RUN", "--tasks", "piqa", "--split", "train"], "--split: has no meaning here; leave it out with"),
-        (["evaluate", "RUN", "--tasks", "piqa", "--no-unigram"], "--no-unigram: has no meaning here"),
+        (["evaluate", "RUN", "--tasks", "squad"], "tasks=squad: must be one of table3, memory, arc_challenge"),
+        (["evaluate", "RUN", "--tasks", "piqa", "--split", "train"], "--split: does not apply here; leave it out with"),
+        (["evaluate", "RUN", "--tasks", "piqa", "--no-unigram"], "--no-unigram: does not apply here"),
         (["generate", "RUN", "--temperature", "-1"], "temperature=-1.0"),
         (["generate", "RUN", "--prompt-file", "nothing"], "nothing cannot be read"),
         (["generate", "nothing"], "neither a run directory"),

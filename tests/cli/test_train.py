@@ -27,10 +27,11 @@ def command(make_config, tmp_path, monkeypatch, capsys):
 def test_trains_once(command, tmp_path):
     status, output, _ = command("--trainer.metrics_interval=6", "--optimizer.learning_rate=1e-4")
     assert status == 0
-    assert output.splitlines()[0].startswith("ultramem_v2: 0.0 M active of 0.0 M parameters; 12 steps of 128 tokens on")
+    model = "ultramem_v2: 0.0 M active of 0.0 M parameters (embeddings included)"
+    assert output.splitlines()[0].startswith(f"{model}; 12 steps of 128 tokens on")
     assert output.splitlines()[-1] == f"finished at step 12: {tmp_path / 'run'}"
     status, output, _ = command("--optimizer.learning_rate=1e-4")
-    hint = "evaluate it with `ultramem evaluate`, or train it anew with --overwrite"
+    hint = "evaluate it with `ultramem evaluate`, or train again with --overwrite"
     assert (status, output) == (0, f"already finished at step 12: {tmp_path / 'run'}; {hint}\n")
     status, output, _ = command("--overwrite", "--trainer.steps=2")
     assert (status, output.splitlines()[-1]) == (0, f"finished at step 2: {tmp_path / 'run'}")
@@ -50,18 +51,18 @@ def test_interrupted_run_says_how_to_go_on(number, command, monkeypatch):
         status, output, _ = command()
     assert status == 0
     assert "interrupted at step 3" in output
-    assert output.splitlines()[-1].endswith("; the same command goes on from here")
+    assert output.splitlines()[-1].endswith("; run the same command again to resume")
     status, output, _ = command()
     assert status == 0
-    assert "going on from step 3" in output
+    assert "resuming from step 3" in output
     assert "finished at step 12" in output
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--trainer.stps=3"], "error: trainer.stps: there is no such key; did you mean trainer.steps?"),
-        (["--overwite"], "error: --overwite: not an option"),
+        (["--trainer.stps=3"], "error: trainer.stps: unknown key; did you mean trainer.steps?"),
+        (["--overwite"], "error: --overwite: is not an option"),
         (["--optimizer.betas=[1, 2, 3]"], "error: optimizer.betas=[1, 2, 3]: must be a list of 2 values"),
         (["--data.directory=/nowhere"], "error: /nowhere does not exist; write it with `ultramem tokenize"),
         (["--optimizer.learning_rate=1e30", "--optimizer.max_grad_norm=null"], "error: the "),

@@ -18,5 +18,5 @@ def test_values_are_yaml():
     content = {"a": {"b": 1}}
     apply_overrides(content, ["--a.b=1e-4", "a.c=[1, x]", "--d=null"])
     assert content == {"a": {"b": 1e-4, "c": [1, "x"]}, "d": None}
-    with pytest.raises(ConfigError, match=r"^--a\.b: not an option; to replace a value write --KEY=VALUE"):
+    with pytest.raises(ConfigError, match=r"^--a\.b: is not an option; to replace a value write --KEY=VALUE"):
         apply_overrides(content, ["--a.b"])

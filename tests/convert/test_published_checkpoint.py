@@ -269,7 +269,7 @@ def test_published_defaults():
         ({"norm_after": True}, ["model.norm_after=True"]),
         ({"moe_interleave": True}, ["model.moe_interleave=True"]),
         ({"mem_final_top_expand_time": 2}, ["model.mem_final_top_expand_time=2"]),
-        ({"mem_novelty": 3}, ["model.mem_novelty=3", "not understood"]),
+        ({"mem_novelty": 3}, ["model.mem_novelty=3", "other values are not supported"]),
         ({"mem_type": "peer"}, ["model.mem_type='peer'", "ultramem_v2"]),
         ({"mem_head": 3}, ["model.mem_head=3", "must be 1 or 2"]),
         ({"mem_value_expand_time": 4}, ["model.mem_value_expand_time=4", "must be 1"]),
@@ -373,7 +373,7 @@ def test_damaged_tensors(name, size, copy_of):
 def test_other_content(content, copy_of):
     copy = copy_of("ultramem_v1")
     copy.tensors = content
-    copy.write_tensors().refuses("model.pt", "must hold a state")
+    copy.write_tensors().refuses("model.pt", "must be a state dict of names and tensors")
 
 
 def test_unknown_names_of_safetensors(copy_of):

@@ -338,8 +338,8 @@ def test_assumed_flags():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("", ["flags: there are none"]),
-        ("torchrun train.py run.yaml", ["flags: there are none"]),
+        ("", ["flags: must not be empty"]),
+        ("torchrun train.py run.yaml", ["flags: must not be empty"]),
         ("--mem_knum=36 37", ["'37'", "not a flag", "--NAME=VALUE"]),
         ("--mem_knum=36 --=3", ["'--=3'", "not a flag"]),
         ("--mem_knum='36", ["flags: No closing quotation"]),

@@ -135,12 +135,12 @@ def test_the_file_is_read_as_tokenize_reads_it(tmp_path: Path, documents: list[s
 def test_mistakes(tmp_path: Path) -> None:
     path = tmp_path / "facts.jsonl"
     path.write_text("mine")
-    with pytest.raises(UltraMemError, match=r"facts\.jsonl is there already; replace it with --overwrite"):
+    with pytest.raises(UltraMemError, match=r"facts\.jsonl exists already; replace it with --overwrite"):
         write_facts(path)
     assert path.read_text() == "mine"
     write_facts(path, overwrite=True)
     assert path.read_text().startswith('{"id": "facts-0"')
-    with pytest.raises(ConfigError, match=r"facts\.txt: the documents are JSON lines"):
+    with pytest.raises(ConfigError, match=r"facts\.txt: must end in .jsonl, as the documents are JSON lines"):
         write_facts(tmp_path / "facts.txt")
     with pytest.raises(ConfigError, match="text_field=''"):
         write_facts(tmp_path / "other.jsonl", text_field="")

@@ -45,7 +45,7 @@ def test_empty_and_unknown_splits(directory: Path) -> None:
     manifest = load_manifest(directory)
     with pytest.raises(UltraMemError, match=r"'heldout' .* has no documents.*--heldout"):
         manifest.split("heldout")
-    with pytest.raises(UltraMemError, match="it has train, heldout"):
+    with pytest.raises(UltraMemError, match="choose one of train, heldout"):
         manifest.split("test")
 
 
@@ -68,7 +68,7 @@ def test_missing_directory_and_manifest(directory: Path) -> None:
     with pytest.raises(UltraMemError, match="nowhere does not exist"):
         load_manifest(directory / "nowhere")
     (directory / "manifest.json").unlink()
-    with pytest.raises(UltraMemError, match=r"has no manifest.json.*not to the end"):
+    with pytest.raises(UltraMemError, match=r"has no manifest.json.*did not finish"):
         load_manifest(directory)
 
 

@@ -323,6 +323,6 @@ def test_a_full_disk_is_one_clear_line(corpus: Path) -> None:
 
     out, err = start_command(corpus, limit_file_size).communicate(timeout=60)
     assert out == ""
-    assert err.startswith(f"error: cannot write {corpus.parent / 'tokens'}: File too large; ")
+    assert err.startswith(f"error: {corpus.parent / 'tokens'} cannot be written (File too large) and ")
     assert err.count("\n") == 1
     assert sorted(path.name for path in corpus.parent.iterdir()) == ["corpus", "tokenizer.json"]

@@ -86,7 +86,9 @@ def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(Tokenizer, "from_pretrained", unreachable)
-    with pytest.raises(UltraMemError, match=r"gpt2 is neither .* \(no route\); check name and network"):
+    with pytest.raises(
+        UltraMemError, match=r"gpt2 is not a local file .* \(no route\); check its name and the network"
+    ):
         load_tokenizer("gpt2")
 
 

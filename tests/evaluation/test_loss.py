@@ -105,7 +105,7 @@ def test_a_run_trained_on_token_files(run: Any) -> None:
     assert (result.split, result.bits_per_byte) == ("heldout", None)
     assert result.loss == pytest.approx(reference_loss(run, 16)[0], rel=1e-5)
     assert evaluate(run.path, split="train").tokens == 500 + 200 - math.ceil(500 / 16) - math.ceil(200 / 16)
-    with pytest.raises(UltraMemError, match="none of them named for split 'test'; give --data"):
+    with pytest.raises(UltraMemError, match="files and has none for split 'test'; give some with --data"):
         evaluate(run.path, split="test")
 
 
@@ -113,7 +113,7 @@ def test_a_run_without_heldout_files(run: Any) -> None:
     train = [str(p) for p in sorted((run.data / "train").glob("*.npy"))]
     described = f"train_files: {train}\n  vocab_size: 258\n  eos_token_id: 0\n  dtype: uint16"
     run.change_config(f"directory: {run.data}", described)
-    with pytest.raises(UltraMemError, match="none of them named for split 'heldout'; give --data"):
+    with pytest.raises(UltraMemError, match="files and has none for split 'heldout'; give some with --data"):
         evaluate(run.path)
 
 
@@ -169,7 +169,7 @@ def test_a_model_that_diverged(run: Any) -> None:
     with torch.no_grad():
         run.model.lm_head.norm.weight.fill_(float("nan"))
     run.save_checkpoint(8)
-    with pytest.raises(UltraMemError, match="the loss is nan: the training diverged; use an earlier checkpoint"):
+    with pytest.raises(UltraMemError, match="the loss is nan, as the training diverged; use an earlier checkpoint"):
         evaluate(run.path)
 
 

@@ -31,7 +31,7 @@ def test_names(given: list[str], expected: list[str]) -> None:
 
 @pytest.mark.parametrize("given", [["piqa", "squad"], [""], [], ["piqa,"]])
 def test_unknown_names(given: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"^tasks=(squad)?: must be among table3, memory, arc_challenge, ") as caught:
+    with pytest.raises(ConfigError, match=r"^tasks=(squad)?: must be one of table3, memory, arc_challenge, ") as caught:
         task_names(given)
     assert all(name in str(caught.value) for name in TASKS)
 

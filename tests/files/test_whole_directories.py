@@ -77,7 +77,7 @@ def test_a_finished_output_is_kept_unless_overwritten(tmp_path: Path) -> None:
 
 def test_other_directories_and_files_are_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UltraMemError, match="holds other files"):
+    with pytest.raises(UltraMemError, match="is not empty and has no"):
         make(tmp_path, overwrite=True)
     with pytest.raises(UltraMemError, match="is a file"):
         make(tmp_path / "thesis.tex", overwrite=True)

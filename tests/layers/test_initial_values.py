@@ -125,7 +125,7 @@ def test_schemes_of_single_blocks() -> None:
     x = F.rms_norm(torch.randn(TOKENS, 64, generator=torch.Generator().manual_seed(0)), (64,))
     for layer, block in zip(memory.layers, (0, 3), strict=True):
         assert 0.8 < layer(x).std() / schemes[block].feed_forward_std < 1.25
-    with pytest.raises(ConfigError, match="scheme: 3 given for 4 blocks; give one, or one for each"):
+    with pytest.raises(ConfigError, match="scheme: 3 given for 4 blocks; give one, or one per block"):
         Memory(config, 64, 4, scheme=schemes[:3])
 
 

@@ -57,7 +57,7 @@ def test_pkm_owns_its_tables_and_memory_plus_shares_one() -> None:
 
 def test_pkm_values_are_as_wide_as_the_model() -> None:
     with pytest.raises(
-        ConfigError, match="value_dim=128: pkm adds values to the residual stream, so set it to d_model=6"
+        ConfigError, match="value_dim=128: must be d_model=6, as pkm adds values to the residual stream"
     ):
         Memory(MemoryConfig(kind="pkm"), D_MODEL, 1)
 

@@ -96,7 +96,7 @@ def test_operations_without_a_kernel_raise(package: ModuleType) -> None:
 
 def test_unknown_backend() -> None:
     with (
-        pytest.raises(UltraMemError, match="backend 'triton': must be one of auto, naive, fused"),
+        pytest.raises(UltraMemError, match="backend='triton': must be one of auto, naive, fused"),
         use_backend("triton"),
     ):  # type: ignore[arg-type]
         pass

@@ -94,7 +94,7 @@ def test_continuation_does_not_repeat_the_prompt(make_run: MakeRun) -> None:
 def test_not_a_run_directory(make_run: MakeRun, missing: str) -> None:
     path = make_run()
     (path / missing).unlink()
-    with pytest.raises(UltraMemError, match=f"not a run directory, it has no {missing}"):
+    with pytest.raises(UltraMemError, match=f"not a run directory, as it has no {missing}"):
         Run.read(path)
 
 

@@ -115,15 +115,13 @@ def test_other_steps_are_named(run: Any) -> None:
         ("d_model: 32", "d_model: 64", r"embeddings.weight has the shape \(384, 32\), not \(384, 64\)"),
         ("num_blocks: 2", "num_blocks: 3", r"it lacks blocks\.2\."),
         ("num_blocks: 2", "num_blocks: 1", r"memory.table.values has the shape \(128, 8\), not \(64, 8\)"),
-        ("  memory: {", "  #", r"it has memory\.layers\.0\.cores as well"),
+        ("  memory: {", "  #", r"it also has memory\.layers\.0\.cores"),
         ("num_keys: 8", "num_keys: 16", r"memory.table.values has the shape \(128, 8\), not \(512, 8\)"),
     ],
 )
 def test_checkpoint_of_another_configuration(run: Any, old: str, new: str, message: str) -> None:
     run.change_config(old, new)
-    with pytest.raises(
-        UltraMemError, match=f"step7/model_and_optim is not of the model that .* describes: .*{message}"
-    ):
+    with pytest.raises(UltraMemError, match=f"step7/model_and_optim does not fit the run's configuration: .*{message}"):
         load_model(run.path)
 
 

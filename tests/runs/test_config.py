@@ -31,5 +31,5 @@ def test_every_field_is_documented():
 def test_token_files_need_their_facts(name, tmp_path):
     facts = {"vocab_size": 10, "eos_token_id": 0, "dtype": "uint16"}
     DataConfig(train_files=(tmp_path / "a.npy",), **facts)
-    with pytest.raises(ConfigError, match=f"^{name} is missing: token files without a directory need it"):
+    with pytest.raises(ConfigError, match=f"^{name} is missing; token files without a directory need it"):
         DataConfig(train_files=(tmp_path / "a.npy",), **(facts | {name: None}))

@@ -130,10 +130,10 @@ def test_relative_paths_start_at_the_working_directory(write, monkeypatch, tmp_p
     [
         (
             "--optimizer.learning_rat=1",
-            "optimizer.learning_rat: there is no such key; did you mean optimizer.learning_rate?",
+            "optimizer.learning_rat: unknown key; did you mean optimizer.learning_rate?",
         ),
-        ("--learning_rate=1", "learning_rate: there is no such key; did you mean optimizer.learning_rate?"),
-        ("--model.memory.topk=1", "model.memory.topk: there is no such key; did you mean model.memory.top_k?"),
+        ("--learning_rate=1", "learning_rate: unknown key; did you mean optimizer.learning_rate?"),
+        ("--model.memory.topk=1", "model.memory.topk: unknown key; did you mean model.memory.top_k?"),
         ("--trainer.seed.x=1", "trainer.seed={'x': 1}: must be a whole number"),
         ("--optimizer.learning_rate=fast", "optimizer.learning_rate='fast': must be a number"),
         ("--optimizer.learning_rate=true", "optimizer.learning_rate=True: must be a number"),
@@ -160,8 +160,8 @@ def test_relative_paths_start_at_the_working_directory(write, monkeypatch, tmp_p
         ),
         ("--trainer.micro_batch_size=8", "trainer.micro_batch_size=8: must be a multiple of data.sequence_length=16"),
         ("--trainer.batch_size=null", "trainer.batch_size=None: must be a whole number"),
-        ("--trainer.tokens=100", "trainer.tokens=100: steps=10 says how long to train; leave out one of them"),
-        ("--trainer.steps=null", "trainer.steps is missing: give either steps or tokens"),
+        ("--trainer.tokens=100", "trainer.tokens=100: steps=10 sets the length already; leave out one of them"),
+        ("--trainer.steps=null", "trainer.steps is missing; give either steps or tokens"),
         ("--trainer.steps=0", "trainer.steps=0: must be at least 1"),
         ("--trainer.tokens=0", "trainer.tokens=0: must be at least 1"),
         ("--trainer.steps=1.5", "trainer.steps=1.5: must be a whole number"),
@@ -185,7 +185,7 @@ def test_relative_paths_start_at_the_working_directory(write, monkeypatch, tmp_p
         ("--trainer.directory=3", "trainer.directory=3: must be a path"),
         ("--trainer.initial_weights=3", "trainer.initial_weights=3: must be a path"),
         ("--logging.tensorboard=2", "logging.tensorboard=2: must be true or false"),
-        ("--logging.wandb.entity=me", "logging.wandb.project is missing: set it"),
+        ("--logging.wandb.entity=me", "logging.wandb.project is missing; set it"),
         ("--logging.wandb.project=3", "logging.wandb.project=3: must be text"),
         ("--data.sequence_length=1", "data.sequence_length=1: must be at least 2"),
         ("--data.vocab_size=9", "data.vocab_size: directory="),
@@ -195,12 +195,15 @@ def test_relative_paths_start_at_the_working_directory(write, monkeypatch, tmp_p
         ("--data.train_files=[a.npy]", "data.train_files: directory="),
         ("--data.heldout_files=[a.npy]", "data.heldout_files: directory="),
         ("--data.more_directories=3", "data.more_directories=3: must be"),
-        ("--data.directory=null", "data.directory is missing: name one written by `ultramem tokenize`, or train_files"),
+        (
+            "--data.directory=null",
+            "data.directory is missing; give a directory written by `ultramem tokenize`, or train_files",
+        ),
         ("--model.num_heads=3", "model.num_heads=3: must divide d_model=32"),
         ("--model.memory.top_k=0", "model.memory.top_k=0: must be"),
         ("--model.memory.insertion=1:2", "model.memory.insertion='1:2': block 2 does not exist"),
-        ("--model.preset=ultramem", "model.preset='ultramem': there is no such preset; did you mean"),
-        ("--trainer", "--trainer: not an option; to replace a value write --KEY=VALUE"),
+        ("--model.preset=ultramem", "model.preset='ultramem': unknown preset; did you mean"),
+        ("--trainer", "--trainer: is not an option; to replace a value write --KEY=VALUE"),
         ("--trainer.steps=[1", "--trainer.steps, line 1: not valid YAML"),
     ],
 )
@@ -232,7 +235,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError, match=r"none.yaml: cannot be read \(No such file or directory\); check the path"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(ConfigError, match="must hold sections"):
+    with pytest.raises(ConfigError, match="must have sections"):
         load_config(tmp_path / "list.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -64,7 +64,9 @@ def test_what_may_not(run, section, key, value):
     old = getattr(getattr(run.config, section), key)
     other = replace(run.config, **{section: replace(getattr(run.config, section), **{key: value})})
     written = (run.path / "config.yaml").read_text()
-    with pytest.raises(UltraMemError, match=rf"holds another run \({section}.{key}={old} there, {value} here\); name"):
+    with pytest.raises(
+        UltraMemError, match=rf"holds another run \({section}.{key}={old} there, {value} here\); choose"
+    ):
         RunDirectory(other).claim(overwrite=False)
     assert (run.path / "config.yaml").read_text() == written
 
@@ -81,7 +83,7 @@ def test_overwrite_removes_the_run_and_nothing_else(run, make_config):
 def test_files_without_a_configuration_are_nobodys(make_config, overwrite):
     directory = RunDirectory(make_config())
     checkpoint(directory, 5)
-    with pytest.raises(UltraMemError, match=r"has step5 but no config.yaml: it is not known whose run it is"):
+    with pytest.raises(UltraMemError, match=r"has step5 but no config.yaml, which would tell what run it is"):
         directory.claim(overwrite)
     assert directory.checkpoint(5).is_dir()
 
@@ -103,7 +105,7 @@ def test_only_one_process_at_a_time(run):
 def test_directory_that_cannot_be_made(make_config, tmp_path):
     (tmp_path / "file").touch()
     run = RunDirectory(make_config(directory="file/run"))
-    message = r"trainer.directory=.*file/run: cannot be made \(Not a directory\)"
+    message = r"trainer.directory=.*file/run: cannot be created \(Not a directory\)"
     with pytest.raises(UltraMemError, match=message), run.locked():
         pass
 

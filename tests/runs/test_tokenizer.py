@@ -34,7 +34,7 @@ def test_the_tokenizer_is_in_the_run(run: Any) -> None:
     run.data.rename(run.data.with_name("elsewhere"))
     assert find_tokenizer(find_checkpoint(run.path)).eos_token_id == 0
     (run.path / "tokenizer.json").unlink()
-    with pytest.raises(UltraMemError, match=r"run/tokenizer.json is missing; copy"):
+    with pytest.raises(UltraMemError, match=r"run/tokenizer.json does not exist; copy"):
         find_tokenizer(find_checkpoint(run.path))
 
 
@@ -72,9 +72,8 @@ def test_token_files_say_it_in_the_configuration(run: Any) -> None:
 def test_no_guess_where_nothing_says_it(run: Any) -> None:
     run.data.rename(run.data.with_name("elsewhere"))
     add_tokens(run, "</s>")
-    message = (
-        r"tokenizer\.json does not say which token ends a text \(it could be <\|endoftext\|> or </s>\), .* put it back"
-    )
+    found = r"it could be <\|endoftext\|> or </s>"
+    message = rf"tokenizer\.json does not define an end-of-text token \({found}\), .* restore the data"
     with pytest.raises(UltraMemError, match=message):
         eos_token_id(run)
     (run.path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
@@ -82,7 +81,5 @@ def test_no_guess_where_nothing_says_it(run: Any) -> None:
     (run.path / "tokenizer_config.json").unlink()
     text = (run.path / "tokenizer.json").read_text()
     (run.path / "tokenizer.json").write_text(text.replace("<|endoftext|>", "<end>").replace("</s>", "<other>"))
-    with pytest.raises(
-        UltraMemError, match=r"\(its vocabulary has none of the usual ones\), .*\"eos_token_id\" to summary"
-    ):
+    with pytest.raises(UltraMemError, match=r"\(its vocabulary has no common one\), .*\"eos_token_id\" to summary"):
         eos_token_id(run)

@@ -33,7 +33,7 @@ def test_more_directories(token_directory, tmp_path):
     (other / "tokenizer.json").write_text("[]")
     with pytest.raises(UltraMemError, match=r"data.more_directories: .*other has another tokenizer than .*--tokenizer"):
         open_token_data(DataConfig(token_directory, more_directories=(other,)))
-    with pytest.raises(ConfigError, match="more_directories: go with directory"):
+    with pytest.raises(ConfigError, match="more_directories: needs directory"):
         DataConfig(more_directories=(other,), train_files=(tmp_path / "a.npy",))
 
 
@@ -51,7 +51,7 @@ def test_missing_file(token_files, make_config):
 
 def test_truncated_file(token_files, make_config):
     token_files.heldout_files[0].write_bytes(b"\0" * 41)
-    with pytest.raises(UltraMemError, match=r"heldout.npy is cut off .*: 41 bytes found"):
+    with pytest.raises(UltraMemError, match=r"heldout.npy is truncated .*: 41 bytes found"):
         check_token_data(open_token_data(token_files), replace(make_config(), data=token_files))
 
 
@@ -64,11 +64,13 @@ def test_too_large_an_id(token_files, make_config):
 def test_vocabulary_larger_than_the_models(token_files, make_config):
     config = make_config()
     config = replace(config, data=token_files, model=replace(config.model, vocab_size=99))
-    with pytest.raises(UltraMemError, match=r"model.vocab_size=99: the data has 100 tokens in its vocabulary"):
+    with pytest.raises(
+        UltraMemError, match=r"model.vocab_size=99: must be at least 100, the vocabulary size of the data"
+    ):
         check_token_data(open_token_data(token_files), config)
 
 
 def test_fewer_tokens_than_a_batch(token_files, make_config):
     config = replace(make_config(batch_size=176), data=token_files)
-    with pytest.raises(UltraMemError, match=r"batch_size=176: .* only 160 tokens in whole sequences of 16"):
+    with pytest.raises(UltraMemError, match=r"batch_size=176: must be at most 160, .* in whole sequences of 16"):
         check_token_data(open_token_data(token_files), config)

@@ -77,7 +77,7 @@ def test_a_model_section_of_its_own(other: ModelConfig, write: Callable[..., Pat
 
 
 def test_mistakes(other: ModelConfig, write: Callable[..., Path]) -> None:
-    with pytest.raises(ConfigError, match=r"^model\.sed: there is no such key; did you mean model\.seed\?"):
+    with pytest.raises(ConfigError, match=r"^model\.sed: unknown key; did you mean model\.seed\?"):
         load_config(write(), ["--model.sed=1"])
     with pytest.raises(UltraMemError, match=r"nowhere has no config\.json"):
         load_config(write(), ["--trainer.initial_weights=nowhere", "--model.seed=1"])

@@ -103,8 +103,8 @@ def test_torchrun_and_the_command(make, tmp_path, losses_of):
 @pytest.mark.parametrize(
     ("options", "processes", "message"),
     [
-        ({"parallel": "fsdp"}, 1, "trainer.parallel=fsdp: needs processes; start with torchrun, or use auto"),
-        ({"parallel": "none"}, 2, "trainer.parallel=none: there are 2 processes; use fsdp or ddp"),
+        ({"parallel": "fsdp"}, 1, "trainer.parallel=fsdp: needs torchrun; start with it, or use auto"),
+        ({"parallel": "none"}, 2, "trainer.parallel=none: needs a single process, but there are 2; use fsdp or ddp"),
         (
             {},
             3,
@@ -113,7 +113,7 @@ def test_torchrun_and_the_command(make, tmp_path, losses_of):
         (
             {"micro_batch_size": 48},
             2,
-            "trainer.micro_batch_size=48: must divide each process's share of a batch, 64 tok",
+            "trainer.micro_batch_size=48: must divide each process's share of the batch, 64 tok",
         ),
         ({"compile": True, "device": "cpu"}, 1, "trainer.compile=True: needs a CUDA device; leave it out"),
         ({"device": "cuda"}, 1, "trainer.device=cuda: PyTorch finds no CUDA device here; use cpu"),

@@ -17,7 +17,7 @@ from olmo_core.distributed.checkpoint.filesystem import RemoteFileSystemWriter
 from olmo_core.train import Checkpointer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ultramem.data.token_windows import TokenWindows
+from ultramem.data.token_sequences import TokenSequences
 from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core import model_statistics
 from ultramem.layers.read_counter import ReadCounter
@@ -271,7 +271,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(what, make_config, 
 
 def test_divergence_before_any_checkpoint(make_config):
     config = make_config("dense", optimizer=OptimizerConfig(learning_rate=1e30, max_grad_norm=None))
-    with pytest.raises(UltraMemError, match=r"is (nan|inf) at step \d+: .*; there is no checkpoint"):
+    with pytest.raises(UltraMemError, match=r"is (nan|inf) at step \d+; .*; there is no checkpoint yet"):
         train(config)
 
 
@@ -293,7 +293,7 @@ def test_full_disk_loses_nothing(place, make_config, monkeypatch, losses_of):
             ),
         )
         with pytest.raises(
-            UltraMemError, match=r"step 20 cannot be written .*No space left .*make room.*last good .*step10"
+            UltraMemError, match=r"step 20 cannot be written .*No space left .*free some space.*last good .*step10"
         ):
             train(config)
     assert steps_kept(config.trainer.directory) == [10]
@@ -312,7 +312,7 @@ def test_file_size_limit_during_a_checkpoint(make_config, in_child, monkeypatch,
         at_step(patch, 4, limit)
         assert in_child(lambda: train(config)) == 1
     assert re.search(
-        r"UltraMemError: the checkpoint of step 6 cannot be written to .*: make room", capfd.readouterr().err
+        r"UltraMemError: the checkpoint of step 6 cannot be written to .*; free some space", capfd.readouterr().err
     )
     assert steps_kept(config.trainer.directory) == [3]
     assert train(config).status == "finished"
@@ -354,7 +354,7 @@ def test_broken_token_file_in_an_evaluation(make_config, monkeypatch):
     def read(self):
         raise UltraMemError("token file x has id 999; give others")
 
-    monkeypatch.setattr(TokenWindows, "__iter__", read)
+    monkeypatch.setattr(TokenSequences, "__iter__", read)
     with pytest.raises(UltraMemError, match=r"^token file x has id 999; give others; the last good checkpoint is .*"):
         train(make_config())
 
@@ -380,7 +380,7 @@ def test_damaged_checkpoint(make_config):
     largest = max((directory / "step12" / "model_and_optim").glob("*.distcp"), key=lambda path: path.stat().st_size)
     with largest.open("rb+") as file:
         file.truncate(largest.stat().st_size // 2)
-    with pytest.raises(UltraMemError, match=r"step12 is damaged .*; remove that directory to go on from"):
+    with pytest.raises(UltraMemError, match=r"step12 is damaged .*; remove that directory to resume from"):
         train(longer)
 
 

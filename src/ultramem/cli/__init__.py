@@ -33,7 +33,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def callback(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Sparse memory layers for language models."""
@@ -41,7 +41,7 @@ def callback(
     logging.getLogger("olmo_core.nn.attention.te_attn_api").setLevel(logging.ERROR)  # it warns of a missing extra
 
 
-# In the order in which one meets them, which is that of `ultramem --help`.
+# `ultramem --help` lists them in this order, which is that of a user's work.
 app.command()(data.tokenize)
 app.command()(data.write_facts)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(runs.train)

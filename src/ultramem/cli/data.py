@@ -15,42 +15,48 @@ def tokenize(
         list[Path],
         typer.Argument(help="Files and directories: txt, jsonl (also .gz, .zst), parquet, source trees."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, made whole or not at all.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write. It appears only when complete.")],
     tokenizer: Annotated[
-        str | None, typer.Option(help="tokenizer.json, directory with one, or name.", metavar="NAME_OR_FILE")
+        str | None,
+        typer.Option(help="A tokenizer.json, a directory with one, or a tokenizer's name.", metavar="NAME_OR_FILE"),
     ] = None,
     train_bpe: Annotated[
-        int | None, typer.Option(help="Train a byte-level BPE of that many tokens instead.", metavar="SIZE")
+        int | None, typer.Option(help="Train a byte-level BPE with this many tokens instead.", metavar="SIZE")
     ] = None,
     eos_token: Annotated[str | None, typer.Option(help="Token that ends a document.")] = None,
-    eos_id: Annotated[int | None, typer.Option(help="The same, by id.")] = None,
+    eos_id: Annotated[int | None, typer.Option(help="Id of the token that ends a document.")] = None,
     pad_token: Annotated[str | None, typer.Option(help="Padding token.")] = None,
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
-    separator: Annotated[str | None, typer.Option(help="What stands between the documents of a .txt file.")] = None,
+    separator: Annotated[str | None, typer.Option(help="Separator between documents in .txt files.")] = None,
     include: Annotated[
         list[str] | None,
-        typer.Option(help="Files to take from directories, such as '*.py'; repeatable.", metavar="PATTERN"),
+        typer.Option(help="Pattern of files to read from directories, such as '*.py'; repeatable.", metavar="PATTERN"),
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="Files to leave out; repeatable.", metavar="PATTERN")
+        list[str] | None, typer.Option(help="Pattern of files to leave out; repeatable.", metavar="PATTERN")
     ] = None,
-    heldout: Annotated[float, typer.Option(help="Share of the documents kept for evaluation.")] = 0.02,
-    seed: Annotated[int, typer.Option(help="Chooses held-out documents and the BPE's sample; the order is kept.")] = 0,
-    processes: Annotated[int, typer.Option(help="Processes; the result does not depend on it.")] = 1,
-    shard_tokens: Annotated[int, typer.Option(help="Most tokens in one file.")] = 2**28,
+    heldout: Annotated[float, typer.Option(help="Share of the documents held out for evaluation.")] = 0.02,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Seed for the choice of held-out documents and the BPE's sample. Documents keep their order."
+        ),
+    ] = 0,
+    processes: Annotated[int, typer.Option(help="Number of processes; does not change the result.")] = 1,
+    shard_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per token file.")] = 2**28,
     max_size: Annotated[
-        str | None, typer.Option(help="Most text to take, such as 2MB or 500MiB.", metavar="SIZE")
+        str | None, typer.Option(help="Maximum amount of text to read, such as 2MB or 500MiB.", metavar="SIZE")
     ] = None,
     near_duplicates: Annotated[
         float | None,
-        typer.Option(help="Leave out documents that share so much with an earlier one, such as 0.7.", metavar="SHARE"),
+        typer.Option(help="Leave out documents at least this similar to an earlier one, such as 0.7.", metavar="SHARE"),
     ] = None,
     on_error: Annotated[
-        str, typer.Option(help="At a broken record: stop, or skip and count it.", metavar="stop|skip")
+        str, typer.Option(help="What to do with a broken record: stop, or skip and count it.", metavar="stop|skip")
     ] = "stop",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished output.")] = False,
 ) -> None:
-    """Turn text into token files for training and evaluation."""
+    """Tokenize text into token files for training and evaluation."""
     from ultramem.data.documents import parse_size
     from ultramem.data.terminal import print_summary
     from ultramem.data.tokenize import TokenizeConfig
@@ -84,14 +90,14 @@ def tokenize(
 
 
 def write_facts(
-    file: Annotated[Path, typer.Argument(help="JSON lines to write, such as facts.jsonl.", metavar="FILE")],
+    file: Annotated[Path, typer.Argument(help="JSON lines file to write, such as facts.jsonl.", metavar="FILE")],
     text_field: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
-    """Write made-up facts to train with, which `evaluate --tasks facts` asks a checkpoint for.
+    """Write made-up facts to train on; `evaluate --tasks facts` tests whether a checkpoint knows them.
 
-    Each of 2,048 facts is stated 1, 2, 4 ... or 128 times, in several forms of Python, for about 1.1 million tokens
-    in all. The file is always the same. Tokenize it together with the text that the model is to learn.
+    2,048 facts are stated 1, 2, 4 ... or 128 times each, as Python code in several forms; 256 more are never stated.
+    The file has about 1.1 million tokens and is always the same. Tokenize it together with your training text.
     """
     from ultramem.data.facts import write_facts as run
 

@@ -1,4 +1,4 @@
-"""Commands that bring models into other forms, teach them more, or take over those of the published code."""
+"""Commands that export, fine-tune and import models."""
 
 from __future__ import annotations
 
@@ -13,75 +13,88 @@ import typer
 from ultramem.errors import UltraMemError
 
 Directory = Annotated[Path, typer.Argument(help="Directory to write.", metavar="DIR")]
-Dtype = Annotated[str, typer.Option(help="Of the parameters: float32, bfloat16 or float16.")]
-ShardSize = Annotated[str, typer.Option(help="Of one safetensors file.", metavar="SIZE")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model in the directory.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the parameters: float32, bfloat16 or float16.")]
+ShardSize = Annotated[str, typer.Option(help="Maximum size of a safetensors file.", metavar="SIZE")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model in the directory.")]
 
 
 def export(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Run directory, for its latest checkpoint, or RUN/stepN.", metavar="CHECKPOINT")
+        Path, typer.Argument(help="Run directory (latest checkpoint) or RUN/stepN.", metavar="CHECKPOINT")
     ],
     directory: Directory,
     dtype: Dtype = "float32",
     max_shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a checkpoint as a directory that transformers loads."""
+    """Export a checkpoint to a directory that transformers loads."""
     with _needing("train,hf"):
         from ultramem.convert.export import export as run
 
     result = run(checkpoint, directory, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
     typer.echo(f"step {result.step} written to {result.directory}")
     if not result.has_tokenizer:
-        typer.echo("without a tokenizer: the run has none")
+        typer.echo("exported without a tokenizer, as the run has none")
 
 
 def finetune(
-    model: Annotated[Path, typer.Argument(help="Transformers directory with a tokenizer.", metavar="MODEL")],
+    model: Annotated[Path, typer.Argument(help="Transformers directory with model and tokenizer.", metavar="MODEL")],
     data: Annotated[
         list[Path],
-        typer.Argument(help="New documents: txt, jsonl (also .gz, .zst), parquet, source trees.", metavar="DATA"),
+        typer.Argument(help="Documents to learn: txt, jsonl (also .gz, .zst), parquet, source trees.", metavar="DATA"),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, made whole or not at all.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write. It appears only when complete.")],
     background: Annotated[
         list[Path] | None,
-        typer.Option(help="Documents that the model must not forget, to choose rows by; repeatable."),
+        typer.Option(help="Documents that the model must not forget, for method sparse to compare with; repeatable."),
     ] = None,
     heldout: Annotated[
         list[Path] | None,
-        typer.Option(help="Other such documents, whose loss before and after is shown; repeatable."),
+        typer.Option(help="Other documents of that kind, to measure the loss before and after; repeatable."),
     ] = None,
     memory: Annotated[
-        Path | None, typer.Option(help="Directory of save_memory, to attach to a model without memory.")
+        Path | None,
+        typer.Option(help="Directory written by save_memory; its memory is attached to a model without one."),
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
     include: Annotated[
         list[str] | None,
-        typer.Option(help="Files to take from directories, such as '*.py'; repeatable.", metavar="PATTERN"),
+        typer.Option(help="Pattern of files to read from directories, such as '*.py'; repeatable.", metavar="PATTERN"),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="Train few table rows, everything, or LoRA.", metavar="sparse|full|lora")
+        str,
+        typer.Option(
+            help="What to train: a few table rows (sparse), all parameters (full), or LoRA.",
+            metavar="sparse|full|lora",
+        ),
     ] = "sparse",
-    rows: Annotated[int, typer.Option(help="Most rows of each table to train in one step; method sparse.")] = 4096,
-    rank: Annotated[int, typer.Option(help="Of the matrices of method lora.")] = 8,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data instead; without both, one.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Documents, or pieces of them, in a step.")] = 32,
-    sequence_length: Annotated[int, typer.Option(help="Tokens at which documents are cut.")] = 256,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Constant; by default one for method and optimiser.")
+    rows: Annotated[
+        int, typer.Option(help="Maximum number of rows of each table to train per step, for method sparse.")
+    ] = 4096,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA matrices, for method lora.")] = 8,
+    steps: Annotated[int | None, typer.Option(help="Number of optimizer steps.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Number of passes over the data, instead of --steps; default: 1.")
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="What trains rows or parameters.", metavar="sgd|adamw")] = "adamw",
-    background_batches: Annotated[int, typer.Option(help="Most batches of the background to look at.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the order of the data and of LoRA's initial values.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 32,
+    sequence_length: Annotated[
+        int, typer.Option(help="Maximum number of tokens per sequence; longer documents are cut.")
+    ] = 256,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Constant learning rate; default: depends on method and optimizer.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="Optimizer.", metavar="sgd|adamw")] = "adamw",
+    background_batches: Annotated[
+        int, typer.Option(help="Maximum number of batches of the background to read.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed for the order of the data and LoRA's initial values.")] = 0,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Teach a model new documents, by default in those table rows alone that are special to them.
+    """Fine-tune a model on new documents, by default with sparse memory fine-tuning.
 
-    Sparse memory fine-tuning (arXiv:2510.15103): each step trains the rows that its batch reads unusually often,
-    compared with the background. Everything else stays as it is, so that little is forgotten.
+    Sparse memory fine-tuning (arXiv:2510.15103) trains in each step only the table rows that the batch reads unusually
+    often, compared with the background. All other parameters stay as they are, so the model forgets little.
     """
     with _needing("finetune"):
         from ultramem.finetuning import FinetuneConfig
@@ -117,18 +130,20 @@ def import_olmo(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="Unsharded checkpoint: config.yaml with model.pt or model.safetensors.", metavar="CHECKPOINT"
+            help="Directory of an unsharded checkpoint: config.yaml with model.pt or model.safetensors.",
+            metavar="CHECKPOINT",
         ),
     ],
     directory: Directory,
     tokenizer: Annotated[
-        str | None, typer.Option(help="tokenizer.json, directory with one, or name.", metavar="NAME_OR_FILE")
+        str | None,
+        typer.Option(help="A tokenizer.json, a directory with one, or a tokenizer's name.", metavar="NAME_OR_FILE"),
     ] = None,
     dtype: Dtype = "float32",
     max_shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a checkpoint of the published UltraMem code into a directory that transformers loads."""
+    """Convert a checkpoint of the published UltraMem code to a directory that transformers loads."""
     with _needing("train,hf"):
         from ultramem.convert.export import import_published
 
@@ -140,10 +155,10 @@ def import_olmo(
 
 def import_flags(
     flags: Annotated[
-        list[str], typer.Argument(help="The published code's command line or its flags.", metavar="FLAGS")
+        list[str], typer.Argument(help="Command line of the published code, or its flags.", metavar="FLAGS")
     ],
 ) -> None:
-    """Print the run configuration that flags of the published UltraMem code describe."""
+    """Translate training flags of the published UltraMem code to a run configuration, and print it."""
     from ultramem.convert.published_flags import translate_flags
 
     typer.echo(translate_flags(flags[0] if len(flags) == 1 else shlex.join(flags)), nl=False)
@@ -151,7 +166,11 @@ def import_flags(
 
 @contextmanager
 def _needing(extra: str) -> Iterator[None]:
-    """Around an import of what the extra brings."""
+    """Wrap imports of packages that an extra installs.
+
+    Raises:
+        UltraMemError: a package is not installed.
+    """
     try:
         yield
     except ImportError as error:

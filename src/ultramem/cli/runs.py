@@ -1,4 +1,4 @@
-"""Commands that train a model and look at what it has learnt."""
+"""Commands that train a model and evaluate it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ultramem.errors import ConfigError
 def train(
     context: typer.Context,
     config: Annotated[
-        Path, typer.Argument(help="YAML file that describes the run.", metavar="CONFIG [--KEY=VALUE]...")
+        Path, typer.Argument(help="YAML file with the run's configuration.", metavar="CONFIG [--KEY=VALUE]...")
     ],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the directory.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run in the directory.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show OLMo-core's log.")] = False,
 ) -> None:
-    """Train a model, or go on with a run that was interrupted.
+    """Train a model, or resume an interrupted run.
 
-    Values of the configuration are replaced by their dotted keys, such as --trainer.steps=1000 or
-    --model.memory.top_k=16. The same command goes on from the latest checkpoint; Ctrl-C and SIGTERM save one and leave.
-    For several processes put `torchrun --nproc-per-node=N -m ultramem.cli` in place of `ultramem`.
+    Options such as --trainer.steps=1000 or --model.memory.top_k=16 replace values of the configuration. Ctrl-C and
+    SIGTERM save a checkpoint and exit; the same command then resumes from it. To train with several processes, write
+    `torchrun --nproc-per-node=N -m ultramem.cli` instead of `ultramem`.
     """
     from ultramem.training import load_config
     from ultramem.training import train as run
@@ -32,8 +32,8 @@ def train(
     result = run(load_config(config, context.args), overwrite=overwrite, verbose=verbose)
     if int(os.environ.get("RANK", 0)) == 0:
         hints = {
-            "interrupted": "; the same command goes on from here",
-            "already finished": "; evaluate it with `ultramem evaluate`, or train it anew with --overwrite",
+            "interrupted": "; run the same command again to resume",
+            "already finished": "; evaluate it with `ultramem evaluate`, or train again with --overwrite",
         }
         typer.echo(f"{result.status} at step {result.step}: {result.directory}{hints.get(result.status, '')}")
 
@@ -42,60 +42,60 @@ def evaluate(
     checkpoints: Annotated[
         list[Path],
         typer.Argument(
-            help="Run directories, for their latest checkpoints, or RUN/stepN; several side by side.",
+            help="Run directory (latest checkpoint) or RUN/stepN; several are compared side by side.",
             metavar="CHECKPOINT",
         ),
     ],
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            help="Tasks in place of the loss: table3, memory, or single ones; repeatable or with commas between."
+            help="Evaluate tasks instead of the loss: table3, memory or single tasks; repeatable or comma-separated."
         ),
     ] = None,
     max_questions: Annotated[
         int | None,
-        typer.Option(
-            help="Most questions of each task, spread evenly, or of each part of a memory task; by default all."
-        ),
+        typer.Option(help="Maximum number of questions per task, or per part of a memory task; default: all."),
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Directory of token files, or token files (repeat the option); by default the run's own."),
+        typer.Option(help="Directory of token files, or a token file; repeatable. Default: the run's own data."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of the directory: train or heldout.")] = "heldout",
+    split: Annotated[str, typer.Option(help="Split to evaluate on: train or heldout.")] = "heldout",
     dtype: Annotated[
-        str | None, typer.Option(help="Of token files: uint16 or uint32; by default as in training.")
+        str | None, typer.Option(help="Dtype of the token files: uint16 or uint32; default: as in training.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens, in whole windows spread evenly over the split; by default all.")
+        int | None,
+        typer.Option(help="Maximum number of tokens, as whole sequences spread evenly over the split; default: all."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Windows at a time; by default about 4096 tokens, for tasks 8192.")
+        int | None, typer.Option(help="Sequences per batch; default: about 4096 tokens, for tasks 8192.")
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens of a window, or most of a task's text; by default the training's.")
+        int | None,
+        typer.Option(help="Tokens per sequence, or for tasks the maximum context length; default: as in training."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     unigram: Annotated[
-        bool, typer.Option(help="Compare with a unigram model, for which the train split is read.")
+        bool, typer.Option(help="Compare with the unigram model of the train split, which is read for it.")
     ] = True,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file to write, for one checkpoint; by default RUN/tasks.json, or RUN/evaluation.json for the "
+            help="JSON file to write, for a single checkpoint. Default: RUN/tasks.json, or RUN/evaluation.json for the "
             "heldout split."
         ),
     ] = None,
 ) -> None:
-    """Measure a checkpoint's loss, perplexity and bits per byte, or how well it does tasks.
+    """Evaluate checkpoints: loss, perplexity and bits per byte, or accuracy on tasks.
 
-    The token files are cut into windows that do not overlap; every token of a window but the first is predicted, once,
-    from those before it. The loss is their mean cross-entropy in nats.
+    The token files are cut into sequences that do not overlap. Each token of a sequence except the first is predicted
+    once, from the tokens before it. The loss is the mean cross-entropy in nats per token.
     """
     from ultramem.evaluation.side_by_side import show_losses, show_tasks
 
     if output is not None and len(checkpoints) > 1:
-        raise ConfigError(f"--output={output}: is for one checkpoint; leave it out, each run gets a file of its own")
+        raise ConfigError(f"--output={output}: needs a single checkpoint; leave it out to write a file to each run")
     shared: dict[str, Any] = {
         "batch_size": batch_size,
         "sequence_length": sequence_length,
@@ -108,29 +108,38 @@ def evaluate(
         _refuse({"max-tokens": max_tokens, "no-unigram": None if unigram else True}, "leave it out with --tasks")
         show_tasks(checkpoints, tasks, max_questions=max_questions, **shared)
     else:
-        _refuse({"max-questions": max_questions}, "it is for --tasks")
+        _refuse({"max-questions": max_questions}, "use it with --tasks")
         of_loss: dict[str, Any] = {"split": split, "dtype": dtype, "max_tokens": max_tokens, "unigram": unigram}
         show_losses(checkpoints, data or (), **of_loss, **shared)
 
 
 def generate(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Run directory, for its latest checkpoint, or RUN/stepN.", metavar="CHECKPOINT")
+        Path, typer.Argument(help="Run directory (latest checkpoint) or RUN/stepN.", metavar="CHECKPOINT")
     ],
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="Beginnings of texts; without any, of a document.", metavar="PROMPT")
+        list[str] | None,
+        typer.Argument(help="Text to continue; default: the model starts a new document.", metavar="PROMPT"),
     ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A further prompt: all of this text file.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add; less if the document ends.")] = 128,
-    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 is greedy.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Choose among so many most probable tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Choose among the most probable tokens of this share.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the first sample of each prompt; the others have the next ones.")] = 0,
-    num_samples: Annotated[int, typer.Option(help="Samples of each prompt.", min=1)] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    save: Annotated[bool, typer.Option("--save", help="Append to RUN/samples.json, which the report shows.")] = False,
+    prompt_file: Annotated[Path | None, typer.Option(help="Text file to use as a further prompt.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Maximum number of tokens to generate; fewer if the document ends.")
+    ] = 128,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k most probable tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the smallest set of tokens with this total probability.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed for the first sample of each prompt; further samples use the seeds after it.")
+    ] = 0,
+    num_samples: Annotated[int, typer.Option(help="Number of samples per prompt.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    save: Annotated[
+        bool, typer.Option("--save", help="Append the samples to RUN/samples.json, for the report.")
+    ] = False,
 ) -> None:
-    """Continue prompts with a checkpoint."""
+    """Generate text with a checkpoint."""
     from ultramem.evaluation import SamplingConfig, read_prompt, show_samples
 
     config = SamplingConfig(temperature, top_k, top_p, seed, max_new_tokens)
@@ -139,19 +148,27 @@ def generate(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories; several make a comparison.", metavar="RUN")],
+    runs: Annotated[list[Path], typer.Argument(help="Run directory; several are compared.", metavar="RUN")],
     output: Annotated[
-        Path | None, typer.Option(help="File to write; for a single run the default is RUN/report.html.")
+        Path | None, typer.Option(help="HTML file to write; default for a single run: RUN/report.html.")
     ] = None,
 ) -> None:
-    """Write an HTML page about a training run, or one that compares several."""
+    """Write an HTML report of a training run, or a comparison of several."""
     from ultramem.report import write_report
 
     typer.echo(f"report written to {write_report(runs, output)}")
 
 
 def _refuse(options: Mapping[str, object], remedy: str) -> None:
-    """An error about the first option that is given."""
+    """Raise an error for the first option that is not None.
+
+    Args:
+        options: values by option name, without dashes.
+        remedy: what to do instead.
+
+    Raises:
+        ConfigError: an option is given.
+    """
     for name, value in options.items():
         if value is not None:
-            raise ConfigError(f"--{name}: has no meaning here; {remedy}")
+            raise ConfigError(f"--{name}: does not apply here; {remedy}")

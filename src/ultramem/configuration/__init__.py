@@ -1,1 +1,1 @@
-"""From YAML to configuration dataclasses and back, and the check of their values' types."""
+"""Conversion between YAML and configuration dataclasses, and type checks of their values."""

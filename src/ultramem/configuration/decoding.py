@@ -1,4 +1,4 @@
-"""From nested mappings, as of YAML, to configuration dataclasses and back, with errors that name the key."""
+"""Conversion between nested mappings, as read from YAML, and configuration dataclasses. Errors name the key."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ T = TypeVar("T")
 
 
 def decode(kind: type[T], content: Any, known_keys: list[str], path: str = "") -> T:
-    """A dataclass, which checks its values' types itself, from nested mappings.
+    """Make a dataclass, which checks its values' types itself, from nested mappings.
 
-    Numbers that are whole count as integers however they are written (1e9).
+    Whole numbers count as integers in any notation, such as 1e9.
 
     Args:
         kind: the dataclass; its `__post_init__` calls `check_types`.
         content: mapping of field names to values; None for an empty one.
-        known_keys: all dotted keys, for the hint in an error about one that does not exist.
+        known_keys: all dotted keys, for the hint in the error for an unknown key.
         path: dotted key of `content`; empty at the top.
 
     Raises:
-        ConfigError: a key that does not exist or is missing, or a value of the wrong type or that cannot work.
+        ConfigError: a key is unknown or missing, or a value is of the wrong type or invalid.
     """
     if content is None:
         content = {}
@@ -36,11 +36,11 @@ def decode(kind: type[T], content: Any, known_keys: list[str], path: str = "") -
     for name in content:
         if name not in hints:
             nearest = difflib.get_close_matches(key := _join(path, name), known_keys, 1, 0)[0]
-            raise ConfigError(f"{key}: there is no such key; did you mean {nearest}?")
+            raise ConfigError(f"{key}: unknown key; did you mean {nearest}?")
     for field in fields(kind):  # type: ignore[arg-type]
         required = field.default is MISSING and field.default_factory is MISSING
         if required and field.name not in content:
-            raise ConfigError(f"{_join(path, field.name)} is missing: set it")
+            raise ConfigError(f"{_join(path, field.name)} is missing; set it")
     values = {name: _value(hints[name], value, known_keys, _join(path, name)) for name, value in content.items()}
     try:
         return kind(**values)
@@ -68,7 +68,7 @@ def encode(value: Any) -> Any:
 
 
 def _value(hint: Any, value: Any, known_keys: list[str], path: str) -> Any:
-    """A value as the dataclass takes it; one of the wrong type is left for it to refuse."""
+    """Convert a value to the field's type; one of the wrong type is returned as it is, for the dataclass to refuse."""
     kind, optional = without_none(hint)
     if value is None and optional:
         return None

@@ -1,4 +1,4 @@
-"""Whether the values of a configuration are of its fields' types: one check for Python and for YAML."""
+"""Type checks of configuration values, the same for Python and YAML."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _WORDS = {
 
 
 def check_types(config: Any) -> None:
-    """Check a dataclass' values against its annotations; for its `__post_init__`.
+    """Check a dataclass's values against its annotations; called in its `__post_init__`.
 
-    Fields are of type bool, int, float, str or Path, a choice (`Literal`), another dataclass, a tuple of such values,
-    or one of these and None. A text becomes a Path, a list a tuple, and a number of NumPy's one of Python's.
+    Fields may be bool, int, float, str, Path, a `Literal`, another dataclass, a tuple of these, or one of these or
+    None. Strings are converted to Path, lists to tuples, and NumPy numbers to Python numbers, as the field requires.
 
     Raises:
-        ConfigError: a value is of another type; names the field.
+        ConfigError: a value is of the wrong type; the error names the field.
     """
     for name, hint in field_types(type(config)).items():
         object.__setattr__(config, name, _checked(hint, getattr(config, name), name))
 
 
 def check_finite(config: Any) -> None:
-    """Check that a dataclass' numbers are neither infinite nor not a number.
+    """Check that a dataclass's numbers are finite.
 
     Raises:
-        ConfigError: one is; names the field.
+        ConfigError: a number is infinite or NaN; the error names the field.
     """
     for field in fields(config):
         value = getattr(config, field.name)
@@ -46,10 +46,10 @@ def check_finite(config: Any) -> None:
 
 
 def check_least(least: int, **values: float | None) -> None:
-    """Check that values, of which each is given by its name, are not below `least`; None is as good as any.
+    """Check that values, given by name, are None or at least `least`.
 
     Raises:
-        ConfigError: one is; names it.
+        ConfigError: a value is below `least`.
     """
     for name, value in values.items():
         if value is not None and value < least:
@@ -57,22 +57,22 @@ def check_least(least: int, **values: float | None) -> None:
 
 
 def check_field(config: Any, name: str, right: bool, what: str) -> None:
-    """Refuse a dataclass' value unless it is right.
+    """Raise an error for a field of a dataclass unless it is right.
 
     Raises:
-        ConfigError: names the field, the value and what it must be.
+        ConfigError: the field is not right; the message names it, its value and what it must be.
     """
     _required(right, getattr(config, name), name, what)
 
 
 def field_types(kind: type) -> dict[str, Any]:
-    """The types of a dataclass' fields, by name."""
+    """The types of a dataclass's fields, by name."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
 def without_none(hint: Any) -> tuple[Any, bool]:
-    """A type that may be None without it, and whether it may; any other as it is."""
+    """A type without None, and whether it allowed None."""
     if get_origin(hint) not in (Union, UnionType):
         return hint, False
     (kind,) = (option for option in get_args(hint) if option is not NoneType)
@@ -80,7 +80,7 @@ def without_none(hint: Any) -> tuple[Any, bool]:
 
 
 def item_types(hint: Any, count: int) -> tuple[Any, ...]:
-    """The types of a tuple's items, which are `count` where the tuple may be of any length."""
+    """The types of a tuple's items; `count` types if the tuple may have any length."""
     kinds = get_args(hint)
     return kinds[:1] * count if kinds[-1] is Ellipsis else kinds
 

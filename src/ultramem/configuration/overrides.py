@@ -1,4 +1,4 @@
-"""Values of a configuration that are replaced by their dotted keys, as on the command line."""
+"""Overrides: configuration values replaced on the command line by their dotted keys."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> None:
     """Replace values in nested mappings.
 
     Args:
-        content: is changed.
-        overrides: such as `--optimizer.learning_rate=3e-4` or `model.memory=null`; values are YAML.
+        content: nested mappings, changed in place.
+        overrides: overrides such as `--optimizer.learning_rate=3e-4` or `model.memory=null`; values are YAML.
 
     Raises:
-        ConfigError: one has no value, or one that is not valid YAML.
+        ConfigError: an override has no value, or its value is not valid YAML.
     """
     for override in overrides:
         key, separator, value = override.removeprefix("--").partition("=")
         if not separator:
             raise ConfigError(
-                f"{override}: not an option; to replace a value write --KEY=VALUE, such as --trainer.steps=100"
+                f"{override}: is not an option; to replace a value write --KEY=VALUE, such as --trainer.steps=100"
             )
         set_key(content, key, parse_yaml(value, f"--{key}"))
 
 
 def set_key(content: dict[str, Any], key: str, value: Any) -> None:
-    """Set what the dotted `key`, such as `model.memory.top_k`, names in nested mappings, making those that lack."""
+    """Set the value of a dotted key, such as `model.memory.top_k`, and create missing mappings on the way."""
     *sections, name = key.split(".")
     for section in sections:
         if not isinstance(content.get(section), dict):

@@ -1,4 +1,4 @@
-"""YAML 1.2, with errors that name the place."""
+"""YAML 1.2, with errors that name the line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ultramem.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads scalars as YAML 1.2 does, where 1e-4 is a number, 2:5 a text, and so are yes and no."""
+    """Reads scalars as in YAML 1.2: 1e-4 is a number; 2:5, yes and no are strings."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
@@ -27,14 +27,14 @@ for _tag, _pattern, _first in (
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The content of a YAML text.
+    """Parse YAML.
 
     Args:
-        text: the text.
-        source: where it is from, for errors.
+        text: YAML text.
+        source: file or option that the text is from, for errors.
 
     Raises:
-        ConfigError: a syntax error, with its line.
+        ConfigError: the text is not valid YAML; the error names the line.
     """
     try:
         return yaml.load(text, _Loader)
@@ -46,5 +46,5 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def dump_yaml(content: Any) -> str:
-    """The YAML text of nested mappings, lists, numbers and texts, in the order of the mappings."""
+    """YAML text of nested mappings, lists, numbers and strings, in the order of the mappings."""
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -1,1 +1,1 @@
-"""Models in other formats: those of transformers and of the published UltraMem code, and its training flags."""
+"""Conversion of models to and from transformers and the published UltraMem code, and of that code's flags."""

@@ -1,4 +1,4 @@
-"""From a training run to a directory that transformers loads."""
+"""Export of checkpoints to directories that transformers loads."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What `export` wrote.
+    """The result of `export`.
 
     Attributes:
-        directory: the directory.
+        directory: written directory.
         step: training step of the checkpoint.
         has_tokenizer: whether the run had a tokenizer.
     """
@@ -57,14 +57,14 @@ def export(
     A run on token files without a tokenizer is exported without one.
 
     Args:
-        checkpoint: a run directory for its latest complete checkpoint, or a checkpoint's own directory.
-        directory: to write, whole or not at all.
-        dtype: of the parameters. In float32 they are those of the checkpoint to the bit.
-        max_shard_size: of one safetensors file, such as `5GB`.
-        overwrite: replace an earlier export.
+        checkpoint: run directory, for its latest complete checkpoint, or a checkpoint's own directory.
+        directory: directory to write. It appears only when complete.
+        dtype: dtype of the parameters. In float32 they are the checkpoint's, bit for bit.
+        max_shard_size: maximum size of a safetensors file, such as `5GB`.
+        overwrite: whether to replace an earlier export.
 
     Raises:
-        ConfigError: there is no such dtype.
+        ConfigError: `dtype` or `max_shard_size` is invalid.
         UltraMemError: the checkpoint or its tokenizer is missing or damaged, or the directory is not empty or cannot
             be written.
     """
@@ -93,12 +93,12 @@ def import_published(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> None:
-    """Write an unsharded checkpoint of the published UltraMem code as a transformers directory.
+    """Convert an unsharded checkpoint of the published UltraMem code to a transformers directory.
 
     Args:
         checkpoint: directory with `config.yaml` and `model.pt` or `model.safetensors`.
-        directory: to write, whole or not at all.
-        tokenizer: as in `load_tokenizer`; None for a directory without.
+        directory: directory to write. It appears only when complete.
+        tokenizer: name or path, as in `load_tokenizer`; None for no tokenizer.
         dtype, max_shard_size, overwrite: as in `export`.
 
     Raises:
@@ -110,13 +110,13 @@ def import_published(
         chosen = None if tokenizer is None else _for_transformers(load_tokenizer(tokenizer))
         if chosen is not None and len(chosen) > config.vocab_size:
             raise UltraMemError(
-                f"tokenizer {tokenizer} has {len(chosen)} tokens, but the model {config.vocab_size}; name its own"
+                f"tokenizer {tokenizer} has {len(chosen)} tokens, but the model {config.vocab_size}; give its own"
             )
         _write(to_transformers(state, config, **_token_ids(chosen)), chosen, partial, dtype, shard_bytes)
 
 
 def _checked(dtype: str, max_shard_size: str) -> int:
-    """The size in bytes."""
+    """Check both values, and return the size in bytes."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}")
     return parse_size(max_shard_size, "max_shard_size")
@@ -133,7 +133,7 @@ def _write(
     if dtype != "float32":
         model = model.to(getattr(torch, dtype))
     if tokenizer is not None:
-        # The embedding has more rows than there are tokens; those were never trained.
+        # Rows of the embedding beyond the tokenizer's tokens were never trained.
         unused = list(range(len(tokenizer), model.config.vocab_size))
         model.generation_config = GenerationConfig(**_token_ids(tokenizer), suppress_tokens=unused or None)
         tokenizer.save_pretrained(directory)
@@ -154,7 +154,7 @@ def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast | None:
 
 
 def _for_transformers(chosen: ChosenTokenizer, **options: Any) -> PreTrainedTokenizerFast:
-    """For transformers; it adds no tokens of its own, as in training, and pads on the left."""
+    """Convert for transformers; the tokenizer adds no tokens of its own, as in training, and pads on the left."""
     tokenizer = chosen.tokenizer
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # adds nothing
     return PreTrainedTokenizerFast(
@@ -168,13 +168,13 @@ def _for_transformers(chosen: ChosenTokenizer, **options: Any) -> PreTrainedToke
 
 
 def model_card(checkpoint: Checkpoint, has_tokenizer: bool) -> str:
-    """A README for the directory: what the model is, the run's figures, how to load it."""
+    """Text of the directory's README: the model, the run's figures, how to load it."""
     config, model = checkpoint.config, checkpoint.config.model
     counts = model_statistics(model, config.data.sequence_length)
     rows = [
         ("system", model.system),
         ("parameters", f"{counts.total:,}"),
-        ("parameters that a token uses", f"{counts.active:,}"),
+        ("active parameters", f"{counts.active:,}"),
         ("blocks, width, attention heads", f"{model.num_blocks}, {model.d_model}, {model.num_heads}"),
         ("sequence length", f"{config.data.sequence_length:,}"),
         ("training step", f"{checkpoint.step:,} of {config.trainer.total_steps:,}"),
@@ -204,7 +204,7 @@ def model_card(checkpoint: Checkpoint, has_tokenizer: bool) -> str:
 
 
 def _figures(checkpoint: Checkpoint) -> list[tuple[str, str]]:
-    """What `train` and `evaluate` left in the run directory."""
+    """Rows with what `train` and `evaluate` recorded in the run directory."""
     rows: list[tuple[str, str]] = []
     summary = read_summary(checkpoint.run)
     if "device" in summary:

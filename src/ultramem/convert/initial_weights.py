@@ -1,4 +1,4 @@
-"""Weights of another model that training starts from."""
+"""Initial weights from another model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ultramem.hosts.olmo_core import ModelConfig
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """The configuration of the model in a transformers directory.
+    """Read the configuration of the model in a transformers directory.
 
     Raises:
-        UltraMemError: there is no model that the training host has, or transformers is not installed.
+        UltraMemError: there is no model, the training host does not support it, or transformers is not installed.
     """
     _check_installed()
     from ultramem.convert.transformers_models import read_config
@@ -25,11 +25,11 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def load_weights(model: nn.Module, path: Path, config: ModelConfig) -> None:
-    """Replace all parameters and buffers, sharded or not, by those of the model in a transformers directory.
+    """Replace all parameters and buffers, sharded or not, with those of the model in a transformers directory.
 
     Raises:
-        UltraMemError: there is no such model, it is damaged, names or shapes are not those of `config`, or
-            transformers is not installed.
+        UltraMemError: the model is missing or damaged, its names or shapes are not those of `config`, or transformers
+            is not installed.
     """
     _check_installed()
     from ultramem.convert.transformers_models import read_model

@@ -1,4 +1,4 @@
-"""Reading checkpoints of the published UltraMem code, which is a fork of OLMo-1's."""
+"""Reading checkpoints of the published UltraMem code, a fork of OLMo-1."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PICKLE_NAME, SAFETENSORS_NAME = "model.pt", "model.safetensors"
 
 KINDS = {"memory_plus": "memory_plus", "ultramem_v1": "ultramem", "ultramem_v2": "ultramem_v2"}
 
-# Our fields and the published keys that they are from.
+# Our fields and the corresponding published keys.
 MODEL_KEYS = {
     "d_model": "d_model",
     "num_blocks": "n_layers",
@@ -57,12 +57,12 @@ MEMORY_KEYS = {
     "balance_coef": "mem_key_balance_reg_coef",
     "norm_eps": "layer_norm_eps",
 }
-# Fields of UltraMemV2 alone.
+# Fields that only UltraMemV2 has.
 _V2_FIELDS = {"pre_value_dim", "query_per_rank", "key_expansion", "value_projectors", "share_ratio"} | {
     "pre_activation", "output_dropout", "balance_coef"
 }  # fmt: skip
 
-# Keys that decide what a model computes: what the published code takes where one is missing, and what we implement.
+# Keys that change what a model computes: the published default, and the values that we implement.
 FIXED_KEYS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "activation_type": ("swiglu", ("swiglu",)),
     "alibi": (False, (False,)),
@@ -83,10 +83,10 @@ FIXED_KEYS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "rope": (False, (True,)),
     "scale_logits": (False, (False,)),
 }
-# Memory keys without influence on what a model computes. The published code never applies the rank penalty.
+# Memory keys that do not change what a model computes. The published code never applies the rank penalty.
 IDLE_MEMORY_KEYS = ("mem_log_interval", "mem_parallel_size", "mem_tucker_rank_penalty")
 
-# Our names and the published ones, under `transformer.`, with which of how many equal parts of the rows is meant.
+# Our names and the published ones, under `transformer.`, with the part of the rows and the number of equal parts.
 _SOURCES = {
     "embeddings.weight": ("wte.weight", 0, 1),
     "lm_head.norm.weight": ("ln_f.weight", 0, 1),
@@ -121,10 +121,10 @@ _SOURCES = {
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """Keys of the published model configuration whose values we translate, with the published defaults.
+    """Keys of the published model configuration that we translate, with the published defaults.
 
-    Attributes have the published names. `mlp_hidden_size` counts value and gate half; without it
-    `mlp_ratio * d_model` does. A `mem_type` of None is a model without memory.
+    Attributes have the published names. `mlp_hidden_size` is the width of value and gate together; its default is
+    `mlp_ratio * d_model`. A `mem_type` of None means no memory.
     """
 
     d_model: int = 768
@@ -157,7 +157,7 @@ class PublishedModel:
     def __post_init__(self) -> None:
         check_types(self)
         if self.mlp_hidden_size is not None and self.mlp_hidden_size % 2:
-            raise ConfigError(f"mlp_hidden_size={self.mlp_hidden_size}: must be even, as SwiGLU halves it")
+            raise ConfigError(f"mlp_hidden_size={self.mlp_hidden_size}: must be even, as SwiGLU splits it in halves")
         copies = self.mem_key_expand_time**2
         if self.mem_type == "ultramem_v2" and self.mem_value_expand_time not in (1, copies):
             raise ConfigError(
@@ -166,7 +166,7 @@ class PublishedModel:
             )
 
     def model_fields(self) -> dict[str, Any]:
-        """Arguments of our `ModelConfig`, without `memory`."""
+        """Arguments of our `ModelConfig`, except `memory`."""
         hidden_size = self.mlp_ratio * self.d_model if self.mlp_hidden_size is None else self.mlp_hidden_size
         return {name: getattr(self, key) for name, key in MODEL_KEYS.items()} | {
             "feed_forward_size": hidden_size // 2,
@@ -174,7 +174,7 @@ class PublishedModel:
         }
 
     def memory_fields(self) -> dict[str, Any] | None:
-        """Arguments of our `MemoryConfig`, those that the published layer of this kind heeds; None without memory."""
+        """Arguments of our `MemoryConfig` that the published layer of this kind uses; None without memory."""
         if self.mem_type in (None, "none"):
             return None
         values = {name: getattr(self, key) for name, key in MEMORY_KEYS.items()} | {
@@ -190,7 +190,7 @@ class PublishedModel:
 
 
 class _Source(NamedTuple):
-    """A published tensor: its name and shape, and which of how many equal parts of its rows is meant."""
+    """A published tensor: name, shape, and the part of its rows and number of equal parts."""
 
     name: str
     shape: tuple[int, ...]
@@ -201,19 +201,18 @@ class _Source(NamedTuple):
 def read_published_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Read an unsharded checkpoint of the published code.
 
-    Tensors that need no other dtype are not copied: they lie in the file, mapped, which must not change meanwhile; tied
-    embeddings lie in one place.
+    Tensors whose dtype need not change are memory-mapped, not copied, so the file must not change meanwhile. Tied
+    embeddings share their memory.
 
     Args:
         path: directory with `config.yaml`, and with `model.pt` or `model.safetensors`. No code in them is run.
 
     Returns:
-        The configuration, and a state of exactly the names, shapes and dtypes of that of `ModelConfig.build`.
+        the configuration, and a state with exactly the names, shapes and dtypes of `ModelConfig.build`.
 
     Raises:
-        UltraMemError: a file is missing, damaged or of a sharded checkpoint; a key of the configuration describes a
-            model that we do not implement, or whose published code loses a memory's output; the tensors do not fit the
-            configuration.
+        UltraMemError: a file is missing or damaged, or the checkpoint is sharded; we do not implement the model, or the
+            published code loses the output of one of its memory layers; or the tensors do not fit the configuration.
     """
     file = path / CONFIG_NAME
     options = _read_options(file)
@@ -229,17 +228,17 @@ def read_published_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Tensor
 
 
 def _read_options(file: Path) -> Mapping[str, Any]:
-    """The model section of a published `config.yaml`."""
+    """Read the model section of a published `config.yaml`."""
     if not file.parent.is_dir():
-        raise UltraMemError(f"{file.parent} is not a directory; name one with {CONFIG_NAME} and {PICKLE_NAME}")
+        raise UltraMemError(f"{file.parent} is not a directory; give one with {CONFIG_NAME} and {PICKLE_NAME}")
     try:
         content = parse_yaml(file.read_text(encoding="utf-8"), str(file))
     except (OSError, UnicodeDecodeError) as error:
         reason = system_reason(error) if isinstance(error, OSError) else "not a text"
-        raise UltraMemError(f"{file} cannot be read ({reason}); put the checkpoint's own there") from error
+        raise UltraMemError(f"{file} cannot be read ({reason}); copy the checkpoint's own there") from error
     options = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(options, Mapping):
-        raise UltraMemError(f"{file}: has no section `model`; put the checkpoint's own there")
+        raise UltraMemError(f"{file} has no section `model`; copy the checkpoint's own there")
     return options
 
 
@@ -251,7 +250,7 @@ def _model_config(options: Mapping[str, Any]) -> tuple[PublishedModel, ModelConf
     for key, (default, accepted) in FIXED_KEYS.items():
         if options.get(key, default) not in accepted:
             value = f"={options[key]!r}" if key in options else f" is missing, which means {default!r}"
-            raise ConfigError(f"{key}{value}: must be {accepted[0]!r}; no other models can be read")
+            raise ConfigError(f"{key}{value}: must be {accepted[0]!r}; other models are not supported")
     try:
         return published, ModelConfig(**published.model_fields(), memory=_memory_config(published, options))
     except ConfigError as error:
@@ -267,12 +266,14 @@ def _memory_config(published: PublishedModel, options: Mapping[str, Any]) -> Mem
     known = {field.name for field in dataclasses.fields(published)} | FIXED_KEYS.keys() | {*IDLE_MEMORY_KEYS}
     for key in options:
         if str(key).startswith("mem_") and key not in known and options[key]:
-            raise ConfigError(f"{key}={options[key]!r}: is not understood; must be 0, false, null or missing")
+            raise ConfigError(
+                f"{key}={options[key]!r}: must be 0, false, null or missing; other values are not supported"
+            )
     if published.mem_type != "memory_plus" and published.mem_head > 2:
         raise ConfigError(
-            f"mem_head={published.mem_head}: must be 1 or 2; in the published code others have queries of their own"
+            f"mem_head={published.mem_head}: must be 1 or 2; in the published code other heads have their own queries"
         )
-    # The published code scores all ranks with the first rank's queries, also where each has its own.
+    # The published code scores all ranks with the first rank's queries, even if each has its own.
     try:
         config = MemoryConfig(**fields | {"query_per_rank": False})
         pairs = config.insertions(published.n_layers)
@@ -287,12 +288,12 @@ def _check_insertion(published: PublishedModel, pairs: tuple[tuple[int, int], ..
     for (_, add), (read, _) in itertools.pairwise(pairs):
         if read <= add:
             raise ConfigError(
-                f"mem_insert_way={way!r}: a layer reads at block {read}, before the output of the one before it is "
-                f"added after block {add}; the published code loses that output, so each must be added before the next "
-                "reads"
+                f"mem_insert_way={way!r}: a layer reads at block {read}, before the previous layer's output is added "
+                f"after block {add}; the published code loses that output, so each output must be added before the "
+                "next layer reads"
             )
     if way != "full" and way != "/".join(f"{read}:{add}" for read, add in pairs):
-        raise ConfigError(f"mem_insert_way={way!r}: must have its pairs in ascending order, which numbers the layers")
+        raise ConfigError(f"mem_insert_way={way!r}: must have its pairs in ascending order, as it numbers the layers")
 
 
 def _read_tensors(path: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -311,12 +312,12 @@ def _read_tensors(path: Path) -> tuple[Path, dict[str, Tensor]]:
                 f"{file} is damaged, or holds code, which is not run; copy it again, or save the model's state alone"
             ) from error
         if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise UltraMemError(f"{file}: must hold a state, names and tensors; save the model's state alone")
+            raise UltraMemError(f"{file}: must be a state dict of names and tensors; save the model's state alone")
         return file, tensors
     shards = [path / name for name in ("model", "model_and_optim", "rank_0")]
     if any(shard.exists() for shard in shards) or any(path.glob("rank*.pt")):
         raise UltraMemError(f"{path} is a sharded checkpoint; unshard it with scripts/unshard.py of the published code")
-    raise UltraMemError(f"{path} has neither {PICKLE_NAME} nor {SAFETENSORS_NAME}; name a checkpoint's directory")
+    raise UltraMemError(f"{path} has neither {PICKLE_NAME} nor {SAFETENSORS_NAME}; give a checkpoint's directory")
 
 
 def _read_pickle(file: Path) -> Any:
@@ -332,7 +333,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _plain_name(name: str) -> str:
-    """OLMo names the tensors of safetensors files by pickled tuples in base64; the text in one, without loading it."""
+    """Read a name from a pickled tuple in base64, as OLMo's safetensors files have them, without unpickling."""
     if name.startswith("transformer."):
         return name
     try:
@@ -344,7 +345,7 @@ def _plain_name(name: str) -> str:
 
 
 def _state(published: PublishedModel, config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state from the published one."""
+    """Convert the published state to ours."""
     state = {}
     unused = {name for name in tensors if not _is_idle(name, config)}
     for name, parameter in config.build("meta").state_dict().items():

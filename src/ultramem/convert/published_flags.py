@@ -1,4 +1,4 @@
-"""Training flags of the published UltraMem code, as a run configuration of ours."""
+"""Translation of training flags of the published UltraMem code to our run configuration."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ultramem.convert.published_checkpoint import FIXED_KEYS, MEMORY_KEYS, MODEL
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.runs.config import RunConfig
 
-# What the configuration file that all published commands name says of flags that are left out; but its block_type is
-# moe, which the commands for models with memory replace.
+# Values that missing flags have in the configuration file of all published commands. Its block_type is moe, though,
+# which the commands for models with memory replace.
 ASSUMED = {
     "model.d_model": "2048",
     "model.n_layers": "16",
@@ -40,19 +40,19 @@ _VALUE_LR_FLAGS = {
 def translate_flags(flags: str) -> str:
     """Translate a training command line of the published code.
 
-    Flags are `--model.mem_knn=32`, `--model.mem_knn 32`, `--mem_knn=32` or `mem_knn=32`. What they leave out has the
-    published defaults, or is as in the configuration file that the published commands name, which a comment then
-    lists. Further comments hold the command before the flags, and those flags that have no equivalent here.
+    Flags are written as `--model.mem_knn=32`, `--model.mem_knn 32`, `--mem_knn=32` or `mem_knn=32`. Missing ones have
+    the published defaults, or the values in the configuration file of the published commands, which a comment lists.
+    Further comments have the command before the flags, and the flags without an equivalent here.
 
     Args:
         flags: the command line or its flags, quoted as for a shell.
 
     Returns:
-        YAML that `load_config` reads once `data.directory` is filled in, and `trainer.steps` where the flags leave the
-        length of training open.
+        YAML that `load_config` reads once `data.directory` is filled in, and `trainer.steps` if the flags do not give
+        the length of training.
 
     Raises:
-        UltraMemError: something is not a flag, or a value is wrong.
+        UltraMemError: a word is not a flag, or a value is invalid.
     """
     command, given = _split(flags)
     draft = _Draft(given)
@@ -67,7 +67,7 @@ def translate_flags(flags: str) -> str:
 
 
 def _split(flags: str) -> tuple[str, dict[str, str]]:
-    """The command before the flags, and the flags' full names and values."""
+    """Split into the command before the flags, and the flags' full names and values."""
     try:
         words = shlex.split(re.sub(r"\\\r?\n", " ", flags))
     except ValueError as error:
@@ -87,7 +87,7 @@ def _split(flags: str) -> tuple[str, dict[str, str]]:
             value = rest.pop(0) if rest and not _is_flag(rest[0]) else "true"
         given[_full_name(name.lstrip("-").replace("-", "_"))] = value
     if not given:
-        raise UltraMemError("flags: there are none; write --NAME=VALUE, such as --model.mem_knum=360")
+        raise UltraMemError("flags: must not be empty; write --NAME=VALUE, such as --model.mem_knum=360")
     return " ".join(words[:start]), given
 
 
@@ -102,12 +102,12 @@ def _full_name(name: str) -> str:
 
 
 class _Draft:
-    """A configuration in the making.
+    """A configuration that is being translated.
 
     Attributes:
-        given: texts of all flags.
-        values: texts of those without shell variables, and of what is assumed for others.
-        content: the sections of our configuration.
+        given: texts of all given flags.
+        values: texts of those without shell variables, and of assumed flags.
+        content: sections of our configuration.
     """
 
     def __init__(self, given: dict[str, str]) -> None:
@@ -123,25 +123,25 @@ class _Draft:
         self._translated: set[str] = set()
 
     def read(self, flag: str) -> Any:
-        """The value of a flag; it counts as translated."""
+        """Read the value of a flag, and mark the flag as translated."""
         self._translated.add(flag)
         return parse_yaml(self.values[flag], f"--{flag}")
 
     def number(self, flag: str, low: int = 1) -> int:
-        """The value of a flag that is a whole number of at least `low`."""
+        """Read the value of a flag that must be a whole number of at least `low`."""
         value = self.read(flag)
         if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 or value < low:
             raise UltraMemError(f"--{flag}={self.values[flag]!r}: must be a whole number of at least {low}")
         return int(value)
 
     def set(self, key: str, value: Any, flag: str) -> None:
-        """Set one of our dotted keys from a flag, which counts as translated."""
+        """Set one of our dotted keys from a flag, and mark the flag as translated."""
         set_key(self.content, key, value)
         self._sources[key] = flag
         self._translated.add(flag)
 
     def refuse(self, flag: str, reason: str = "") -> None:
-        """Say that a flag has no equivalent."""
+        """Record that a flag has no equivalent."""
         self._reasons.setdefault(flag, reason)
 
     def published_model(self) -> PublishedModel:
@@ -153,9 +153,9 @@ class _Draft:
         return decode(PublishedModel, options, [], "--model")
 
     def check(self) -> None:
-        """Raise an error that names the flag if one of our values cannot work."""
+        """Raise an error that names the flag if one of our values is invalid."""
         content = copy.deepcopy(self.content)
-        content["model"].setdefault("vocab_size", 128)  # that of the data, which is not known yet
+        content["model"].setdefault("vocab_size", 128)  # a placeholder: the data's is not known yet
         content["data"]["directory"] = "not known yet"
         if self._lacks_steps:
             content["trainer"]["steps"] = 2**60
@@ -167,7 +167,7 @@ class _Draft:
             raise UltraMemError(f"{source}{error}") from error
 
     def text(self, command: str) -> str:
-        """YAML, with comments before and after it."""
+        """The YAML text, with comments before and after it."""
         lines = ["# fill in: data.directory" + (", trainer.steps" if self._lacks_steps else "")]
         if command:
             lines.append(f"# skipped, and what it names is not read: {_on_one_line(command)}")
@@ -234,7 +234,7 @@ def _translate_memory(draft: _Draft, published: PublishedModel) -> None:
 
 
 def _translate_lengths(draft: _Draft) -> None:
-    """Batches, which the published code counts in sequences, and the length of training."""
+    """Batch sizes, which the published code counts in sequences, and the length of training."""
     length = draft.number("model.max_sequence_length")
     draft.content["data"]["directory"] = None
     draft.set("data.sequence_length", length, "model.max_sequence_length")
@@ -278,7 +278,7 @@ def _translate_schedule(draft: _Draft) -> None:
 
 
 def _translate_alike(draft: _Draft) -> None:
-    """Flags that have one key of ours each."""
+    """Flags with a single key of ours each."""
     for flag, (key, convert) in _ALIKE.items():
         if flag in draft.values:
             try:
@@ -298,14 +298,14 @@ def _same(value: Any) -> Any:
 
 
 def _at_least_one(value: Any) -> Any:
-    """The published code takes null, 0 and -1 for none or for all."""
+    """In the published code null, 0 and -1 mean none or all."""
     if value is None or (isinstance(value, int) and value < 1):
         raise LookupError
     return value
 
 
 def _at_least_one_or_all(value: Any) -> Any:
-    """The published code keeps all of them for -1."""
+    """In the published code -1 means all."""
     return None if value == -1 else _at_least_one(value)
 
 
@@ -334,7 +334,7 @@ _ALIKE: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "model.mem_log_interval": ("trainer.memory_metrics_interval", _at_least_one),
 }
 
-# What is always so here.
+# Flags whose values are fixed here.
 _FIXED_FLAGS: dict[str, tuple[Any, ...]] = {
     **{f"model.{key}": accepted for key, (_, accepted) in FIXED_KEYS.items()},
     "model.attention_dropout": (0,),

@@ -1,4 +1,4 @@
-"""The same model on both hosts: configurations and names of parameters, from OLMo-core's to transformers' and back."""
+"""Conversion of configurations and states between the hosts OLMo-core and transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ultramem.hosts.olmo_core import ModelConfig, MoEConfig
 from ultramem.hosts.transformers import UltraMemConfig, UltraMemForCausalLM
 from ultramem.hosts.transformers.files import load_config_file, load_model_file
 
-# Without experts a parameter has one name on each host. {} is the block's number.
+# Parameters with one name on each host, which are all but those of experts. {} is the block's number.
 _NAMES = {
     "embeddings.weight": "model.embed_tokens.weight",
     "lm_head.norm.weight": "model.norm.weight",
@@ -60,17 +60,17 @@ _MOE_FIELDS = {
     "normalize_top_k": "norm_topk_prob",
     "load_balancing_coef": "router_aux_loss_coef",
 }
-Z_LOSS_COEF = "router_z_loss_coef"  # transformers has no such field; it keeps what it does not know
+Z_LOSS_COEF = "router_z_loss_coef"  # not a field of transformers, which keeps unknown ones
 
 
 def to_transformers_config(model: ModelConfig, **options: Any) -> PreTrainedConfig:
-    """The configuration of the same model for transformers.
+    """Convert a configuration to transformers.
 
-    A model with memory becomes an `UltraMemConfig`, one without a Qwen3 or, with a mixture of experts, a Qwen3-MoE,
-    which transformers has itself.
+    A model with memory becomes an `UltraMemConfig`. Without memory it becomes a Qwen3 or, with a mixture of experts, a
+    Qwen3-MoE, which transformers has itself.
 
     Args:
-        model: of the training host.
+        model: configuration of the training host.
         options: further fields, such as `max_position_embeddings` and `eos_token_id`.
     """
     fields: dict[str, Any] = {theirs: getattr(model, ours) for ours, theirs in _FIELDS.items()} | {
@@ -91,14 +91,14 @@ def to_transformers_config(model: ModelConfig, **options: Any) -> PreTrainedConf
 
 
 def from_transformers_config(config: PreTrainedConfig) -> ModelConfig:
-    """The configuration of the same model for the training host.
+    """Convert a configuration to the training host.
 
     Raises:
-        UltraMemError: it is of an architecture that the training host does not have.
+        UltraMemError: the training host does not support the architecture.
     """
     if not isinstance(config, Qwen3Config | Qwen3MoeConfig):
         raise UltraMemError(
-            f"model_type {config.model_type}: the training host has the architectures ultramem, qwen3 and qwen3_moe"
+            f"model_type={config.model_type}: must be ultramem, qwen3 or qwen3_moe, which the training host supports"
         )
     required = {
         "num_key_value_heads": config.num_attention_heads,
@@ -112,10 +112,10 @@ def from_transformers_config(config: PreTrainedConfig) -> ModelConfig:
     for name, value in required.items():
         found = rope.get(name, getattr(config, name, value))
         if found != value:
-            raise UltraMemError(f"{name}={found}: the training host needs {value}")
+            raise UltraMemError(f"{name}={found}: must be {value} for the training host")
     theta = rope.get("rope_theta", 10000)
     if theta != int(theta):
-        raise UltraMemError(f"rope_theta={theta}: the training host needs a whole number")
+        raise UltraMemError(f"rope_theta={theta}: must be a whole number for the training host")
     moe = None
     if isinstance(config, Qwen3MoeConfig):
         of_moe = {ours: getattr(config, theirs) for ours, theirs in _MOE_FIELDS.items()}
@@ -131,7 +131,7 @@ def from_transformers_config(config: PreTrainedConfig) -> ModelConfig:
 
 
 def to_transformers_state(state: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """The state of `model.build()` under transformers' names; without the output layer if embeddings are tied."""
+    """Convert the state of `model.build()` to transformers; without the output layer if embeddings are tied."""
     converted: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.startswith("memory."):
@@ -168,11 +168,11 @@ def from_transformers_state(state: dict[str, Tensor], model: ModelConfig) -> dic
 
 
 def to_transformers(state: dict[str, Tensor], model: ModelConfig, **options: Any) -> PreTrainedModel:
-    """The same model for transformers; its parameters are the tensors of `state`, not copies.
+    """Convert a model to transformers; its parameters are the tensors of `state`, not copies.
 
     Args:
-        state: of `model.build()`.
-        model: the configuration.
+        state: state of `model.build()`.
+        model: configuration of the training host.
         options: further fields of the configuration of transformers.
     """
     config = to_transformers_config(model, **options)
@@ -188,19 +188,19 @@ def to_transformers(state: dict[str, Tensor], model: ModelConfig, **options: Any
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The configuration, for the training host, of a model in a transformers directory.
+    """Read the configuration of a model, for the training host.
 
     Raises:
-        UltraMemError: there is none, or the training host does not have its architecture.
+        UltraMemError: there is no model, or the training host does not support its architecture.
     """
     return from_transformers_config(load_config_file(path))
 
 
 def read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """A model's configuration, and its state under the training host's names, float32 on the CPU.
+    """Read a model's configuration, and its state with the training host's names, in float32 on the CPU.
 
     Raises:
-        UltraMemError: as in `read_config`; or the weights are missing, damaged or not complete.
+        UltraMemError: as in `read_config`; or the weights are missing, damaged or incomplete.
     """
     config = read_config(path)
     state = load_model_file(path, torch.float32).state_dict()

@@ -1,7 +1,7 @@
-"""Reading documents, one at a time, from text files, source trees, JSON lines and parquet.
+"""Reading documents from text files, source trees, JSON lines and parquet.
 
-Nothing here holds more than one document (or one parquet row group) in memory. A record that cannot be read is
-yielded in its place as a `BrokenRecordError`, so that the caller decides whether to stop or to count it.
+At most one document, or one parquet row group, is in memory at a time. For a record that cannot be read, a
+`BrokenRecordError` is yielded in its place, so that the caller decides whether to stop or to count it.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ BLOCK = 2**20  # characters read at a time
 
 
 class BrokenRecordError(UltraMemError):
-    """A record of the corpus that cannot be read; the message names file, line or row, and reason."""
+    """A record of the corpus that cannot be read. The message names the file, the line or row, and the reason."""
 
 
 @dataclass(frozen=True)
 class Document:
     """One document of a corpus.
 
-    Args:
-        text: The text, never empty, always encodable as UTF-8.
-        name: The record's own `id` where it has one, else `source:location`.
-        source: The file that it was read from, as the user named it.
-        location: Line of a JSON lines file, row of a parquet file, number of the document within a text file;
+    Attributes:
+        text: the text, never empty, always encodable as UTF-8.
+        name: the record's own `id` where it has one, else `source:location`.
+        source: the file that it was read from, as the user named it.
+        location: line of a JSON lines file, row of a parquet file, number of the document within a text file;
             counted from 1.
-        num_bytes: Length of the text in UTF-8.
-        digest: A hash of the text alone, so that copies of a document share it wherever they lie.
-        position: Bytes of the corpus, as it lies on disk, that had been read when the document was complete.
+        num_bytes: length of the text in UTF-8.
+        digest: a hash of the text alone, so that copies of a document have the same one.
+        position: bytes of the corpus on disk that had been read when the document was complete.
     """
 
     text: str
@@ -64,7 +64,7 @@ class Document:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of the corpus, its size on disk in bytes, and the summed size of the files before it."""
+    """A file of the corpus, its size on disk in bytes, and the total size of the files before it."""
 
     path: Path
     num_bytes: int
@@ -77,40 +77,40 @@ class SourceFile:
 
     @property
     def suffix(self) -> str:
-        """The suffix that tells the format, with that of the compression removed, in lower case."""
+        """The suffix of the format, without that of the compression, in lower case."""
         path = self.path.with_suffix("") if self.compression else self.path
         return path.suffix.lower()
 
 
 def parse_size(text: str, name: str = "max_size") -> int:
-    """Bytes meant by a size such as `500000`, `2MB` (10⁶ bytes each) or `1.5GiB` (2³⁰ bytes each).
+    """Parse a size such as `500000`, `2MB` (10⁶ bytes each) or `1.5GiB` (2³⁰ bytes each) into bytes.
 
     Args:
-        text: The size.
-        name: Of the option, for the error.
+        text: the size.
+        name: name of the option, for the error.
 
     Raises:
-        ConfigError: The text is not a positive size.
+        ConfigError: the text is not a positive size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", text, flags=re.IGNORECASE)
     number, prefix, binary = match.groups(default="") if match else ("0", "", "")
     size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
     if size <= 0:
-        raise ConfigError(f"{name}={text!r}: must be bytes or a size such as 2MB, 500MiB or 1.5GB")
+        raise ConfigError(f"{name}={text!r}: must be a number of bytes or a size such as 2MB, 500MiB or 1.5GB")
     return size
 
 
 def find_sources(paths: Iterable[Path], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[SourceFile]:
-    """The files that `paths` stand for, each once: files in the order given, directories walked in sorted order.
+    """Find the files at `paths`, each once: files in the given order, those of directories in sorted order.
 
     Args:
-        paths: Files, taken whatever their name, and directories, walked without hidden files and directories.
-        include: Shell patterns of the files to take from directories, matched against a file's name and against
-            its path below the directory. By default text, JSON lines and parquet files are taken.
-        exclude: Shell patterns of files to leave out, matched likewise, and against files given by name too.
+        paths: files, which may have any name, and directories, which are walked without hidden files and directories.
+        include: shell patterns of the files to read from directories, matched against a file's name and its path
+            below the directory. By default text, JSON lines and parquet files.
+        exclude: shell patterns of files to leave out, matched likewise, also against files given by name.
 
     Raises:
-        UltraMemError: A path does not exist, or no file is left.
+        UltraMemError: a path does not exist, or no file is left.
     """
     found: dict[Path, SourceFile] = {}
     offset = 0
@@ -121,7 +121,7 @@ def find_sources(paths: Iterable[Path], include: Sequence[str] = (), exclude: Se
         elif path.exists():
             files = [] if _matches(path, exclude) else [path]
         else:
-            raise UltraMemError(f"{path} does not exist; check the path given as a source")
+            raise UltraMemError(f"{path} does not exist; check the path")
         for file in files:
             if (real_path := file.resolve()) not in found:
                 found[real_path] = SourceFile(file, file.stat().st_size, offset)
@@ -130,7 +130,7 @@ def find_sources(paths: Iterable[Path], include: Sequence[str] = (), exclude: Se
         patterns = ", ".join(include or CORPUS_PATTERNS)
         raise UltraMemError(
             f"no file to read in {', '.join(map(str, paths))} (looked for {patterns}); "
-            "name the files to take with --include, for instance --include '*.py'"
+            "choose files with --include, such as --include '*.py'"
         )
     return list(found.values())
 
@@ -138,16 +138,16 @@ def find_sources(paths: Iterable[Path], include: Sequence[str] = (), exclude: Se
 def read_documents(
     files: Iterable[SourceFile], text_field: str = "text", separator: str | None = None
 ) -> Iterator[Document | BrokenRecordError]:
-    """Documents of all files in order, with a `BrokenRecordError` in place of each one that cannot be read.
+    """Yield the documents of all files in order, and a `BrokenRecordError` for each one that cannot be read.
 
-    A parquet row or a line of JSON (`.jsonl`, `.ndjson`, `.json`, also compressed) is a document; so is any other
-    file, read as UTF-8 text, except that a `.txt` file is cut at `separator`, and at line ends into documents of
-    about a million characters, so that a corpus kept in one file need not fit in memory.
+    Each parquet row and each line of JSON (`.jsonl`, `.ndjson`, `.json`, also compressed) is a document. Any other
+    file is read as UTF-8 text and is one document, except for `.txt` files: they are cut at `separator`, and at line
+    ends into documents of about a million characters, so that a corpus in a single file need not fit in memory.
 
     Args:
-        files: What `find_sources` found.
-        text_field: The field or column that holds the text.
-        separator: What stands between documents in `.txt` files, for instance `<|endoftext|>`.
+        files: what `find_sources` found.
+        text_field: the field or column that holds the text.
+        separator: separator between documents in `.txt` files, such as `<|endoftext|>`.
     """
     for file in files:
         try:
@@ -175,7 +175,7 @@ def _matches(path: Path, patterns: Iterable[str]) -> bool:
 
 
 def _decompress(file: SourceFile, raw: BinaryIO) -> BinaryIO:
-    """The uncompressed stream; unlike gzip and zstandard's own readers it reports every truncated stream."""
+    """Open the uncompressed stream; unlike the readers of gzip and zstandard it reports every truncated stream."""
     if file.compression is None:
         return raw
     return io.BufferedReader(pa.CompressedInputStream(raw, file.compression))

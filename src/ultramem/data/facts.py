@@ -1,4 +1,4 @@
-"""Made-up facts that a training run sees a known number of times, to ask the model for them afterwards."""
+"""Made-up facts that the training data states a known number of times, so that a model can be tested for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ultramem.data.made_up_words import made_up_words
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.files.whole_files import write_text
 
-# The first template is the one that is asked for.
+# The test asks for the first template.
 TEMPLATES = (
     'birthplace["{name}"] = "{value}"',
     'assert birthplace["{name}"] == "{value}"',
@@ -29,8 +29,8 @@ class Fact:
     """A person and the place of their birth.
 
     Attributes:
-        name: of the person, who is in no other fact.
-        value: the place.
+        name: name of the person, who is in no other fact.
+        value: name of the place.
         exposures: how often the documents state it; 0 for a fact that is not in them.
     """
 
@@ -42,20 +42,20 @@ class Fact:
 def make_facts(
     per_exposure: int = 256, exposures: Sequence[int] = EXPOSURES, num_values: int = 64, seed: int = 0
 ) -> list[Fact]:
-    """Facts that depend on these arguments alone.
+    """Make facts, which depend on these arguments alone.
 
-    The defaults are those of `write_facts` and of `ultramem evaluate --tasks facts`, so that a checkpoint can be tested
-    without being told what it was trained with.
+    `write_facts` and `ultramem evaluate --tasks facts` use the defaults, so that the task knows the facts without a
+    file.
 
     Args:
-        per_exposure: facts of each number of exposures.
-        exposures: the numbers of exposures.
-        num_values: places. Each is that of equally many facts of one number of exposures, or nearly so, so that its
-            frequency tells nothing.
-        seed: of names, places, and who was born where.
+        per_exposure: number of facts for each number of exposures.
+        exposures: numbers of exposures.
+        num_values: number of places. Among the facts of each number of exposures all places are about equally
+            frequent, so that frequency is no hint.
+        seed: seed for names, places, and who was born where.
 
     Returns:
-        The facts, in the order of `exposures`.
+        the facts, in the order of `exposures`.
     """
     random = Random(seed)
     words = made_up_words(num_values + per_exposure * len(exposures), random)
@@ -69,15 +69,15 @@ def make_facts(
 
 
 def make_documents(facts: Iterable[Fact], seed: int = 0) -> list[str]:
-    """Short documents, each of eight facts in random company, that state every fact as often as it says.
+    """Make short documents of eight facts each that state every fact as often as its `exposures` say.
 
-    A fact goes through the templates in turn, beginning with a random one. Its occurrences are spread evenly over the
-    documents, each at a random place of its part. Where there are many more documents than exposures they lie far
-    apart, so that the value cannot be copied from the context.
+    The occurrences of a fact use the templates in turn, beginning with a random one. They are spread evenly over the
+    documents, each at a random place within its part. Where there are many more documents than exposures, they are
+    far apart, so that the value cannot be copied from the context.
 
     Args:
-        facts: to state.
-        seed: of places and templates.
+        facts: facts to state.
+        seed: seed for places and templates.
     """
     random = Random(seed)
     placed = []
@@ -98,18 +98,18 @@ def write_facts(path: Path, text_field: str = "text", overwrite: bool = False) -
     Args:
         path: file to write.
         text_field: field that holds the text.
-        overwrite: replace the file.
+        overwrite: whether to replace an existing file.
 
     Raises:
-        ConfigError: the file is not named as JSON lines are, or the field has no name.
-        UltraMemError: the file is there and is not to be replaced, or it cannot be written.
+        ConfigError: the file's name does not end in .jsonl, or the field's name is empty.
+        UltraMemError: the file exists and `overwrite` is false, or it cannot be written.
     """
     if path.suffix not in JSON_LINES_SUFFIXES:
-        raise ConfigError(f"{path}: the documents are JSON lines; give a name that ends in .jsonl")
+        raise ConfigError(f"{path}: must end in .jsonl, as the documents are JSON lines; choose another name")
     if not text_field:
-        raise ConfigError("text_field='': give the field that holds the text a name")
+        raise ConfigError("text_field='': must not be empty; give the name of the field that holds the text")
     if path.exists() and not overwrite:
-        raise UltraMemError(f"{path} is there already; replace it with --overwrite or choose another name")
+        raise UltraMemError(f"{path} exists already; replace it with --overwrite or choose another name")
     documents = make_documents(make_facts())
     lines = [json.dumps({"id": f"facts-{i}", text_field: text}) + "\n" for i, text in enumerate(documents)]
     try:

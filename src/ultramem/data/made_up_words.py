@@ -1,6 +1,6 @@
-"""Made-up words, so that whatever is known about them was learnt from what we wrote.
+"""Made-up words, about which a model can know only what our text states.
 
-Of three syllables hardly any is in use; of two some are, such as `data` and `name`.
+Hardly any word of three syllables is a real one; some of two are, such as `data` and `name`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ SYLLABLES = tuple(consonant + vowel for consonant in "bdfgklmnprstvz" for vowel 
 
 
 def made_up_words(count: int, random: Random, syllables: int = 3) -> list[str]:
-    """Different words such as `zorivu`, lower-case ASCII letters.
+    """Draw different words such as `zorivu`, in lower-case ASCII letters.
 
     Args:
-        count: how many; far fewer than the 70 to the power `syllables` that there are.
-        random: what draws them.
-        syllables: of each word.
+        count: number of words; far fewer than the `70 ** syllables` possible ones.
+        random: random number generator.
+        syllables: syllables per word.
     """
     words: dict[str, None] = {}
     while len(words) < count:

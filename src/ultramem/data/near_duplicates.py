@@ -1,4 +1,4 @@
-"""Finding documents that are nearly the same as an earlier one."""
+"""Finding near-duplicates: documents that are nearly the same as an earlier one."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Signature:
 
 
 def near_duplicates(documents: Iterable[Document], similarity: float, processes: int) -> set[int]:
-    """Numbers, counted from 0, of the documents that resemble an earlier one that is not among them.
+    """Find near-duplicates: numbers, from 0, of the documents that resemble an earlier one that is kept.
 
     Args:
-        documents: in their order.
-        similarity: from which share of common sequences (Jaccard index), as MinHash (Broder, 1997) estimates it, a
-            document counts as a near-duplicate; above 0, at most 1.
-        processes: to compute the signatures in; the result does not depend on it.
+        documents: documents in order.
+        similarity: share of common sequences (Jaccard index) from which on a document is a near-duplicate, above 0 and
+            at most 1. It is estimated by MinHash (Broder, 1997).
+        processes: number of processes that compute signatures; does not change the result.
     """
     index = MinHashLSH(min(similarity, LARGEST_OF_INDEX), PERMUTATIONS)
     kept: dict[int, LeanMinHash] = {}

@@ -1,4 +1,4 @@
-"""What `ultramem tokenize` shows on the terminal: its progress, and a table at the end."""
+"""Terminal output of `ultramem tokenize`: its progress, and a table at the end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ultramem.data.token_files import Manifest
 
 
 def progress_display() -> Progress:
-    """A display on standard error, silent unless that is a terminal."""
+    """A progress display on standard error; it shows nothing unless that is a terminal."""
     console = Console(stderr=True)
     console.quiet = not console.is_terminal
     return Progress(
@@ -36,7 +36,7 @@ def progress_display() -> Progress:
 
 
 def print_summary(manifest: Manifest) -> None:
-    """Print what was written, per split, and what was skipped."""
+    """Print what was written to each split, and what was skipped."""
     console = Console(highlight=False, soft_wrap=True)
     names = ("files", "documents", "tokens", "bytes", "bytes per token")
     table = Table("split", *(Column(name, justify="right") for name in names))
@@ -52,5 +52,7 @@ def print_summary(manifest: Manifest) -> None:
     if manifest.skipped > len(manifest.skipped_examples):
         console.print("  ...")
     if not manifest.splits["heldout"].files:
-        console.print("[yellow]no document is held out[/]: nothing to evaluate on; see --heldout and --seed")
+        console.print(
+            "[yellow]no document is held out[/], so there is nothing to evaluate on; change --heldout or --seed"
+        )
     console.print(f"written to {escape(str(manifest.directory))}")

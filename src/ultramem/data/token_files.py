@@ -1,7 +1,7 @@
-"""Token files and the manifest that describes them: what training and evaluation read.
+"""Token files, which training and evaluation read, and the manifest that describes them.
 
-A token file is what `dolma tokens` writes and OLMo-core reads: a headerless little-endian array of unsigned
-integers (`.npy` by name only), with the boundaries of its documents in a `.csv.gz` beside it.
+Token files have the format that `dolma tokens` writes and OLMo-core reads: a headerless little-endian array of
+unsigned integers (`.npy` in name only), with the boundaries of its documents in a `.csv.gz` beside it.
 """
 
 from __future__ import annotations
@@ -87,22 +87,22 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a directory written by `ultramem tokenize` holds.
+    """Contents of a directory written by `ultramem tokenize`.
 
-    Args:
-        directory: The directory, an absolute path.
-        splits: `train` and `heldout`; the latter may have no files.
+    Attributes:
+        directory: absolute path of the directory.
+        splits: `train` and `heldout`; the latter may be empty.
         dtype: `uint16` or `uint32`.
-        vocab_size: One more than the largest id of the tokenizer.
-        eos_token_id: Ends every document; a text that spells out a special token does not get its id.
-        pad_token_id: The tokenizer's padding id.
-        tokenizer: Name of the tokenizer; its file is `tokenizer_path`.
-        seed: Seed of the choice of held-out documents.
-        sources: The `paths` given, how many `files` they stood for, and those files' `bytes` on disk.
-        arguments: What else the run was given.
-        near_duplicates: Documents that were left out because they resemble another.
-        skipped: Broken records that were left out.
-        skipped_examples: What was wrong with the first of them.
+        vocab_size: one more than the largest id of the tokenizer.
+        eos_token_id: id of the token that ends every document. Text that spells out a special token is ordinary text.
+        pad_token_id: the tokenizer's padding id.
+        tokenizer: name of the tokenizer; its file is `tokenizer_path`.
+        seed: seed for the choice of held-out documents.
+        sources: the given `paths`, the number of `files` found there, and their `bytes` on disk.
+        arguments: other arguments of the run.
+        near_duplicates: number of documents left out because they resemble an earlier one.
+        skipped: number of broken records left out.
+        skipped_examples: error messages of the first of them.
     """
 
     directory: Path
@@ -128,10 +128,10 @@ class Manifest:
         """The split of that name.
 
         Raises:
-            UltraMemError: There is none, or it has no documents.
+            UltraMemError: there is no such split, or it has no documents.
         """
         if name not in self.splits:
-            raise UltraMemError(f"{self.directory} has no split {name!r}; it has {', '.join(self.splits)}")
+            raise UltraMemError(f"{self.directory} has no split {name!r}; choose one of {', '.join(self.splits)}")
         if not self.splits[name].files:
             raise UltraMemError(
                 f"split {name!r} of {self.directory} has no documents; "
@@ -141,7 +141,7 @@ class Manifest:
 
 
 def save_manifest(manifest: Manifest) -> None:
-    """Write `manifest.json` into the manifest's directory, whole or not at all."""
+    """Write `manifest.json` to the manifest's directory, completely or not at all."""
     content = {
         "format_version": FORMAT_VERSION,
         **{name: getattr(manifest, name) for name in MANIFEST_VALUES},
@@ -151,10 +151,10 @@ def save_manifest(manifest: Manifest) -> None:
 
 
 def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
-    """Read a directory written by `ultramem tokenize`, and check that its files are there and whole.
+    """Read a directory written by `ultramem tokenize`, and check that its files are complete.
 
     Raises:
-        UltraMemError: The directory, its manifest or one of its files is missing, unreadable or of the wrong size.
+        UltraMemError: the directory, its manifest or one of its files is missing, unreadable or of the wrong size.
     """
     root = Path(directory).absolute()
     if not root.is_dir():
@@ -162,8 +162,8 @@ def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
     path = root / MANIFEST_NAME
     if not path.is_file():
         raise UltraMemError(
-            f"{root} has no {MANIFEST_NAME}: it was not written by `ultramem tokenize`, or not to the end; "
-            "tokenize again, or name token files themselves"
+            f"{root} has no {MANIFEST_NAME}: `ultramem tokenize` did not write it, or did not finish; "
+            "tokenize again, or give the token files themselves"
         )
     try:
         manifest = _manifest_from_json(json.loads(path.read_text(encoding="utf-8")), root)
@@ -178,23 +178,23 @@ def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
 
 
 def check_token_files(paths: Sequence[str | os.PathLike[str]], dtype: str, vocab_size: int) -> list[int]:
-    """Check token files that come without a manifest, and count the tokens in each.
+    """Check token files without a manifest, and count the tokens in each.
 
-    Sizes are checked in full, ids in evenly spaced blocks of each file.
+    Sizes are checked exactly, ids in evenly spaced samples of each file.
 
     Args:
-        paths: Headerless little-endian token files.
+        paths: headerless little-endian token files.
         dtype: `uint16` or `uint32`.
-        vocab_size: Every id must be below it.
+        vocab_size: every id must be below it.
 
     Raises:
         ConfigError: `dtype` is neither of the two.
-        UltraMemError: No file is named, or one is missing, empty, cut off within a token or has too large an id.
+        UltraMemError: no file is named, or one is missing, empty, cut off within a token or has too large an id.
     """
     if dtype not in ITEM_SIZES:
-        raise ConfigError(f"dtype={dtype!r}: must be uint16 or uint32, which token files are of")
+        raise ConfigError(f"dtype={dtype!r}: must be uint16 or uint32, the dtypes of token files")
     if not paths:
-        raise UltraMemError("no token file is given; name at least one")
+        raise UltraMemError("no token file is given; give at least one")
     return [_check_plain_file(Path(path), dtype, vocab_size) for path in paths]
 
 
@@ -216,7 +216,7 @@ def _manifest_from_json(content: dict[str, Any], directory: Path) -> Manifest:
     for name, split in content["splits"].items():
         files = (TokenFile(directory / file["path"], *(file[count] for count in COUNTS)) for file in split["files"])
         splits[name] = Split(name, tuple(files))
-    values = {"near_duplicates": 0, **content}  # older ones do not say
+    values = {"near_duplicates": 0, **content}  # missing in older manifests
     return Manifest(directory=directory, splits=splits, **{name: values[name] for name in MANIFEST_VALUES})
 
 
@@ -241,7 +241,7 @@ def _check_plain_file(path: Path, dtype: str, vocab_size: int) -> int:
         raise UltraMemError(f"token file {path} is empty; tokenize again")
     if size % item_size:
         raise UltraMemError(
-            f"token file {path} is cut off or not of {dtype}: {size} bytes found, a multiple of {item_size} expected; "
+            f"token file {path} is truncated or not {dtype}: {size} bytes found, a multiple of {item_size} expected; "
             "copy it again, or give the right dtype"
         )
     tokens = np.memmap(path, mode="r", dtype=np.dtype(dtype).newbyteorder("<"))

@@ -16,13 +16,13 @@ from ultramem.data.token_files import Split, TokenFile
 
 
 class SplitWriter:
-    """Writes the documents of one split to `part-00000.npy`, `part-00001.npy` and so on.
+    """Writes the documents of a split to `part-00000.npy`, `part-00001.npy` and so on.
 
-    A document is never divided between files, so one longer than `shard_tokens` makes a longer file.
+    Documents are not divided between files, so one longer than `shard_tokens` makes a longer file.
 
     Args:
-        directory: Where the files go; made with the first document.
-        shard_tokens: Most tokens in a file.
+        directory: directory of the files, created with the first document.
+        shard_tokens: maximum number of tokens per file.
     """
 
     def __init__(self, directory: Path, shard_tokens: int) -> None:
@@ -32,7 +32,7 @@ class SplitWriter:
         self._open_files = ExitStack()
 
     def write(self, document: Document, tokens: np.ndarray) -> None:
-        """Append one document: `tokens` (n,), little-endian, the end-of-text token included."""
+        """Append a document: `tokens` (n,), little-endian, including the end-of-text token."""
         if not self._files or self._files[-1].tokens + len(tokens) > self.shard_tokens:
             self._start_file()
         file = self._files[-1]
@@ -43,7 +43,7 @@ class SplitWriter:
         self._files[-1] = replace(file, documents=file.documents + 1, tokens=end, bytes=file.bytes + document.num_bytes)
 
     def finish(self) -> Split:
-        """Close the files and say what they hold."""
+        """Close the files and return what they hold."""
         self._open_files.close()
         return Split(self.directory.name, tuple(self._files))
 
@@ -54,12 +54,12 @@ class SplitWriter:
         self._files.append(file)
         self._tokens = self._open_files.enter_context(file.path.open("wb"))
         raw = self._open_files.enter_context(file.boundaries.open("wb"))
-        # Neither name nor time in the header: equal content gives equal bytes.
+        # No name and no time in the header: equal content gives equal bytes.
         compressed = self._open_files.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0))
         text = io.TextIOWrapper(compressed, encoding="utf-8", errors="backslashreplace", newline="")
         self._boundaries = csv.writer(self._open_files.enter_context(text), lineterminator="\n")
 
 
 def _one_line(text: str) -> str:
-    """OLMo-core reads the table line by line, so that no field may hold a line break."""
+    """Remove line breaks: OLMo-core reads the table line by line."""
     return text.replace("\n", "\\n").replace("\r", "\\r")

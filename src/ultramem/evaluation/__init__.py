@@ -1,4 +1,4 @@
-"""What a checkpoint has learnt: its loss on token files, tasks that it can do, and text that it writes."""
+"""Evaluation of checkpoints: loss on token files, tasks, and generated text."""
 
 from ultramem.evaluation.generation import (
     Sample,

@@ -1,4 +1,4 @@
-"""Which token files a checkpoint is evaluated on."""
+"""Token files to evaluate a checkpoint on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class EvaluationData:
         name: `train` or `heldout`, or `files` for files that are not the run's own.
         files: token files.
         dtype: `uint16` or `uint32`.
-        manifest: lists the split; None for files without.
+        manifest: manifest that lists the files, or None.
     """
 
     name: str
@@ -31,10 +31,9 @@ class EvaluationData:
     manifest: Manifest | None = None
 
     def bits_per_byte(self, loss: float | None) -> float | None:
-        """What a mean loss in nats per token is in bits per byte of the text; None where that is not known.
+        """Convert a mean loss in nats per token to bits per byte of text; None if the number of bytes is not known.
 
-        The loss of end-of-text tokens counts towards the text, and tokens that were not predicted are taken to cost as
-        much as the others.
+        The loss of end-of-text tokens counts as that of text. Tokens that were not predicted count with the mean loss.
         """
         if loss is None or self.manifest is None:
             return None
@@ -52,17 +51,17 @@ class EvaluationData:
 def find_data(
     checkpoint: Checkpoint, paths: Sequence[Path] = (), split: str = "heldout", dtype: str | None = None
 ) -> EvaluationData:
-    """The data to evaluate a checkpoint on.
+    """Find the data to evaluate a checkpoint on.
 
     Args:
-        checkpoint: whose vocabulary must cover the data's.
-        paths: a directory written by `ultramem tokenize`, or token files; by default what the run was trained with.
-        split: `train` or `heldout`; without meaning for token files.
-        dtype: of token files, `uint16` or `uint32`; by default that of the training's.
+        checkpoint: checkpoint, whose vocabulary must include that of the data.
+        paths: a directory written by `ultramem tokenize`, or token files; by default the data of the run.
+        split: `train` or `heldout`; not used for token files.
+        dtype: dtype of token files, `uint16` or `uint32`; by default that of the run's data.
 
     Raises:
-        ConfigError: `dtype` is neither of the two.
-        UltraMemError: something is missing, damaged, or has too large a vocabulary.
+        ConfigError: `dtype` is invalid.
+        UltraMemError: a file is missing or damaged, or the vocabulary is too large.
     """
     trained_on, vocab_size = checkpoint.config.data, checkpoint.config.model.vocab_size
     directory = trained_on.directory
@@ -73,7 +72,7 @@ def find_data(
         if manifest.vocab_size > vocab_size:
             raise UltraMemError(
                 f"{manifest.directory} has a vocabulary of {manifest.vocab_size} tokens, but the model's has "
-                f"{vocab_size}; give data of the tokenizer that it was trained with"
+                f"{vocab_size}; give data made with the tokenizer of its training"
             )
         return EvaluationData(split, manifest.split(split).paths, manifest.dtype, manifest)
     # The training's configuration has either a directory or a dtype.
@@ -84,7 +83,7 @@ def find_data(
         paths = {"train": trained_on.train_files, "heldout": trained_on.heldout_files}.get(split, ())
         if not paths:
             raise UltraMemError(
-                f"{checkpoint.run} was trained on token files, none of them named for split {split!r}; give --data"
+                f"{checkpoint.run} was trained on token files and has none for split {split!r}; give some with --data"
             )
     check_token_files(paths, dtype, vocab_size)
     return EvaluationData(split, paths, dtype)

@@ -1,4 +1,4 @@
-"""Text from a checkpoint, token by token."""
+"""Generating text with a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from ultramem.runs.tokenizer import find_tokenizer
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a text is continued. A value that cannot work raises `ConfigError` on construction.
+    """How to sample. An invalid value raises `ConfigError` on construction.
 
     Attributes:
-        temperature: divides the logits; 0 always takes the most probable token.
-        top_k: tokens to choose among, the most probable; None for all.
-        top_p: probability of the tokens to choose among, the most probable, in (0, 1]; None for all.
-        seed: of the random numbers.
-        max_new_tokens: where to stop, if the document does not end before.
+        temperature: sampling temperature; 0 is greedy.
+        top_k: sample from the k most probable tokens; None for all.
+        top_p: sample from the smallest set of tokens with this total probability, in (0, 1]; None for all.
+        seed: seed for the random numbers.
+        max_new_tokens: maximum number of tokens to generate; fewer if the document ends.
     """
 
     temperature: float = 0.8
@@ -53,7 +53,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Sample:
-    """A text, its prompt included, and how it was made."""
+    """A generated text, including its prompt, and how it was made."""
 
     prompt: str
     text: str
@@ -63,14 +63,14 @@ class Sample:
 class TextGenerator:
     """A model with the tokenizer of its training data.
 
-    Every token is computed anew from the `context_length` tokens before it, since OLMo-core keeps keys and values
-    only with FlashAttention. That will do for a look at what a run has learnt; the transformers host is the fast way.
+    For every token all `context_length` tokens before it are computed again, as OLMo-core has a KV cache only with
+    FlashAttention. The transformers host is faster.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: special tokens written out in a prompt are ordinary text, as they were in training.
-        context_length: most tokens that the model reads, such as the sequence length of its training.
-        run: the run directory.
+        model: model in evaluation mode.
+        tokenizer: its tokenizer. Special tokens written out in a prompt are ordinary text, as in training.
+        context_length: maximum number of tokens that the model reads, such as its training sequence length.
+        run: run directory.
     """
 
     def __init__(self, model: MemoryTransformer, tokenizer: ChosenTokenizer, context_length: int, run: Path) -> None:
@@ -82,29 +82,29 @@ class TextGenerator:
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], device: str = "auto") -> TextGenerator:
-        """The model of a checkpoint with the tokenizer of its run.
+        """Load the model of a checkpoint and the tokenizer of its run.
 
         Args:
-            path: a run directory for its latest complete checkpoint, or a checkpoint's own directory.
-            device: `cpu`, `cuda`, or `auto` for CUDA where there is a device.
+            path: run directory, for its latest complete checkpoint, or a checkpoint's own directory.
+            device: `cpu`, `cuda`, or `auto` for CUDA if available.
 
         Raises:
-            ConfigError: there is no such device.
-            UltraMemError: the checkpoint or the tokenizer is missing, damaged or another than in training.
+            ConfigError: the device is invalid or not available.
+            UltraMemError: the checkpoint or tokenizer is missing or damaged, or the tokenizer is not that of training.
         """
         checkpoint = find_checkpoint(path)
         tokenizer = find_tokenizer(checkpoint)
         return cls(checkpoint.load_model(device), tokenizer, checkpoint.config.data.sequence_length, checkpoint.run)
 
     def stream(self, prompt: str, config: SamplingConfig) -> Iterator[str]:
-        """The continuation of a prompt, piece by piece, to the end of the document or of `max_new_tokens`.
+        """Yield the continuation of a prompt, piece by piece, up to the end of the document or `max_new_tokens`.
 
-        A character of several tokens comes when it is complete, and not at all if it is cut off. The same arguments
-        give the same text.
+        A character of several tokens is yielded when it is complete, and left out if the text ends before. The same
+        arguments give the same text.
 
         Args:
-            prompt: beginning of the text; if it is empty, that of a document.
-            config: how to choose the tokens.
+            prompt: text to continue; if empty, the model starts a new document.
+            config: how to sample.
 
         Raises:
             UltraMemError: the model's output is not finite.
@@ -112,7 +112,7 @@ class TextGenerator:
         tokenizer, eos_token_id = self.tokenizer.tokenizer, self.tokenizer.eos_token_id
         tokens = tokenizer.encode(prompt, add_special_tokens=False).ids or [eos_token_id]
         decoder = DecodeStream(ids=tokens)
-        # The CPU draws the tokens, so that they do not depend on the device of the model.
+        # Tokens are drawn on the CPU, so that they do not depend on the model's device.
         generator = torch.Generator().manual_seed(config.seed)
         for _ in range(config.max_new_tokens):
             logits = self.next_logits(tokens)
@@ -125,10 +125,10 @@ class TextGenerator:
 
     @torch.inference_mode()
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
-        """Logits (vocab_size,) of the token that follows, float32 on the CPU.
+        """Logits (vocab_size,) of the next token, float32 on the CPU.
 
         Raises:
-            UltraMemError: they are not finite.
+            UltraMemError: the logits are not finite.
         """
         device = self.model.device
         context = torch.tensor([tokens[-self.context_length :]], device=device)
@@ -136,21 +136,21 @@ class TextGenerator:
             logits = self.model(context, logits_to_keep=1)
         logits = logits[0, -1, : self.tokenizer.vocab_size].float().cpu()  # the embedding may have more rows
         if not logits.isfinite().all():
-            raise UltraMemError("the model's output is not finite: its training diverged; use an earlier checkpoint")
+            raise UltraMemError("the model's output is not finite, as its training diverged; use an earlier checkpoint")
         return logits
 
 
 def read_prompt(path: Path) -> str:
-    """The whole text of a file.
+    """Read a text file.
 
     Raises:
-        UltraMemError: it cannot be read, or is not UTF-8.
+        UltraMemError: the file cannot be read, or is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = system_reason(error) if isinstance(error, OSError) else "not UTF-8 text"
-        raise UltraMemError(f"{path} cannot be read ({reason}); name a text file with --prompt-file") from error
+        raise UltraMemError(f"{path} cannot be read ({reason}); give a text file with --prompt-file") from error
 
 
 def show_samples(
@@ -162,15 +162,15 @@ def show_samples(
     device: str = "auto",
     save: bool = False,
 ) -> None:
-    """Continue prompts with a checkpoint and print the texts as they grow.
+    """Continue prompts with a checkpoint and print the texts as they are generated.
 
     Args:
-        path: a run directory for its latest complete checkpoint, or a checkpoint's own directory.
-        prompts: beginnings of texts; without any, of a document.
-        config: how to choose the tokens.
-        num_samples: of each prompt; see `print_samples`.
-        device: `cpu`, `cuda`, or `auto` for CUDA where there is a device.
-        save: whether to add them to the run's `samples.json`.
+        path: run directory, for its latest complete checkpoint, or a checkpoint's own directory.
+        prompts: texts to continue; without any, the model starts a new document.
+        config: how to sample.
+        num_samples: number of samples per prompt; see `print_samples`.
+        device: `cpu`, `cuda`, or `auto` for CUDA if available.
+        save: whether to append the samples to the run's `samples.json`.
 
     Raises:
         ConfigError, UltraMemError: as in `TextGenerator` and `save_samples`.
@@ -184,9 +184,9 @@ def show_samples(
 def print_samples(
     generator: TextGenerator, prompts: Sequence[str], config: SamplingConfig, num_samples: int = 1
 ) -> list[Sample]:
-    """Continue each prompt `num_samples` times and print the texts as they grow.
+    """Continue each prompt `num_samples` times and print the texts as they are generated.
 
-    The first sample of a prompt has the seed of `config`, the others the seeds after it.
+    The first sample of a prompt uses the seed of `config`, the others the seeds after it.
     """
     samples: list[Sample] = []
     for prompt, number in product(prompts, range(num_samples)):
@@ -205,7 +205,7 @@ def save_samples(run: Path, samples: Sequence[Sample]) -> Path:
     """Append to the run's `samples.json`, which `ultramem report` shows, and return its path.
 
     Raises:
-        UltraMemError: the file is there and is not a list, or it cannot be written.
+        UltraMemError: the existing file is not a list, or the file cannot be written.
     """
     path = run / SAMPLES_NAME
     earlier = []
@@ -213,7 +213,7 @@ def save_samples(run: Path, samples: Sequence[Sample]) -> Path:
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise UltraMemError(f"{path} cannot be understood ({error}); mend or remove it") from error
+            raise UltraMemError(f"{path} is not valid JSON ({error}); fix or remove it") from error
         if not isinstance(earlier, list):
             raise UltraMemError(f"{path} is not a list of samples; remove it")
     write_json(path, earlier + [{"prompt": s.prompt, "text": s.text, **asdict(s.config)} for s in samples])

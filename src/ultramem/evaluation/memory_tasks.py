@@ -1,7 +1,7 @@
-"""Tasks of memory: values from the context (`recall`), the context itself (`copying`), and `facts` of the training.
+"""Memory tasks: values in the context (`recall`), the context itself (`copying`), and `facts` of the training data.
 
-The questions are made on the spot; they depend on the tokenizer and the sequence length alone. They are Python, or
-random tokens, and begin as a document of the training does, after an end-of-text token.
+The questions are generated, and depend on the tokenizer and the context length alone. They are Python code or random
+tokens, and begin like a training document, after an end-of-text token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ultramem.evaluation.scoring import Request, Score
 from ultramem.runs.results import TaskResult
 
 MOST_CHOICES = 16
-QUESTIONS_OF_A_PART = 100  # of a number of pairs or a length, unless told otherwise
+QUESTIONS_OF_A_PART = 100  # default for a number of pairs and length
 RECALL_PAIRS = (4, 16, 64)
 RECALL_LENGTHS = (128, 256, 512, 1024)
 COPYING_LENGTHS = (16, 32, 64, 128, 256)
@@ -41,13 +41,13 @@ FILLER_NAMES = "count entry field index items key length path result text value 
 
 @dataclass(frozen=True)
 class MemoryQuestion:
-    """What a model is asked.
+    """A question to a model.
 
     Attributes:
-        parts: names of what it counts for, such as `recall` and `recall/pairs16/length256`.
-        choices: a context with each answer to choose among; a single one if there is nothing to choose.
-        answer: which of them is right.
-        possible: how many answers, or tokens of one, are possible: one guess in so many is right.
+        parts: names of the task and part that it counts for, such as `recall` and `recall/pairs16/length256`.
+        choices: the context with each answer to choose from; a single one if there is no choice.
+        answer: index of the right one.
+        possible: number of possible answers, or of possible tokens; one guess in this many is right.
     """
 
     parts: tuple[str, ...]
@@ -59,18 +59,18 @@ class MemoryQuestion:
 def recall_questions(
     tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None = None
 ) -> list[MemoryQuestion]:
-    """Multi-query associative recall (arXiv:2312.04927): which value the context gives to a name.
+    """Multi-query associative recall (arXiv:2312.04927): which value the context assigns to a name.
 
-    The context has 4, 16 or 64 assignments of a made-up name to another, such as `zori = kale`, and between them other
-    lines of Python up to 128, 256, 512 or 1024 tokens; it ends with one of those names and ` =`. There are no quotes:
-    the fewer tokens lie between name and value, the smaller the models that find the way. The choice is among the
-    values of the context, or 16 of them.
+    The context has 4, 16 or 64 assignments between made-up words, such as `zori = kale`, and other lines of Python
+    between them, for a length of 128, 256, 512 or 1024 tokens. It ends with one of the names and ` =`. There are no
+    quotes: with fewer tokens between name and value, smaller models can solve the task. The choice is among the values
+    in the context, or 16 of them.
 
     Args:
-        tokenizer: of the model's training.
-        context_length: most tokens that the model reads. Contexts that are longer, or without room for all pairs, are
-            left out.
-        max_questions: of each number of pairs and length; None for 100.
+        tokenizer: tokenizer of the model.
+        context_length: maximum number of tokens that the model reads. Contexts that are longer, or too short for all
+            pairs, are left out.
+        max_questions: maximum number of questions per number of pairs and length; None for 100.
     """
     questions: list[MemoryQuestion] = []
     for length in RECALL_LENGTHS:
@@ -114,16 +114,16 @@ def _filler(tokenizer: ChosenTokenizer, random: Random) -> list[int]:
 def copying_questions(
     tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None = None
 ) -> list[MemoryQuestion]:
-    """Copying from the context (arXiv:2402.01032): random tokens, and the same once more.
+    """Copying from the context (arXiv:2402.01032): random tokens, repeated once.
 
-    The tokens of a sequence are different, so that each tells what comes after it. The first of the second occurrence
-    is given, since nothing else says that it begins; the others are asked for, each after the right ones before it.
+    The tokens of a sequence are all different, so that each one determines the next. The first token of the repetition
+    is given, as nothing else shows where it begins. The model predicts the others, each after the right ones before it.
 
     Args:
-        tokenizer: of the model's training; its special tokens and other added ones do not occur.
-        context_length: most tokens that the model reads. Of sequences of 16, 32, 64, 128 and 256 tokens those are left
-            out that do not fit in it twice, or have more tokens than the vocabulary.
-        max_questions: of each length; None for 100.
+        tokenizer: tokenizer of the model; its special tokens and other added ones are not used.
+        context_length: maximum number of tokens that the model reads. Sequences have 16, 32, 64, 128 and 256 tokens;
+            those that do not fit twice, or have more tokens than the vocabulary, are left out.
+        max_questions: maximum number of questions per length; None for 100.
     """
     added = {*tokenizer.tokenizer.get_added_tokens_decoder(), tokenizer.eos_token_id, tokenizer.pad_token_id}
     vocabulary = sorted({*tokenizer.tokenizer.get_vocab().values()} - added)
@@ -148,14 +148,14 @@ def fact_questions(
 ) -> list[MemoryQuestion]:
     """The facts of `ultramem write-facts`, by the number of times that its documents state them.
 
-    A context is the beginning of the first template, such as `birthplace["zorivu"] = "`; the choice is among 16 of the
-    64 values. A model that was trained without the documents guesses, as every model does where it is 0 times.
+    The context is the beginning of the first template, such as `birthplace["zorivu"] = "`. The choice is among 16 of
+    the 64 values. A model trained without the documents can only guess; so can every model for facts stated 0 times.
 
     Args:
-        tokenizer: of the model's training.
-        context_length: most tokens that the model reads; without room for each question, there are none.
-        max_questions: of each number of times; None for all, which are 256.
-        facts: others than those of the command, with 16 values or more.
+        tokenizer: tokenizer of the model.
+        context_length: maximum number of tokens that the model reads; if a question does not fit, there are none.
+        max_questions: maximum number of questions per number of exposures; None for all 256.
+        facts: facts with 16 values or more, instead of those of the command.
     """
     facts = sorted(facts or make_facts(), key=lambda fact: fact.exposures == 0)  # results of the others come first
     values = sorted({fact.value for fact in facts})
@@ -177,10 +177,10 @@ def fact_questions(
 
 
 def _requests(tokenizer: ChosenTokenizer, context: str, continuations: Sequence[str]) -> tuple[Request, ...]:
-    """The context, after an end-of-text token, with each continuation.
+    """Make a request of the context, after an end-of-text token, and each continuation.
 
-    Tokens are those of the whole text. Where one lies across the border, the continuations begin with the first token
-    that does so in any of them: their probabilities can be compared only after the same tokens.
+    Context and continuation are encoded together. If a token crosses their border, all continuations begin with the
+    first token that does so in any of them, as their probabilities can be compared only after the same tokens.
     """
     texts = [context + continuation for continuation in continuations]
     encodings = tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -192,10 +192,10 @@ def _requests(tokenizer: ChosenTokenizer, context: str, continuations: Sequence[
 
 
 class MemoryTask:
-    """Questions of one task, and what a model's scores say of them.
+    """Questions of a task, and results from a model's scores.
 
     Args:
-        questions: to ask.
+        questions: questions of the task.
     """
 
     def __init__(self, questions: Sequence[MemoryQuestion]) -> None:
@@ -203,15 +203,16 @@ class MemoryTask:
         self.requests = [choice for question in questions for choice in question.choices]
 
     def results(self, scores: Sequence[Score]) -> list[TaskResult]:
-        """Means of the task and of its parts.
+        """Results of the task and its parts.
 
-        Of questions with a choice they are two: `accuracy`, where the right answer is the most probable of them, and
-        `exact match`, where greedy decoding gives it; of others, the share of tokens that are the most probable ones.
+        Questions with choices have two metrics: `accuracy`, the share whose right answer is the most probable choice,
+        and `exact match`, the share that greedy decoding answers right. Others have `token accuracy`, the share of
+        tokens that are the most probable ones.
 
         Args:
-            scores: of the requests, in their order.
+            scores: scores of the requests, in their order.
         """
-        # By result and by part: the values, and what guessing achieves.
+        # By result and part: values, and those of guessing.
         outcomes: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
         remaining = iter(scores)
         for question in self.questions:
@@ -229,7 +230,7 @@ class MemoryTask:
 
 
 def _mean(name: str, metric: str, parts: Sequence[Sequence[tuple[float, float]]]) -> TaskResult:
-    """The mean over parts, whose sizes are fixed, so that only the questions of each differ by chance."""
+    """The mean over parts. Their sizes are fixed, so that only the questions of each are random."""
     values, chances = zip(*(pair for part in parts for pair in part), strict=True)
     variance = sum(len(part) * pvariance([value for value, _ in part]) for part in parts) / len(values) ** 2
     return TaskResult(name, metric, fmean(values), sqrt(variance), questions=len(values), chance=fmean(chances))
@@ -243,13 +244,13 @@ QUESTIONS: dict[str, Callable[[ChosenTokenizer, int, int | None], list[MemoryQue
 
 
 def load(name: str, tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None = None) -> MemoryTask:
-    """One of the tasks in `QUESTIONS`.
+    """Make one of the tasks in `QUESTIONS`.
 
     Args:
-        name: of the task.
-        tokenizer: of the model's training.
-        context_length: most tokens that the model reads.
-        max_questions: of each part of the task; None for as many as it has by itself.
+        name: name of the task.
+        tokenizer: tokenizer of the model.
+        context_length: maximum number of tokens that the model reads.
+        max_questions: maximum number of questions per part of the task; None for the task's default.
 
     Raises:
         UltraMemError: no question fits in the context.

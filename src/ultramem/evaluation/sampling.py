@@ -1,4 +1,4 @@
-"""Choosing the next token from a model's scores."""
+"""Sampling the next token from logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     """Check the arguments of `sample`.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value is invalid.
     """
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ConfigError(f"temperature={temperature}: must be 0 (always the most probable token) or above")
@@ -31,30 +31,30 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw a token from each row of logits.
+    """Sample a token from each row of logits.
 
-    The logits are divided by the temperature; then the `top_k` most probable tokens are kept, and of these the
-    nucleus: the fewest tokens, most probable first, whose share of the probability is at least `top_p`
-    (Holtzman et al., arXiv:1904.09751).
+    The logits are divided by the temperature. Then the `top_k` most probable tokens are kept, and of these the
+    nucleus: the smallest set of most probable tokens whose total probability is at least `top_p` (Holtzman et al.,
+    arXiv:1904.09751).
 
     Args:
         logits: (..., vocabulary), floating point.
-        temperature: 0 takes the most probable token, whatever the other arguments.
-        top_k: tokens to choose among; None for all.
-        top_p: probability to choose within, in (0, 1]; None for all.
-        generator: of the random numbers, on the device of the logits; None for torch's own.
+        temperature: sampling temperature; 0 takes the most probable token, whatever the other arguments.
+        top_k: number of tokens to sample from; None for all.
+        top_p: total probability of the tokens to sample from, in (0, 1]; None for all.
+        generator: random number generator on the device of the logits; None for PyTorch's default.
 
     Returns:
-        (...), int64.
+        (...), int64, token ids.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value is invalid.
     """
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.double()
-    # The largest logit becomes 0, so that the smallest temperature does not overflow.
+    # With a largest logit of 0 the smallest temperature does not overflow.
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
     probabilities, tokens = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
     if top_k is not None:

@@ -1,4 +1,4 @@
-"""How probable a model finds the continuations of contexts, which is what evaluation tasks ask."""
+"""Scoring continuations of contexts by their log-likelihood, for evaluation tasks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCH_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Request:
-    """A context and one continuation of it, each of at least one token."""
+    """A context and a continuation, each of at least one token."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -33,9 +33,9 @@ class Request:
             )
 
     def input(self, context_length: int | None = None) -> tuple[int, ...]:
-        """What the model reads: all tokens but the last, at most `context_length`.
+        """Tokens that the model reads: all but the last, at most `context_length`.
 
-        A context is cut on the left for that, to one token at least: the continuation is always read whole.
+        A context that is too long is cut on the left, to at least one token; the continuation is never cut.
         """
         kept = self.context
         if context_length is not None:
@@ -45,11 +45,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Score:
-    """What a model says of a request.
+    """A model's score of a request.
 
     Attributes:
-        log_likelihood: of the continuation after the context, in nats.
-        matches: how many tokens of the continuation are the most probable ones at their places.
+        log_likelihood: log-likelihood of the continuation after the context, in nats.
+        matches: number of tokens of the continuation that are the most probable ones at their positions.
     """
 
     log_likelihood: float
@@ -69,16 +69,16 @@ def score(
     """Score requests, the longest first, in batches of similar length.
 
     Args:
-        model: in evaluation mode.
-        requests: of tokens in its vocabulary.
-        context_length: most tokens that the model reads, such as the sequence length of its training; see
+        model: model in evaluation mode.
+        requests: requests with tokens of its vocabulary.
+        context_length: maximum number of tokens that the model reads, such as its training sequence length; see
             `Request.input`. None for no limit.
-        batch_tokens: most tokens of a batch, padding included, unless a single request has more.
-        on_tokens: called after each batch with the number of tokens that were read, without padding.
-        group: with `torch.distributed`, these processes share the batches, and each gets all scores; by default all.
+        batch_tokens: maximum number of tokens per batch, including padding, unless a single request has more.
+        on_tokens: called after each batch with the number of tokens read, without padding.
+        group: processes that share the batches with `torch.distributed`; each gets all scores. By default all.
 
     Returns:
-        One for each request, in their order.
+        one score per request, in their order.
 
     Raises:
         UltraMemError: the model's output is not finite.
@@ -88,7 +88,7 @@ def score(
     rank, processes = get_rank(group), get_world_size(group)
     found = torch.zeros(2, len(requests), dtype=torch.float64, device=model.device)
     for first in range(0, len(batches), processes):
-        # FSDP wants a pass of every process each time; those without a batch of their own repeat one.
+        # FSDP needs a pass of every process each time; processes without a batch of their own repeat one.
         batch = batches[min(first + rank, len(batches) - 1)]
         scores = _score_batch(model, [requests[i] for i in batch], context_length)
         if first + rank < len(batches):
@@ -98,14 +98,14 @@ def score(
     if processes > 1:
         dist.all_reduce(found, group=group)
     if not found.isfinite().all():
-        raise UltraMemError("the model's output is not finite: its training diverged; use an earlier checkpoint")
+        raise UltraMemError("the model's output is not finite, as its training diverged; use an earlier checkpoint")
     return [Score(log_likelihood, int(matches)) for log_likelihood, matches in found.T.tolist()]
 
 
 def _batches(requests: Sequence[Request], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `batch_tokens` with padding; longest first, lest memory run out late."""
+    """Indices in batches of at most `batch_tokens` with padding, longest first, so that memory runs out early."""
     batch: list[int] = []
-    # Among equally long ones by their continuations, since the logits of a batch are padded to the longest.
+    # Equally long ones are in order of their continuations, as the logits of a batch are padded to the longest.
     for i in sorted(range(len(requests)), key=lambda i: (-lengths[i], -len(requests[i].continuation))):
         if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
             yield batch
@@ -118,12 +118,12 @@ def _batches(requests: Sequence[Request], lengths: Sequence[int], batch_tokens: 
 def _score_batch(model: MemoryTransformer, requests: Sequence[Request], context_length: int | None) -> Tensor:
     """Log-likelihoods and matches, (2, batch), float64."""
     inputs = [request.input(context_length) for request in requests]
-    # On the right of a text, padding is read by nothing that counts: attention is causal.
+    # Padding on the right does not matter, as attention is causal.
     continuations = [torch.tensor(request.continuation) for request in requests]
     wanted = [torch.arange(len(read) - len(end), len(read)) for read, end in zip(inputs, continuations, strict=True)]
     tokens = pad_sequence([torch.tensor(read) for read in inputs], batch_first=True).to(model.device)
     targets = pad_sequence(continuations, batch_first=True, padding_value=-1).to(model.device)
-    places = pad_sequence(wanted, batch_first=True).to(model.device)  # whose logits are wanted
+    places = pad_sequence(wanted, batch_first=True).to(model.device)  # positions of the wanted logits
     with autocast(model.device):
         logits = model(tokens, logits_to_keep=places)
     losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")

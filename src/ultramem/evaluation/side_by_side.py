@@ -1,4 +1,4 @@
-"""Several checkpoints evaluated one after the other: a table with a column for each, and a file in each run."""
+"""Evaluating several checkpoints side by side: a table with a column for each, and a file in each run."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from ultramem.runs.results import TaskResult
 def show_losses(
     paths: Sequence[Path], data: Sequence[Path] = (), *, output: Path | None = None, **options: Any
 ) -> None:
-    """Evaluate checkpoints on token files, print the table and where the results are.
+    """Evaluate checkpoints on token files, and print a table and the paths of the results.
 
     Args:
-        paths: of the checkpoints.
+        paths: paths of the checkpoints.
         data: as in `evaluate`.
-        output: JSON file to write, for one checkpoint; by default each run's `evaluation.json`, for its held-out split.
-        options: of `evaluate`.
+        output: JSON file to write, for a single checkpoint; by default each run's `evaluation.json`, for its held-out
+            split.
+        options: options of `evaluate`.
 
     Raises:
-        ConfigError, UltraMemError: as in `evaluate`; mistakes in `paths` come before the work.
+        ConfigError, UltraMemError: as in `evaluate`; errors in `paths` come before any evaluation.
     """
     for path in paths:
         find_checkpoint(path)
@@ -41,22 +42,20 @@ def show_losses(
         if output or evaluation.split == "heldout":
             own = f"{evaluation.run / EVALUATION_NAME} has {evaluation.checkpoint} on all tokens"
             file = evaluation.save(output)
-            notes.append(
-                f"written to {file}" if file else f"not written: {own}; name a file for some of them with --output"
-            )
+            notes.append(f"written to {file}" if file else f"not written: {own}; choose another file with --output")
     print_losses(evaluations)
     for note in notes:
         print(note)
 
 
 def show_tasks(paths: Sequence[Path], tasks: Sequence[str], *, output: Path | None = None, **options: Any) -> None:
-    """Evaluate checkpoints on tasks, print the table and where the results are.
+    """Evaluate checkpoints on tasks, and print a table and the paths of the results.
 
     Args:
-        paths: of the checkpoints.
-        tasks: names of tasks or groups of them.
-        output: JSON file to write, for one checkpoint; by default each run's `tasks.json`.
-        options: of `evaluate_tasks`.
+        paths: paths of the checkpoints.
+        tasks: names of tasks or groups of tasks.
+        output: JSON file to write, for a single checkpoint; by default each run's `tasks.json`.
+        options: options of `evaluate_tasks`.
 
     Raises:
         ConfigError, UltraMemError: as in `evaluate_tasks`.
@@ -68,7 +67,7 @@ def show_tasks(paths: Sequence[Path], tasks: Sequence[str], *, output: Path | No
 
 
 def print_losses(evaluations: Sequence[Evaluation]) -> None:
-    """Print evaluations to the terminal, a column for each."""
+    """Print a table with a column for each evaluation."""
     splits = " and ".join(dict.fromkeys(evaluation.split for evaluation in evaluations))
     single = evaluations[0].checkpoint if len(evaluations) == 1 else "loss"
     columns = (Column(name, justify="right") for name in _column_names(evaluations))
@@ -78,7 +77,7 @@ def print_losses(evaluations: Sequence[Evaluation]) -> None:
         ("loss (nats per token)", "loss", ".4f"),
         ("perplexity", "perplexity", ",.3f"),
         ("bits per byte", "bits_per_byte", ".4f"),
-        ("unigram model's", "unigram_bits_per_byte", ".4f"),
+        ("unigram bits per byte", "unigram_bits_per_byte", ".4f"),
         ("tokens per second", "tokens_per_second", ",.0f"),
     ):
         values = [getattr(evaluation, field) for evaluation in evaluations]
@@ -88,9 +87,9 @@ def print_losses(evaluations: Sequence[Evaluation]) -> None:
 
 
 def print_task_table(evaluations: Sequence[TaskEvaluation]) -> None:
-    """Print evaluations on the same tasks to the terminal, a column for each.
+    """Print a table with a column for each of several evaluations on the same tasks.
 
-    Parts of tasks that are too long for some of the models are empty there.
+    A cell is empty where a part of a task is too long for the model.
     """
     names = _column_names(evaluations)
     numbers = (Column(name, justify="right") for name in ("questions", "chance", *names))
@@ -117,7 +116,7 @@ def print_task_table(evaluations: Sequence[TaskEvaluation]) -> None:
         cut = [f"{r.name} {100 * r.cut:.3g} %" for r in evaluation.results if r.cut and r.name not in GROUPS]
         if cut:
             limit = evaluation.context_length
-            console.print(f"{name}: contexts cut on the left, to read {limit} tokens at most: {', '.join(cut)}")
+            console.print(f"{name}: contexts cut on the left to {limit} tokens: {', '.join(cut)}")
 
 
 def _figure(result: TaskResult | None) -> str:
@@ -125,7 +124,7 @@ def _figure(result: TaskResult | None) -> str:
 
 
 def _column_names(evaluations: Sequence[Evaluation] | Sequence[TaskEvaluation]) -> list[str]:
-    """Headers of a rich table: run directory and checkpoint, with its whole path where two would look the same."""
+    """Headers of a rich table: run directory and checkpoint, with the whole path if two names are the same."""
     names = [f"{evaluation.run.name}/{evaluation.checkpoint}" for evaluation in evaluations]
     if len(set(names)) < len(names):
         names = [f"{evaluation.run}/{evaluation.checkpoint}" for evaluation in evaluations]

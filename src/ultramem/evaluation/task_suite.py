@@ -1,4 +1,4 @@
-"""Tasks by name, and a model's results on several of them."""
+"""Tasks by name, and results of a model on several of them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ultramem.evaluation.scoring import BATCH_TOKENS, Request, Score, score
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.results import TaskResult
 
-# Names that stand for several tasks, whose mean is reported as well.
+# Names of groups of tasks, whose mean is reported too.
 GROUPS = {"table3": tuple(table3.LABELS), "memory": tuple(memory_tasks.QUESTIONS)}
 TASKS = tuple(name for names in GROUPS.values() for name in names)
 
 
 def task_names(given: Iterable[str]) -> list[str]:
-    """The tasks that names of tasks and groups, each alone or several with commas between them, stand for.
+    """Names of tasks from names of tasks and groups, which may be comma-separated.
 
     Raises:
         ConfigError: a name is unknown, or there is none.
@@ -32,34 +32,34 @@ def task_names(given: Iterable[str]) -> list[str]:
     names = [name.strip() for text in given for name in text.split(",")]
     for name in names or [""]:
         if name not in TASKS and name not in GROUPS:
-            raise ConfigError(f"tasks={name}: must be among {', '.join([*GROUPS, *TASKS])}")
+            raise ConfigError(f"tasks={name}: must be one of {', '.join([*GROUPS, *TASKS])}")
     return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
 
 
 class Task(Protocol):
-    """A task for one tokenizer and context length."""
+    """A task for a tokenizer and context length."""
 
     @property
     def requests(self) -> Sequence[Request]:
-        """What to score."""
+        """Requests to score."""
         ...
 
     def results(self, scores: Sequence[Score]) -> list[TaskResult]:
-        """Those of a model that gave these scores to the requests, in their order: of the task, and of its parts."""
+        """Results of the task and its parts from the scores of the requests, in their order."""
         ...
 
 
 class TaskSuite:
-    """Several tasks for one tokenizer and context length.
+    """Several tasks for a tokenizer and context length.
 
     Args:
-        names: of tasks, as from `task_names`.
-        tokenizer: of the models.
-        context_length: most tokens that the models read at once.
-        max_questions: of each task, spread evenly, or of each result of a memory task; None for all.
+        names: names of tasks, as from `task_names`.
+        tokenizer: tokenizer of the models.
+        context_length: maximum number of tokens that the models read.
+        max_questions: maximum number of questions per task, spread evenly, or per part of a memory task; None for all.
 
     Raises:
-        UltraMemError: what a task needs is not installed, or the context is too short for it.
+        UltraMemError: a package for a task is not installed, or the context is too short for a task.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class TaskSuite:
         ]
 
     def tokens(self) -> int:
-        """How many tokens a model reads."""
+        """Number of tokens that a model reads."""
         return sum(len(request.input(self.context_length)) for task in self.tasks for request in task.requests)
 
     def run(
@@ -85,7 +85,7 @@ class TaskSuite:
         on_tokens: Callable[[int], object] | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> list[TaskResult]:
-        """The results of the tasks, then the means of the groups that are complete.
+        """Evaluate a model: the results of the tasks, then the means of complete groups.
 
         Args:
             model, batch_tokens, on_tokens, group: as in `score`.
@@ -113,7 +113,7 @@ class TaskSuite:
 
 
 def with_means(results: Sequence[TaskResult]) -> list[TaskResult]:
-    """Results of tasks, followed by the mean of each group all of whose tasks are there."""
+    """Results of tasks, followed by the means of complete groups."""
     by_name = {result.name: result for result in results}
     complete = {group: names for group, names in GROUPS.items() if by_name.keys() >= set(names)}
     return [*results, *(_mean(group, [by_name[name] for name in names]) for group, names in complete.items())]

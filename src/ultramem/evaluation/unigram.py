@@ -1,4 +1,4 @@
-"""The unigram model: the baseline that knows how frequent each token is and nothing else."""
+"""The unigram model: a baseline that knows only the frequencies of tokens."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CHUNK_TOKENS = 2**20
 def unigram_loss(train: Sequence[Path], heldout: Sequence[Path], dtype: str, vocab_size: int) -> float:
     """Cross-entropy of held-out tokens under the unigram model of the training tokens, in nats per token.
 
-    A token that occurs n times among N training tokens has the probability (n + 1) / (N + vocab_size).
+    A token that occurs n times in N training tokens has the probability (n + 1) / (N + vocab_size).
 
     Args:
         train: token files to count.
-        heldout: token files to evaluate on, all their tokens.
+        heldout: token files to evaluate on, with all their tokens.
         dtype: `uint16` or `uint32`.
-        vocab_size: every id is below it.
+        vocab_size: vocabulary size; every id must be below it.
 
     Raises:
         UltraMemError: an id is too large.
@@ -34,7 +34,7 @@ def unigram_loss(train: Sequence[Path], heldout: Sequence[Path], dtype: str, voc
 
 
 def count_tokens(paths: Sequence[Path], dtype: str, vocab_size: int) -> NDArray[np.int64]:
-    """How often each token occurs in token files, (vocab_size,).
+    """Count the occurrences of each token in token files, (vocab_size,), int64.
 
     Raises:
         UltraMemError: an id is too large.

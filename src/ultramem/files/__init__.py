@@ -1,1 +1,1 @@
-"""Files written whole or not at all, directories made whole, and locks."""
+"""Atomic writes of files and directories, and locks."""

@@ -1,4 +1,4 @@
-"""Directories: made whole or not at all, locked, and removed."""
+"""Output directories that appear only when complete; locks on directories; removal."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from ultramem.errors import UltraMemError, system_reason
 
 @contextmanager
 def partial_directory(output: Path, overwrite: bool, marker: str, contents: Sequence[str] = ("*",)) -> Iterator[Path]:
-    """An empty `OUTPUT.partial` to work in, renamed to `output` at the end and removed if an exception passes.
+    """Yield an empty directory `OUTPUT.partial`, which is renamed to `output` at the end or removed on an exception.
 
-    What a killed run left there is cleared first.
+    Files that a killed run left there are removed first.
 
     Args:
-        output: Absolute path of the directory to make.
-        overwrite: Replace a finished one.
-        marker: Name of a file by which a finished one is known; what is without it is never replaced.
-        contents: Patterns of what a finished one may hold; with anything else in it, it is never replaced.
+        output: absolute path of the directory to write.
+        overwrite: whether to replace a finished one.
+        marker: name of a file that marks a finished directory; one without it is never replaced.
+        contents: patterns of the files that a finished directory may hold; one with other files is never replaced.
 
     Raises:
-        UltraMemError: `output` is there and must not be replaced, another run is writing it, or it cannot be made.
+        UltraMemError: `output` exists and must not be replaced, another run is writing it, or it cannot be created.
     """
     partial = output.with_name(f"{output.name}.partial")
     try:
         _check_replaceable(output, overwrite, marker, contents)
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UltraMemError(f"{output} cannot be made ({system_reason(error)}); choose another directory") from error
+        raise UltraMemError(f"{output} cannot be created ({system_reason(error)}); choose another directory") from error
     with locked(partial, f"another run is writing {partial}; wait for it or choose another directory"):
         for leftover in partial.iterdir():
             remove(leftover)
@@ -47,14 +47,14 @@ def partial_directory(output: Path, overwrite: bool, marker: str, contents: Sequ
 
 @contextmanager
 def locked(directory: Path, busy: str) -> Iterator[None]:
-    """Hold a lock on a directory, which the system releases however the process ends.
+    """Hold a lock on a directory. The system releases it, however the process ends.
 
     Args:
-        directory: to lock.
-        busy: what to say where another process holds it.
+        directory: directory to lock.
+        busy: error message if another process holds the lock.
 
     Raises:
-        UltraMemError: another process holds it.
+        UltraMemError: another process holds the lock.
         OSError: the directory cannot be opened.
     """
     descriptor = os.open(directory, os.O_RDONLY)
@@ -69,7 +69,7 @@ def locked(directory: Path, busy: str) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a link, or a directory with all that is in it."""
+    """Remove a file, a link, or a directory with its contents."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -80,15 +80,15 @@ def _check_replaceable(output: Path, overwrite: bool, marker: str, contents: Seq
     if not output.exists():
         return
     if not output.is_dir():
-        raise UltraMemError(f"{output} is a file; choose a directory")
+        raise UltraMemError(f"{output} is a file; choose another name")
     if (output / marker).is_file():
         if not overwrite:
-            raise UltraMemError(f"{output} is finished already; replace it with --overwrite or choose another")
+            raise UltraMemError(f"{output} exists already; replace it with --overwrite or choose another directory")
         for name in sorted(path.name for path in output.iterdir()):
             if not any(fnmatch(name, pattern) for pattern in contents):
-                raise UltraMemError(f"{output} holds {name} as well, which would be lost; choose another directory")
+                raise UltraMemError(f"{output} also holds {name}, which would be lost; choose another directory")
     elif any(output.iterdir()):
-        raise UltraMemError(f"{output} holds other files, but no {marker}; choose another directory")
+        raise UltraMemError(f"{output} is not empty and has no {marker}; choose another directory")
 
 
 def _replace(output: Path, partial: Path) -> None:

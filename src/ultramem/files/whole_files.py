@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON files read where they can be understood."""
+"""Atomic writes of text and JSON files, and reads of optional JSON files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ultramem.errors import UltraMemError, system_reason
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file to a temporary name beside `path` and rename it.
+    """Write a UTF-8 file under a temporary name beside `path`, then rename it.
 
     Raises:
-        OSError: it cannot be written; what was at `path` is still there.
+        OSError: the file cannot be written; an existing file at `path` is unchanged.
     """
     temporary = path.with_name(f"{path.name}.partial")
     try:
@@ -39,7 +39,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The names and values in a file; none where it is missing or cannot be understood."""
+    """Read the object in a JSON file; empty if the file is missing or not valid."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

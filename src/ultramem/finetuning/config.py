@@ -1,4 +1,4 @@
-"""What to fine-tune, on what, and how."""
+"""The configuration of fine-tuning."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ LEARNING_RATES = {
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What to fine-tune, on what, and how.
+    """The configuration of fine-tuning.
 
     Attributes:
-        model: transformers directory with a tokenizer.
-        data: files or directories of new documents.
-        output: directory to write.
-        memory: directory of `save_memory`, for a model whose memory was attached to it.
-        background: documents that the model must not forget, by which method `sparse` chooses rows; for it alone.
-        heldout: documents whose loss shows what was forgotten; not the background's.
-        text_field: field of JSON lines that holds the text.
-        include: shell patterns of the files to take from directories, such as `*.py`.
+        model: transformers directory with model and tokenizer.
+        data: files or directories of documents to learn.
+        output: directory to write. It appears only when complete.
+        memory: directory written by `save_memory`, whose memory is attached to a model without one.
+        background: documents that the model must not forget, for method `sparse` to compare with; for it only.
+        heldout: documents, other than the background, whose loss shows what was forgotten.
+        text_field: field or column that holds the text.
+        include: shell patterns of the files to read from directories, such as `*.py`.
         method: `sparse` (arXiv:2510.15103), `full` or `lora` (arXiv:2106.09685).
-        rows: most rows of each table that one step of `sparse` trains.
-        rank: of the LoRA matrices.
-        steps: optimiser steps.
-        epochs: passes over the data instead; without both, one.
-        batch_size: documents, or pieces of them, in a step.
-        sequence_length: tokens at which documents are cut.
-        learning_rate: constant; by default one for method and optimiser.
-        optimizer: `sgd` or `adamw`. For `sparse` the paper prefers SGD, whose learning rate depends on the model more.
-        background_batches: most batches of the background to look at.
-        seed: of the order of the data and of LoRA's initial values.
-        device: auto, cpu or cuda.
+        rows: maximum number of rows of each table to train per step of method `sparse`.
+        rank: rank of the LoRA matrices.
+        steps: number of optimizer steps.
+        epochs: number of passes over the data, instead of `steps`; by default 1.
+        batch_size: sequences per step.
+        sequence_length: maximum number of tokens per sequence; longer documents are cut.
+        learning_rate: constant learning rate; the default depends on method and optimizer.
+        optimizer: `sgd` or `adamw`. For `sparse` the paper prefers SGD, whose best learning rate depends more on the
+            model.
+        background_batches: maximum number of batches of the background to read.
+        seed: seed for the order of the data and LoRA's initial values.
+        device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value is invalid.
     """
 
     model: Path
@@ -80,9 +81,9 @@ class FinetuneConfig:
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed}: must be from 0 to 2**32 - 1")
         if self.steps and self.epochs:
-            raise ConfigError(f"steps={self.steps} and epochs={self.epochs}: give one of them")
+            raise ConfigError(f"steps={self.steps}: must not be given with epochs={self.epochs}; leave out one of them")
         if self.method == "sparse" and not self.background:
-            raise ConfigError("method=sparse: chooses rows by a background; give documents of what the model knows")
+            raise ConfigError("method=sparse: needs a background; give documents of what the model knows")
         if self.method != "sparse" and self.background:
             given = ", ".join(map(str, self.background))
             raise ConfigError(
@@ -91,5 +92,5 @@ class FinetuneConfig:
 
     @property
     def chosen_learning_rate(self) -> float:
-        """The learning rate, or that of method and optimiser."""
+        """The learning rate, or the default for method and optimizer."""
         return self.learning_rate or LEARNING_RATES[self.method][self.optimizer]

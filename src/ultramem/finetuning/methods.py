@@ -1,4 +1,4 @@
-"""One run of a fine-tuning method: table rows alone, everything, or LoRA, with transformers' Trainer."""
+"""The fine-tuning methods (sparse, full, LoRA), with transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ultramem.hosts.transformers.sparse_finetuning import Background, SparseFine
 def read_background(
     model: PreTrainedModel, config: FinetuneConfig, examples: Examples, background: Examples
 ) -> Background:
-    """What the model reads of the background, in batches of as many tokens as the examples' have on average.
+    """Count what the model reads for the background, in batches of as many tokens as training batches on average.
 
     Raises:
         UltraMemError: the model has no memory, or the background is shorter than one batch.
@@ -46,13 +46,13 @@ def read_background(
 
 
 class Finetuning:
-    """One run of a method, in the way that the command and the benchmark share.
+    """A run of a method, shared by the command and the benchmark.
 
     Args:
-        model: on its device, with parameters in float32; it is changed.
-        config: says how; of its files nothing is read.
-        examples: to train on.
-        background: of `read_background`, for method `sparse`.
+        model: model on its device, with parameters in float32; it is changed.
+        config: configuration, whose files are not read.
+        examples: examples to train on.
+        background: result of `read_background`, for method `sparse`.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Finetuning:
         self._trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
     def train(self, directory: Path, callbacks: Sequence[TrainerCallback] = ()) -> None:
-        """Run transformers' Trainer; `directory` is one that it may write to."""
+        """Run transformers' Trainer, which may write to `directory`."""
         config, device = self.config, self.model.device
         arguments = TrainingArguments(
             output_dir=str(directory),
@@ -97,7 +97,7 @@ class Finetuning:
             report_to="none",
             disable_tqdm=True,
         )
-        # With several GPUs the Trainer would copy the model to all of them.
+        # The Trainer would copy the model to all GPUs.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         trainer = Trainer(
             self._adapted or self.model,
@@ -114,11 +114,11 @@ class Finetuning:
         self.steps = trainer.state.global_step
 
     def merged(self) -> PreTrainedModel:
-        """The model; LoRA's matrices are merged into its weights."""
+        """The model, with LoRA's matrices merged into its weights."""
         return self._adapted.merge_and_unload() if self._adapted else self.model
 
     def counts(self) -> tuple[int, int, int, int]:
-        """Table rows that were trained, all of them, parameters that were trained, and all of them."""
+        """Trained table rows, all table rows, trained parameters, all parameters."""
         tables = find_tables(self.model) if hasattr(self.model, "memory") else []
         rows = sum(len(table.values) for table in tables)
         if self._sparse:
@@ -134,10 +134,10 @@ class _ProgressBar(ProgressCallback):
 
 
 def add_lora(model: PreTrainedModel, rank: int) -> Any:
-    """LoRA (arXiv:2106.09685) on the attention and feed-forward projections of a model, which is changed.
+    """Add LoRA (arXiv:2106.09685) to the attention and feed-forward projections of a model, which is changed.
 
     Raises:
-        UltraMemError: peft is not installed, or there is no such projection.
+        UltraMemError: peft is not installed, or the model has no such projections.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -151,5 +151,5 @@ def add_lora(model: PreTrainedModel, rank: int) -> Any:
         and "memory" not in name.split(".")
     ]
     if not targets:
-        raise UltraMemError(f"{type(model).__name__} has no linear projections for method=lora; choose another one")
+        raise UltraMemError(f"{type(model).__name__} has no linear projections for method=lora; choose another method")
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"))

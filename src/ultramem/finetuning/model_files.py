@@ -1,4 +1,4 @@
-"""The model that is fine-tuned: its files before and after."""
+"""Loading and saving the model that is fine-tuned."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ultramem.hosts.transformers.files import load_model_file
 def load_model_and_tokenizer(
     directory: Path, memory: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model, with parameters in float32, and its tokenizer.
+    """Load a model, with parameters in float32, and its tokenizer.
 
     Args:
-        directory: of transformers.
-        memory: of `save_memory`, to attach.
+        directory: transformers directory.
+        memory: directory written by `save_memory`, whose memory is attached, or None.
 
     Raises:
-        UltraMemError: one of them is missing or damaged, or the tokenizer has no end-of-text token.
+        UltraMemError: a file is missing or damaged, or the tokenizer does not fit or has no end-of-text token.
     """
     model = load_model_file(directory, torch.float32)
     try:
@@ -36,7 +36,7 @@ def load_model_and_tokenizer(
             f"the tokenizer in {directory} has {len(tokenizer)} tokens, but the model {rows}; put its own there"
         )
     if tokenizer.eos_token_id is None:
-        raise UltraMemError(f"the tokenizer in {directory} has no end-of-text token; give its eos_token there")
+        raise UltraMemError(f"the tokenizer in {directory} has no end-of-text token; set its eos_token there")
     if memory is not None:
         load_memory(model, memory).float()
     return model, tokenizer

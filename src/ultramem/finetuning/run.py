@@ -1,4 +1,4 @@
-"""Fine-tuning a model of transformers, from its files to new ones."""
+"""Fine-tuning the model in a transformers directory."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Losses:
     """Mean cross-entropies in nats per token.
 
     Attributes:
-        new: on the data.
-        heldout: on the held-out documents, or None.
+        new: loss on the data.
+        heldout: loss on the held-out documents, or None.
     """
 
     new: float
@@ -43,15 +43,15 @@ class Losses:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What fine-tuning changed.
+    """The result of fine-tuning.
 
     Attributes:
-        before, after: losses.
-        steps: optimiser steps.
-        trained_rows: table rows that were trained.
-        table_rows: all rows of all tables.
-        trained_parameters: parameters that were trained.
-        parameters: all parameters of the model.
+        before, after: losses before and after.
+        steps: number of optimizer steps.
+        trained_rows: number of trained table rows.
+        table_rows: number of rows of all tables.
+        trained_parameters: number of trained parameters.
+        parameters: number of parameters of the model.
     """
 
     before: Losses
@@ -63,7 +63,7 @@ class FinetuneResult:
     parameters: int
 
     def print_table(self) -> None:
-        """Print it to the terminal."""
+        """Print the result as a table."""
         columns = (Column(name, justify="right") for name in ("before", "after"))
         table = Table("loss (nats per token)", *columns)
         table.add_row("new data", f"{self.before.new:.4f}", f"{self.after.new:.4f}")
@@ -82,12 +82,13 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> FinetuneResu
     LoRA's matrices are merged into the weights. A memory that was attached is written to the directory's `memory/`.
 
     Args:
-        config: what to do.
-        overwrite: replace a model that is in the output directory.
+        config: configuration.
+        overwrite: whether to replace an existing model in the output directory.
 
     Raises:
-        ConfigError: the device is not there.
-        UltraMemError: model, data or output is missing or does not fit; nothing is written then.
+        ConfigError: the device is not available.
+        UltraMemError: model or data is missing or does not fit, training diverged, or the output cannot be written.
+            Nothing is written then.
     """
     device, sparse = choose_device(config.device), config.method == "sparse"
     with partial_directory(config.output.absolute(), overwrite, MODEL_CONFIG_NAME, MODEL_CONTENTS) as partial:
@@ -120,9 +121,11 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> FinetuneResu
         model = run.merged()
         result = FinetuneResult(before, losses(), run.steps, *run.counts())
         if not math.isfinite(result.after.new):
-            raise UltraMemError("the loss is no longer finite: training diverged; lower --learning-rate")
+            raise UltraMemError("the loss is not finite, as training diverged; lower --learning-rate")
         if sparse and not result.trained_rows:
-            raise UltraMemError("no row is special to the data: every background batch reads them all; give fewer")
+            raise UltraMemError(
+                "no row was trained: every background batch reads all rows that the data reads; lower --batch-size"
+            )
         if config.memory is not None:
             save_memory(model, partial / MEMORY_NAME)
             detach_memory(model)

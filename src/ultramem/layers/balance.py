@@ -7,17 +7,18 @@ from torch import Tensor
 
 
 def balance_loss(axis_scores: Tensor, axis_top_k: int) -> Tensor:
-    """How unevenly an axis' keys are chosen: the keys' number times the sum of choice share times mean softmax.
+    """Load-balancing loss of the keys on an axis: `keys * sum_i f_i P_i`, 1 for a uniform choice.
 
-    The load-balancing loss of mixture-of-experts routers (Switch Transformer, arXiv:2101.03961, equation 4), applied
-    to keys; 1 for a uniform choice. Heads have keys of their own: the mean over heads.
+    f_i is the share of choices that are key i, P_i its mean softmax probability. This is the loss of mixture-of-experts
+    routers (Switch Transformer, arXiv:2101.03961, equation 4), applied to keys. As each head has its own keys, it is
+    averaged over heads.
 
     Args:
-        axis_scores: (tokens, heads, keys).
-        axis_top_k: keys chosen on this axis.
+        axis_scores: (tokens, heads, keys), scores of the keys.
+        axis_top_k: number of keys chosen on this axis.
 
     Returns:
-        Scalar, in float32 or wider.
+        a scalar, in float32 or wider.
     """
     tokens, heads, keys = axis_scores.shape
     wide = axis_scores.to(torch.promote_types(axis_scores.dtype, torch.float32))

@@ -1,8 +1,8 @@
 """Initial values: matched to the feed-forward beside the memory, or as published.
 
-`matched` follows UltraMemV2 (arXiv:2508.18756), appendix A: each memory layer's output starts with the standard
-deviation of the feed-forward's output beside it. Linear layers take the host's own scheme; norm gains make the mean
-chosen score 1; the table's scale follows from the host's numbers and a seeded simulation of the retrieval.
+`matched` follows UltraMemV2 (arXiv:2508.18756), appendix A: each memory layer's initial output has the standard
+deviation of the output of the feed-forward beside it. Linear layers use the host's scheme, and norm gains make the mean
+chosen score 1. The table's scale is computed from the host's scheme and a seeded simulation of the retrieval.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SIMULATED_TOKENS = 512
 
 @dataclass(frozen=True)
 class HostScheme:
-    """How the host initialises the block that a memory layer stands in.
+    """The host's initialisation of the block that a memory layer is in.
 
     Attributes:
         linear_std: standard deviation of the weights of linear layers that read the residual stream.
         output_std: standard deviation of the weights of linear layers that write to it.
-        feed_forward_std: standard deviation of the feed-forward's output, for inputs of variance 1.
+        feed_forward_std: standard deviation of the feed-forward's output for inputs of variance 1.
     """
 
     linear_std: float
@@ -69,20 +69,20 @@ def initialize(layers: Sequence[MemoryLayer], schemes: Sequence[HostScheme], gen
 
     Args:
         layers: the memory layers of one model.
-        schemes: the host's scheme in the block whose residual stream each layer adds to.
-        generator: on the layers' device; the same seed gives the same values, sharded or not.
+        schemes: for each layer, the host's scheme in the block after which its output is added.
+        generator: random number generator on the layers' device; values do not depend on sharding.
     """
     stds: dict[Table, list[float]] = {}
     for layer, scheme in zip(layers, schemes, strict=True):
         stds.setdefault(layer.table, []).append(layer.init_weights(scheme, generator))
     for table, wanted in stds.items():
-        # A shared table serves all its layers best with the geometric mean of what each would want.
+        # A shared table has the geometric mean of what its layers need.
         std = math.exp(sum(map(math.log, wanted)) / len(wanted)) if all(wanted) else 0.0
         table.init_weights(std, generator)
 
 
 def table_std(config: MemoryConfig, d_model: int, linear_std: float, product_std: float) -> float:
-    """The standard deviation of values (and pre-values) for which a weighted value has std `product_std`."""
+    """Standard deviation of values (and pre-values) for which a weighted value has std `product_std`."""
     if not config.pre_value_dim:
         return product_std
     # The std of a pre-value product, for pre-values of std 1.
@@ -99,7 +99,7 @@ def table_std(config: MemoryConfig, d_model: int, linear_std: float, product_std
 
 
 def second_moment(function: Callable[[Tensor], Tensor], std: float) -> float:
-    """E[f(z)²] for z normal with mean 0, by quadrature over 10 standard deviations."""
+    """E[f(z)²] for normal z with mean 0, by quadrature over 10 standard deviations."""
     z = torch.linspace(-10, 10, 4001, dtype=torch.float64, device="cpu")
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
     return float(torch.trapezoid(function(z * std).square() * density, z))

@@ -1,4 +1,4 @@
-"""The kinds of memory by name. A new one is a file beside this one, and a line here."""
+"""The kinds of memory by name. A new kind is a file beside this one, and a line here."""
 
 from ultramem.layers.memory_layer import MemoryLayer
 from ultramem.layers.memory_plus import MemoryPlus

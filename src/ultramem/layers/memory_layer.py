@@ -23,45 +23,45 @@ _PUBLISHED_VALUE_STD = 0.02
 
 
 class ReadObserver(Protocol):
-    """Sees what a layer's forward passes read, with the layer's graph compiled or not; it must not wait for a GPU."""
+    """Observes the reads of a layer's forward passes, compiled or not. It must not wait for a GPU."""
 
     def observe(self, layer: MemoryLayer, reads: Reads, output: Tensor) -> None:
-        """One forward pass.
+        """Observe a forward pass.
 
         Args:
-            layer: that read.
-            reads: what it read.
-            output: (tokens, d_model), what it returns, before dropout.
+            layer: the layer.
+            reads: its reads.
+            output: (tokens, d_model), its output before dropout.
         """
 
 
 class MemoryLayer(nn.Module):
-    """One memory layer: a few rows of a large table, chosen and weighted by each token.
+    """A memory layer: each token chooses a few rows of a large table and weights them.
 
-    A kind of memory is a subclass. It sets `defaults` and `unused`, makes the parameters of its scores, and defines
-    `queries_per_token`, `layout`, `retrieve`, `project`, `init_retrieval`, `init_output` and `init_published`; the
-    rest where it differs.
+    Each kind of memory is a subclass. It sets `defaults` and `unused`, creates the parameters of its scores, and
+    defines `queries_per_token`, `layout`, `retrieve`, `project`, `init_retrieval`, `init_output` and `init_published`.
+    It overrides other methods where it differs.
 
     Args:
-        config: sizes and switches.
+        config: sizes and options.
         d_model: width of input and output.
-        table: the rows to read. A table that other layers read too belongs to no layer: `owns_table=False`.
-        axis_keys: keys on each axis.
-        window_start: table row at which this layer's window starts; it wraps around the table's end.
-        window_rows: rows of the window.
-        owns_table: whether the table's parameters belong to this layer.
-        device: of the parameters.
-        dtype: of the parameters.
+        table: table to read.
+        axis_keys: number of keys on each axis.
+        window_start: table row at which this layer's window starts; the window wraps around the table's end.
+        window_rows: number of rows of the window.
+        owns_table: whether the table's parameters belong to this layer; false for a table that several layers share.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Attributes:
-        auxiliary_loss: scalar of the last forward pass in training, weighted and ready to be added to the loss,
-            or None if the configuration asks for none. A mean over the tokens.
-        observers: see what each forward pass reads.
+        auxiliary_loss: weighted auxiliary loss of the last training forward pass, to be added to the loss: a scalar,
+            the mean over tokens. None if the configuration has no such loss.
+        observers: observers of each forward pass.
     """
 
-    # What the kind takes for fields of `MemoryConfig` that are left at None, where it differs from these.
+    # The kind's defaults of `MemoryConfig` fields that are left at None; a kind replaces those that differ.
     defaults: ClassVar[Mapping[str, Any]] = {"query_per_rank": False, "key_expansion": 1, "value_projectors": "single"}
-    # Fields that the kind has no use for, and why not: after its name, as part of a sentence.
+    # Fields that the kind does not use, and why, as a sentence that follows its name.
     unused: ClassVar[Mapping[str, str]] = {}
 
     query_conv: nn.Conv1d | None
@@ -83,7 +83,7 @@ class MemoryLayer(nn.Module):
         self.config = config
         self.d_model = d_model
         self.axis_keys = axis_keys
-        # A tensor, and on the CPU: a compiler makes one program for layers that differ in it, and nothing waits for it.
+        # A tensor, so that a compiler makes one program for all layers; on the CPU, so that nothing waits for it.
         self.window_start = torch.tensor(window_start, device="cpu")
         self.window_rows = window_rows
         self.num_queries = self.queries_per_token(config)
@@ -106,19 +106,19 @@ class MemoryLayer(nn.Module):
 
     @classmethod
     def check(cls, config: MemoryConfig, d_model: int | None = None) -> None:
-        """Check what only this kind knows of a configuration.
+        """Check the rules of this kind for a configuration.
 
         Args:
-            config: whose fields are each checked already.
-            d_model: width of the model, where it is known.
+            config: configuration whose single fields are checked already.
+            d_model: width of the model, if known.
 
         Raises:
-            ConfigError: a value cannot work.
+            ConfigError: a value is invalid.
         """
 
     @classmethod
     def queries_per_token(cls, config: MemoryConfig) -> int:
-        """Query vectors of a token."""
+        """Number of query vectors per token."""
         raise NotImplementedError
 
     @classmethod
@@ -128,17 +128,17 @@ class MemoryLayer(nn.Module):
 
     @classmethod
     def refresh_all(cls, layers: Sequence[MemoryLayer]) -> None:
-        """Follow the parameters of a model's layers with what is derived from them; once after each optimizer step."""
+        """Recompute what is derived from the parameters of a model's layers; called after each optimizer step."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Read the memory.
 
         Args:
-            x: (..., d_model), the block's normalised feed-forward input; with a query convolution
+            x: (..., d_model), normalised feed-forward input of the block; with a query convolution
                 (..., sequence, d_model).
 
         Returns:
-            (..., d_model), to be added to the residual stream.
+            (..., d_model), output to be added to the residual stream.
         """
         self.auxiliary_loss = None
         scores, indices = self.retrieve(self.queries(x))
@@ -152,11 +152,11 @@ class MemoryLayer(nn.Module):
         return output.view(x.shape)
 
     def queries(self, x: Tensor) -> Tensor:
-        """Queries (tokens, num_queries, key_dim) of x (..., d_model), not yet normalised."""
+        """Queries (tokens, num_queries, key_dim) of x (..., d_model), before normalisation."""
         queries = self.query_proj(x)
         if self.query_conv is not None:
             sequences = queries.reshape(math.prod(x.shape[:-2]), *queries.shape[-2:]).transpose(1, 2)
-            padded = F.pad(sequences, (self.config.query_conv, 0))  # one more than needed, lest a sequence be empty
+            padded = F.pad(sequences, (self.config.query_conv, 0))  # one more than needed, as a sequence may be empty
             queries = self.query_conv(padded)[..., 1:].transpose(1, 2)
         return queries.reshape(-1, self.num_queries, self.config.key_dim)
 
@@ -165,33 +165,33 @@ class MemoryLayer(nn.Module):
         raise NotImplementedError
 
     def locate(self, indices: Tensor, scores: Tensor, x: Tensor) -> Reads:
-        """What the table is asked for, from what was retrieved; x is (tokens, d_model)."""
+        """Reads of the table for the results of `retrieve` and x (tokens, d_model)."""
         return Reads(self.table_rows(indices), scores)
 
     def table_rows(self, in_window: Tensor) -> Tensor:
-        """Numbers of the table's rows from those of the window's, which may go on at the table's beginning."""
+        """Row numbers in the table of row numbers in the window, which may wrap around at the end of the table."""
         rows = in_window + self.window_start
         return torch.where(rows < self.table.rows, rows, rows - self.table.rows)
 
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
-        """From what was looked up, (tokens, output_width), to (tokens, d_model); x is (tokens, d_model)."""
+        """Map the lookup's result (tokens, output_width) to (tokens, d_model); x is (tokens, d_model)."""
         raise NotImplementedError
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that one token uses: all of the layer's own, and the table rows that it reads."""
+        """Number of parameters that a token uses: the layer's own, and the table rows that it reads."""
         of_table = set(self.table.parameters())
         own = sum(parameter.numel() for parameter in self.parameters() if parameter not in of_table)
         reads = self.config.heads * self.config.top_k
         return own + reads * (self.table.value_dim + self.table.pre_value_dim)
 
     def metrics(self) -> dict[str, Tensor]:
-        """Scalars that tell of the layer's parameters, for `Memory.usage_metrics`."""
+        """Scalars about the layer's parameters, for `Memory.usage_metrics`."""
         return {}
 
     def init_weights(self, scheme: HostScheme, generator: torch.Generator) -> float:
-        """Initialise all but the table, as `config.init` says; returns the standard deviation of the table's values."""
-        if self.query_conv is not None:  # the identity: queries start as they would be without it
+        """Initialise all but the table as `config.init` says; return the standard deviation of the table's values."""
+        if self.query_conv is not None:  # start as the identity
             fill(self.query_conv.weight, lambda full: full.zero_()[..., -1].fill_(1.0))
         if self.config.init == "published":
             self.init_published(generator)
@@ -202,14 +202,14 @@ class MemoryLayer(nn.Module):
         return table_std(self.config, self.d_model, scheme.linear_std, sum_std / math.sqrt(squared_weights))
 
     def init_retrieval(self, scheme: HostScheme, generator: torch.Generator) -> float:
-        """Initialise what chooses and weighs rows; returns the mean sum of a token's squared weights."""
+        """Initialise what chooses and weights rows; return the mean sum of a token's squared weights."""
         raise NotImplementedError
 
     def init_output(self, scheme: HostScheme, generator: torch.Generator) -> float:
         """Initialise what follows the lookup.
 
         Returns:
-            The standard deviation of a token's weighted sum for which the layer's output has the feed-forward's.
+            the standard deviation of a token's weighted sum for which the layer's output has that of the feed-forward.
         """
         raise NotImplementedError
 
@@ -232,6 +232,6 @@ class MemoryLayer(nn.Module):
 
 
 def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
-    """x over its root mean square, times the gain; in the dtype of x also under autocast, which would widen it."""
+    """x over its root mean square, times the gain, in the dtype of x, which autocast would widen."""
     with torch.autocast(x.device.type, enabled=False):
         return F.rms_norm(x, x.shape[-1:], None if gain is None else gain.to(x.dtype), eps)

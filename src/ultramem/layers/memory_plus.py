@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class MemoryPlus(ProductKeyLayer):
     """Memory+ (arXiv:2412.09764): normalised queries, a SiLU gate from the input, an output projection.
 
-    Queries are RMS-normalised, keys are not, as in the published code. All layers share one table. Arguments as for
+    Queries are RMS-normalised and keys are not, as in the published code. All layers share one table. Arguments as in
     `MemoryLayer`.
     """
 
@@ -48,7 +48,7 @@ class MemoryPlus(ProductKeyLayer):
         return self.output_proj(looked_up * F.silu(self.gate_proj(x)))
 
     def init_keys(self, generator: torch.Generator) -> None:
-        """As in `ProductKeyLayer`; and the queries' gains."""
+        """As in `ProductKeyLayer`, with the queries' gains."""
         super().init_keys(generator)
         nn.init.ones_(self.query_norm.weight)
 

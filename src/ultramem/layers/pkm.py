@@ -1,4 +1,4 @@
-"""PKM: product keys and nothing else."""
+"""PKM: product keys only."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class ProductKeyMemory(ProductKeyLayer):
-    """Product-Key Memory (arXiv:1907.05242): values join the residual stream as they are. Each layer owns its table.
+    """Product-Key Memory (arXiv:1907.05242): values are added to the residual stream directly.
 
-    Arguments as for `MemoryLayer`.
+    Each layer has its own table. Arguments as in `MemoryLayer`.
     """
 
     unused = {**ProductKeyLayer.unused, "norm_eps": "normalises neither queries nor keys"}
@@ -31,7 +31,7 @@ class ProductKeyMemory(ProductKeyLayer):
         """As in `MemoryLayer`: there is no projection between `value_dim` and `d_model`."""
         if d_model is not None and config.value_dim != d_model:
             raise ConfigError(
-                f"value_dim={config.value_dim}: pkm adds values to the residual stream, so set it to d_model={d_model}"
+                f"value_dim={config.value_dim}: must be d_model={d_model}, as pkm adds values to the residual stream"
             )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What PKM and Memory+ share: scores that are sums of a row and a column score."""
+"""The base class of PKM and Memory+: scores are sums of a row and a column score."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NO_POOL = "does not pool its layers' tables"
 class ProductKeyLayer(MemoryLayer):
     """A softmax over the top k sums of a row and a column score, and a weighted sum of values.
 
-    Each head has its own queries and keys. Arguments as for `MemoryLayer`.
+    Each head has its own queries and keys. Arguments as in `MemoryLayer`.
     """
 
     defaults = {"value_lr": 1e-3}
@@ -80,11 +80,11 @@ class ProductKeyLayer(MemoryLayer):
         fill(self.keys, lambda full: full.uniform_(-bound, bound, generator=generator))
 
     def query_std(self, scheme: HostScheme) -> float:
-        """Standard deviation of a query's elements at the start."""
+        """Initial standard deviation of a query's elements."""
         raise NotImplementedError
 
     def simulate_weights(self, query_std: float) -> float:
-        """Mean over random queries of the sum of one head's squared weights."""
+        """Sum of a head's squared weights, mean over random queries."""
         config, device = self.config, self.keys.device
         generator = torch.Generator(device).manual_seed(0)
         queries = torch.randn(2, SIMULATED_TOKENS, config.key_dim, generator=generator, device=device) * query_std

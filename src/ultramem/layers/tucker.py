@@ -1,4 +1,4 @@
-"""What UltraMem and UltraMemV2 share: Tucker-decomposed scores, several score cores, pre-values, virtual copies."""
+"""The base class of UltraMem and UltraMemV2: Tucker-decomposed scores, score cores, pre-values, virtual copies."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 class TuckerMemory(MemoryLayer):
     """A layer with Tucker-decomposed scores (UltraMem, arXiv:2411.12364, section 3.1), whose weights are the scores.
 
-    Heads share the queries and differ in their keys. `u` and `t` (heads, rank) are the leading singular vectors of
-    each head's summed cores; they carry no gradient, and `refresh` follows the cores once per optimiser step.
-    Arguments as for `MemoryLayer`.
+    Heads share the queries and have their own keys. `u` and `t` (heads, rank) are the leading singular vectors of each
+    head's summed cores. They have no gradient, and `refresh` recomputes them after each optimizer step. Arguments as in
+    `MemoryLayer`.
     """
 
     published_gain_exponent: ClassVar[float]  # of key_dim, in the published code's norm gains
@@ -68,8 +68,8 @@ class TuckerMemory(MemoryLayer):
         """As in `MemoryLayer`."""
         if config.value_dim % config.cores:
             raise ConfigError(
-                f"value_dim={config.value_dim}: must be a multiple of cores={config.cores}, whose scores weigh a slice "
-                "each"
+                f"value_dim={config.value_dim}: must be a multiple of cores={config.cores}, each of which weights a "
+                "slice"
             )
         if config.pre_activation is not None and not config.pre_value_dim:
             raise ConfigError(f"pre_activation={config.pre_activation!r}: needs pre-values; set pre_value_dim above 0")
@@ -92,7 +92,7 @@ class TuckerMemory(MemoryLayer):
     def normed_queries(self, queries: Tensor) -> Tensor:
         """Normalised row and column queries (tokens, 2, rank, key_dim) of queries (tokens, num_queries, key_dim).
 
-        Without their gain: it multiplies the keys, of which there are fewer.
+        Without their gain, which is applied to the keys, as there are fewer of them.
         """
         normed = rms_norm(queries, None, self.config.norm_eps)
         return normed.unflatten(1, (2, self.num_queries // 2)).expand(-1, -1, self.config.tucker_rank, -1)
@@ -103,7 +103,7 @@ class TuckerMemory(MemoryLayer):
         return rms_norm(self.keys.transpose(3, 4), gain, self.config.norm_eps)
 
     def locate(self, indices: Tensor, scores: Tensor, x: Tensor) -> Reads:
-        """Through the shuffle to virtual copy and table row."""
+        """As in `MemoryLayer`: the shuffle maps indices to virtual copies and table rows."""
         config, virtual = self.config, self.shuffle[indices]
         in_window = virtual if config.virtual_copies == 1 else virtual % self.window_rows
         return Reads(
@@ -120,7 +120,7 @@ class TuckerMemory(MemoryLayer):
         return self.output_proj(looked_up)
 
     def refresh(self) -> None:
-        """Recompute `u` and `t` from the cores; call once per optimizer step."""
+        """Recompute `u` and `t` from the cores; call once after each optimizer step."""
         refresh_directions([self])
 
     @classmethod
@@ -142,7 +142,7 @@ class TuckerMemory(MemoryLayer):
         normal(self.keys, self.config.key_dim**-0.5, generator)
         self.init_cores(generator)
         mean, second = self.simulate_scores()
-        # A layer that reads nearly every row has a mean score of about 0, which cannot be scaled to 1.
+        # A layer that reads almost every row has a mean score of about 0, which cannot be scaled to 1.
         mean = max(mean, math.sqrt(second) / 2)
         self._set_gains(mean**-0.25)  # scores grow with the square of both
         if self.pre_proj is not None:
@@ -165,7 +165,7 @@ class TuckerMemory(MemoryLayer):
             normal(self.pre_proj.weight, self.d_model**-0.5, generator)
 
     def init_cores(self, generator: torch.Generator) -> None:
-        """Initialise the cores, what follows from them, and the shuffle."""
+        """Initialise the cores, `u` and `t`, and the shuffle."""
         fill(self.cores, lambda full: full.uniform_(0, 1, generator=generator))
         self.shuffle.copy_(torch.randperm(self.shuffle.numel(), generator=generator, device=self.shuffle.device))
         # Cores are positive, and so are their leading singular vectors up to the joint sign, which follows the old one.
@@ -211,10 +211,10 @@ class TuckerMemory(MemoryLayer):
 
 @torch.no_grad()
 def refresh_directions(layers: Sequence[TuckerMemory]) -> None:
-    """Recompute `u` and `t` of layers of one configuration from their cores, all at once.
+    """Recompute `u` and `t` of layers with the same configuration from their cores, all at once.
 
-    Their joint sign, which a decomposition leaves open, is kept as close to the previous one as possible: a flip would
-    invert the ranking of the keys.
+    A decomposition does not determine their joint sign. It is kept as close to the previous one as possible, as a flip
+    would invert the ranking of the keys.
     """
     u, t = leading_singular_vectors(torch.stack([_summed(layer.cores) for layer in layers]))
     before_u, before_t = (torch.stack([getattr(layer, name) for layer in layers]).to(u.dtype) for name in "ut")
@@ -227,10 +227,10 @@ def refresh_directions(layers: Sequence[TuckerMemory]) -> None:
 def leading_singular_vectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Left and right singular vectors (..., rank) of the largest singular value, up to their joint sign.
 
-    For rank 2, the papers', in closed form: a decomposition makes the processor wait for the GPU.
+    Rank 2, that of the papers, has a closed form: a decomposition would make the CPU wait for the GPU.
 
     Args:
-        matrices: (..., rank, rank).
+        matrices: (..., rank, rank), matrices to decompose.
     """
     if matrices.shape[-1] != 2:
         left, _, right = torch.linalg.svd(matrices)
@@ -246,26 +246,25 @@ def leading_singular_vectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tucker_penalty(cores: Tensor, threshold: float) -> Tensor:
-    """Mean squared excess over `threshold` of the summed cores' singular values but the largest.
+    """Mean squared excess over `threshold` of all singular values of the summed cores but the largest.
 
-    UltraMem (arXiv:2411.12364), section 3.1: it keeps the cores near the rank-1 approximation by which the axes
-    are ranked.
+    UltraMem (arXiv:2411.12364), section 3.1: it keeps the cores near the rank-1 approximation that ranks the axes.
 
     Args:
-        cores: (cores, heads, rank, rank).
-        threshold: excess is counted from here.
+        cores: (cores, heads, rank, rank), score cores.
+        threshold: singular value from which on excess counts.
 
     Returns:
-        Scalar, in float32 or wider; 0 for rank 1.
+        a scalar, in float32 or wider; 0 for rank 1.
     """
     trailing = torch.linalg.svdvals(_summed(cores))[..., 1:]
     return F.relu(trailing - threshold).square().sum() / max(trailing.numel(), 1)
 
 
 def _summed(cores: Tensor) -> Tensor:
-    """The summed cores (heads, rank, rank), whole, in float32 or wider.
+    """The summed cores (heads, rank, rank), not sharded, in float32 or wider.
 
-    Zero where they are not finite, so that a run that has diverged fails by its loss, not in the decomposition.
+    Values that are not finite become 0, so that a run that has diverged fails by its loss, not in the decomposition.
     """
     whole = cores.full_tensor() if isinstance(cores, DTensor) else cores
     return whole.sum(0).to(torch.promote_types(cores.dtype, torch.float32)).nan_to_num(0.0, 0.0, 0.0)

@@ -1,4 +1,4 @@
-"""UltraMem: Tucker scores, virtual copies with a projection each, a table for each layer."""
+"""UltraMem: Tucker scores, an output projection for each virtual copy, a table for each layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class UltraMem(TuckerMemory):
-    """UltraMem (arXiv:2411.12364). Arguments as for `MemoryLayer`."""
+    """UltraMem (arXiv:2411.12364). Arguments as in `MemoryLayer`."""
 
     defaults = {"key_expansion": 2, "value_projectors": "per_block"}
     unused = {

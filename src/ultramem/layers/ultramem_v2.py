@@ -1,4 +1,4 @@
-"""UltraMemV2: Tucker scores with a query for each rank, one projection, a table that all layers share in part."""
+"""UltraMemV2: Tucker scores with a query for each rank, one output projection, a table with a window for each layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class UltraMemV2(TuckerMemory):
-    """UltraMemV2 (arXiv:2508.18756); with `pre_activation` PEER (arXiv:2407.04153). Arguments as for `MemoryLayer`."""
+    """UltraMemV2 (arXiv:2508.18756); with `pre_activation` PEER (arXiv:2407.04153). Arguments as in `MemoryLayer`."""
 
     defaults = {"query_per_rank": True}
     published_gain_exponent = -0.4

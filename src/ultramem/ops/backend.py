@@ -1,4 +1,4 @@
-"""Choosing between an operation's plain PyTorch definition and its fused kernels."""
+"""The choice between an operation's definition in plain PyTorch and its kernels."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _backend: Backend = "auto"
 def use_backend(backend: Backend) -> Iterator[None]:
     """Fix the backend of every operation inside a `with` block, in all threads.
 
-    `auto`, the default, takes the fused kernel where there is one that supports the arguments; `naive` always
-    takes plain PyTorch; `fused` raises where there is no kernel.
+    `auto`, the default, uses kernels if they support the arguments, else plain PyTorch. `naive` always uses plain
+    PyTorch. `fused` always uses kernels, and operations without one raise an error.
 
     Raises:
-        UltraMemError: there is no such backend.
+        UltraMemError: the backend is invalid.
     """
     global _backend
     if backend not in get_args(Backend):
-        raise UltraMemError(f"backend {backend!r}: must be one of {', '.join(get_args(Backend))}")
+        raise UltraMemError(f"backend={backend!r}: must be one of {', '.join(get_args(Backend))}")
     before, _backend = _backend, backend
     try:
         yield
@@ -43,20 +43,20 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 
 def can_run_kernels(tensor: Tensor) -> bool:
-    """Whether Triton kernels run where the tensor is: on GPUs, and in the interpreter where that is asked for."""
+    """Whether Triton kernels run on the tensor's device: on GPUs, and in the interpreter if it is enabled."""
     interpreted = _INTERPRETED and _backend == "fused" and tensor.device.type == "cpu"
     return HAS_KERNELS and (tensor.is_cuda or interpreted)
 
 
 def takes_kernels(operation: str, supported: bool) -> bool:
-    """Whether an operation takes its kernels: where there are some for its arguments, unless the backend is `naive`.
+    """Whether an operation uses its kernels: if they support its arguments, unless the backend is `naive`.
 
     Args:
-        operation: its name.
-        supported: whether there are kernels for the arguments.
+        operation: name of the operation.
+        supported: whether kernels support the arguments.
 
     Raises:
-        UltraMemError: the backend is `fused`, and there are none.
+        UltraMemError: the backend is `fused`, and kernels do not support the arguments.
     """
     if _backend == "fused" and not supported:
         raise UltraMemError(f"{operation} has no fused kernel for these arguments; use the backend 'auto'")
@@ -64,6 +64,6 @@ def takes_kernels(operation: str, supported: bool) -> bool:
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which to compute with a tensor: autocast's where that is on, else the tensor's own."""
+    """The dtype to compute with a tensor in: that of autocast if enabled, else the tensor's own."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype

@@ -1,4 +1,4 @@
-"""The report's HTML pages: one of a single run, one that compares several."""
+"""The report's HTML pages: one for a single run, one for a comparison."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from ultramem.runs.layout import (
 from ultramem.runs.results import TaskResult
 
 GROUPS = {"memory": "Memory layers", "moe": "Mixture of experts"}
-# For each metric of the layers, the colour bar's label and an explanation; others are shown unexplained.
+# Label of the colour bar and explanation of each layer metric; others are shown without.
 LAYER_METRICS = {
-    "rows read": ("share of rows", "share of the rows in reach that were read since the last report"),
-    "KL from uniform": ("nats", "divergence of the rows' use from uniform; 0 where all are used alike"),
-    "output std": ("standard deviation", "of what the layer adds to the residual stream"),
-    "top score": ("score", "mean score of the best row that a token chose"),
-    "last score": ("score", "mean score of the last row that a token chose"),
+    "rows read": ("share of rows", "share of the window's rows that were read since the last report"),
+    "KL from uniform": ("nats", "KL divergence of the reads from uniform; 0 if all rows are read equally often"),
+    "output std": ("standard deviation", "of the layer's output, which is added to the residual stream"),
+    "top score": ("score", "highest score among a token's rows, mean over tokens"),
+    "last score": ("score", "lowest score among a token's rows, mean over tokens"),
     "singular value 1": ("singular value", "largest singular value of the summed Tucker cores"),
     "singular value 2": ("singular value", "second singular value of the summed Tucker cores"),
     "load balancing loss": ("loss", "mean over tokens, without its weight"),
@@ -47,7 +47,7 @@ LAYER_METRICS = {
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure on top of the page: what it is, its exact value, how to write it, and a remark."""
+    """A figure at the top of the page: label, exact value, formatted value and note."""
 
     label: str
     value: float
@@ -65,39 +65,39 @@ class Plot:
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
-    """Write one self-contained HTML page about a run, or one that compares several.
+    """Write a self-contained HTML report of a run, or a comparison of several.
 
     Args:
-        runs: Run directories as `ultramem train` writes them.
-        output: The file to write. Default, for a single run only: `report.html` in its directory.
+        runs: run directories of `ultramem train`.
+        output: file to write; by default, for a single run only, `report.html` in its directory.
 
     Returns:
-        The file written.
+        the written file.
 
     Raises:
-        UltraMemError: If a directory is not a run, has no metrics yet or holds a file that cannot be
-            understood; if several runs come without `output`; if the page cannot be written.
+        UltraMemError: a directory is not a run, has no metrics yet or has an invalid file; `output` is missing for
+            several runs; or the page cannot be written.
     """
     paths = list(dict.fromkeys(path.resolve() for path in runs))
     if not paths:
-        raise UltraMemError("no run to report on: name at least one run directory")
+        raise UltraMemError("no run to report on; give at least one run directory")
     if output is None:
         if len(paths) > 1:
-            raise UltraMemError("comparing runs needs a file to write: name it with --output FILE")
+            raise UltraMemError("a comparison of runs needs a file to write; give it with --output FILE")
         output = paths[0] / REPORT_NAME
     if not output.parent.is_dir():
-        raise UltraMemError(f"cannot write {output}: {output.parent} is not a directory; choose another --output")
+        raise UltraMemError(f"{output} cannot be written ({output.parent} is not a directory); choose another --output")
     read = [Run.read(path) for path in paths]
     page = _run_page(read[0]) if len(read) == 1 else _comparison_page(read)
     try:
         write_text(output, page)
     except OSError as error:
-        raise UltraMemError(f"cannot write {output}: {system_reason(error)}; choose another --output") from error
+        raise UltraMemError(f"{output} cannot be written ({system_reason(error)}); choose another --output") from error
     return output
 
 
 def abbreviate(value: float, prefixes: Sequence[str] = ("", "k", "M", "B", "T")) -> str:
-    """A number in three significant digits and a prefix: 1180000000 is "1.18 B"."""
+    """Format a number with three significant digits and a prefix: 1180000000 as "1.18 B"."""
     position = 0
     while abs(value) >= 999.5 and position < len(prefixes) - 1:
         value, position = value / 1000, position + 1
@@ -106,12 +106,12 @@ def abbreviate(value: float, prefixes: Sequence[str] = ("", "k", "M", "B", "T"))
 
 
 def in_unit(value: float, unit: str) -> str:
-    """A quantity with its unit: 4520000 B is "4.52 MB"."""
+    """Format a quantity with its unit: 4520000 B as "4.52 MB"."""
     return abbreviate(value, [prefix + unit for prefix in ("", "k", "M", "G", "T", "P")])
 
 
 def held_out(run: Run, figure: str) -> float | None:
-    """The final evaluation's `figure`, else the last one measured in training, else None."""
+    """The `figure` of the final evaluation, else the last one of training, else None."""
     if run.evaluation is not None:
         value = getattr(run.evaluation, figure)
         return None if value is None else float(value)
@@ -119,7 +119,7 @@ def held_out(run: Run, figure: str) -> float | None:
 
 
 def final_loss(run: Run) -> float | None:
-    """The smoothed training loss at the end, in nats per token."""
+    """The smoothed training loss at the last step, in nats per token."""
     return _last(plots.smooth(run.series(TRAIN_LOSS).values))
 
 
@@ -148,7 +148,7 @@ def _run_page(run: Run) -> str:
 
 
 def _tiles(run: Run) -> list[Tile]:
-    """What the run has reached, and what the model costs; figures that the run has not measured are left out."""
+    """Tiles of loss, speed, parameters, operations and bytes; figures that were not measured are left out."""
     summary, decimals = run.summary, "{:.3f}".format
     bits, loss, perplexity = (held_out(run, figure) for figure in ("bits_per_byte", "loss", "perplexity"))
     unigram = run.evaluation and run.evaluation.unigram_bits_per_byte
@@ -158,7 +158,7 @@ def _tiles(run: Run) -> list[Tile]:
     figures: list[tuple[str, float | None, Callable[[float], str], str]] = [
         ("Held-out bits per byte", bits, decimals, f"unigram model: {unigram:.3f}" if unigram else ""),
         ("Held-out loss", loss, decimals, f"perplexity {perplexity:.4g}" if perplexity is not None else ""),
-        ("Training loss", final_loss(run), decimals, "at the end, smoothed"),
+        ("Training loss", final_loss(run), decimals, "at the last step, smoothed"),
         ("Tokens per second", throughput(run), abbreviate, "median"),
         ("Last step", run.last_step, "{:,}".format, trained),
         ("Active parameters", summary.active, abbreviate, active),
@@ -167,13 +167,13 @@ def _tiles(run: Run) -> list[Tile]:
         ("Read per token", summary.bytes_per_token, partial(in_unit, unit="B"), "bf16, batch of one"),
     ]
     if memory := summary.memory:
-        note = f"{memory['layers']} layers, {abbreviate(memory['window_rows'])} in reach of each"
+        note = f"{memory['layers']} layers, {abbreviate(memory['window_rows'])} in each window"
         figures.append(("Memory rows", memory["table_rows"], abbreviate, note))
     return [Tile(label, value, write(value), note) for label, value, write, note in figures if value is not None]
 
 
 def _curves(run: Run) -> list[Plot]:
-    """The plots over steps, of those metrics that the run has."""
+    """Plots over steps of the metrics that the run has."""
     curves = []
     if loss := run.series(TRAIN_LOSS):
         drawing = plots.svg(plots.draw_loss, "Loss by step", loss, run.series(HELD_OUT["loss"]))
@@ -209,7 +209,7 @@ def _comparison_page(runs: list[Run]) -> str:
 
 
 def _distinct_names(runs: list[Run]) -> list[str]:
-    """The directories' names, or their whole paths where two share a name."""
+    """The directories' names, or their whole paths if two names are the same."""
     names = [run.path.name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
@@ -232,14 +232,14 @@ def _comparison_row(run: Run, name: str, index: int) -> dict[str, Any]:
 
 
 def _compared_tasks(runs: list[Run]) -> dict[tuple[str, str], list[TaskResult | None]]:
-    """Each run's result by task and metric, in the order in which they first appear; None where it has none."""
+    """Each run's result by task and metric, in order of first appearance; None if a run has none."""
     found = [{(r.name, r.metric): r for r in run.tasks.results} if run.tasks else {} for run in runs]
     tasks = dict.fromkeys(task for results in found for task in results)
     return {task: [results.get(task) for results in found] for task in tasks}
 
 
 def _comparison_curves(runs: list[Run]) -> list[Plot]:
-    """Overlaid curves, by tokens where every run counts them, else by steps."""
+    """Overlaid curves, over tokens if every run counts them, else over steps."""
     by_tokens = all(run.series(TOKENS) for run in runs)
     x = "tokens" if by_tokens else "step"
     curves = []
@@ -264,13 +264,13 @@ def _comparison_curves(runs: list[Run]) -> list[Plot]:
 
 
 def _by_tokens(run: Run, series: Series) -> Series:
-    """The series with tokens in place of steps; between two reports tokens grow evenly."""
+    """The series over tokens instead of steps, interpolated between reports."""
     tokens = run.series(TOKENS)
     return Series(np.interp(series.steps, tokens.steps, tokens.values), series.values)
 
 
 def _config_differences(runs: list[Run]) -> dict[str, list[Any]]:
-    """Configuration values that are not the same in all runs, by dotted name; a missing one is None."""
+    """Configuration values that differ between runs, by dotted key; None for a missing one."""
     configs = [_flatten(parse_yaml(run.config, str(run.path / CONFIG_NAME))) for run in runs]
     names = dict.fromkeys(name for config in configs for name in config)
     values = {name: [config.get(name) for config in configs] for name in names}
@@ -278,7 +278,7 @@ def _config_differences(runs: list[Run]) -> dict[str, list[Any]]:
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings by dotted name."""
+    """Values of nested mappings by dotted key."""
     if not isinstance(value, Mapping):
         return {prefix: value}
     leaves: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The report's plots: matplotlib draws them, and the page's style sheet colours them."""
+"""The report's plots, drawn by matplotlib and coloured by the page's style sheet."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def svg(draw: Callable[Concatenate[Axes, P], None], description: str, *arguments
     """Draw on fresh axes and return an SVG element to stand in a page.
 
     Args:
-        draw: Puts one plot on the axes that it is given.
-        description: Read out in place of the picture.
-        arguments, named: For `draw`.
+        draw: draws a plot on given axes.
+        description: description for screen readers.
+        arguments, named: arguments for `draw`.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": description}):
@@ -67,23 +67,24 @@ def svg(draw: Callable[Concatenate[Axes, P], None], description: str, *arguments
         figure.savefig(buffer, format="svg", transparent=True, dpi=_PIXELS_PER_INCH, metadata=no_metadata)
     _, _, drawing = page_color(buffer.getvalue()).partition("<svg")
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # "axes_1" and the like would repeat within the page
-    drawing = re.sub(r' (width|height)="[^"]*"', "", drawing, count=2)  # of the whole, which come first
+    drawing = re.sub(r' (width|height)="[^"]*"', "", drawing, count=2)  # of the whole drawing, which come first
     return Markup('<svg role="img" aria-label="{}"').format(description) + Markup(drawing)
 
 
 def page_color(text: str) -> str:
-    """Replace every stand-in colour in `text` by the page's variable."""
+    """Replace every placeholder colour in `text` with the page's variable."""
     return re.sub(r"#fe0d(\d\d)", lambda match: f"var(--plot-{int(match[1])})", text)
 
 
 def smooth(values: Array, share: float = 0.02) -> Array:
-    """Centred moving average over `share` of all points; what is not finite is left out.
+    """Centred moving average over `share` of all points; values that are not finite are left out.
 
     Args:
-        values: Shape (n,).
+        values: (n,), values of a curve.
+        share: width of the average as a share of all points.
 
     Returns:
-        Shape (n,); NaN where no value within the window is finite.
+        (n,); NaN where no averaged value is finite.
     """
     half = max(1, round(len(values) * share / 2))
     finite = np.isfinite(values)
@@ -105,13 +106,13 @@ def label_axes(axes: Axes, y: str, x: str = "step") -> None:
 
 
 def draw_noisy(axes: Axes, series: Series, name: str) -> None:
-    """Every report faintly, and the smoothed curve over it."""
+    """Draw every report faintly, and the smoothed curve over it."""
     axes.plot(series.steps, series.values, color=FAINT, linewidth=0.7, label=f"{name}, each report")
     axes.plot(series.steps, smooth(series.values), color=CURVES[0], label=f"{name}, smoothed")
 
 
 def draw_loss(axes: Axes, train: Series, held_out: Series) -> None:
-    """Training loss, each step and smoothed, and the held-out loss where it was measured."""
+    """Draw the training loss, each step and smoothed, and the held-out loss where it was measured."""
     draw_noisy(axes, train, "training")
     if held_out:
         marker = "o" if len(held_out) <= 100 else None
@@ -121,7 +122,7 @@ def draw_loss(axes: Axes, train: Series, held_out: Series) -> None:
 
 
 def draw_learning_rates(axes: Axes, rates: dict[str, Series]) -> None:
-    """One curve for each parameter group."""
+    """Draw a curve for each parameter group."""
     for (group, rate), color in zip(rates.items(), CURVES, strict=False):
         axes.plot(rate.steps, rate.values, color=color, label=group)
     axes.set_ylim(bottom=0)
@@ -131,21 +132,21 @@ def draw_learning_rates(axes: Axes, rates: dict[str, Series]) -> None:
 
 
 def draw_gradient_norm(axes: Axes, norm: Series) -> None:
-    """Gradient norm before clipping, on a logarithmic axis."""
+    """Draw the gradient norm before clipping, on a logarithmic axis."""
     draw_noisy(axes, norm, "gradient norm")
     label_axes(axes, "gradient norm")
     make_logarithmic(axes)
 
 
 def draw_throughput(axes: Axes, throughput: Series) -> None:
-    """Tokens per second, from zero."""
+    """Draw tokens per second, from zero."""
     draw_noisy(axes, throughput, "throughput")
     label_axes(axes, "tokens per second")
     start_at_zero(axes)
 
 
 def draw_heat_map(axes: Axes, metric: LayerSeries, unit: str) -> None:
-    """Layers upwards, steps to the right, the value as colour; left blank where a layer did not report."""
+    """Draw layers upwards, steps to the right, and values as colours; blank where a layer did not report."""
     rows = np.arange(len(metric.layers), dtype=np.float64)
     values = np.ma.masked_invalid(metric.values)
     mesh = axes.pcolormesh(_cell_edges(metric.steps), _cell_edges(rows), values, rasterized=True)
@@ -159,7 +160,7 @@ def draw_heat_map(axes: Axes, metric: LayerSeries, unit: str) -> None:
 
 
 def _cell_edges(centres: Array) -> Array:
-    """Borders halfway between neighbours, shape (n + 1,); a lone cell is one wide."""
+    """Borders (n + 1,) halfway between neighbours; a single cell is one wide."""
     widths = np.diff(centres) if len(centres) > 1 else np.ones(1)
     return np.array([centres[0] - widths[0] / 2, *(centres[:-1] + centres[1:]) / 2, centres[-1] + widths[-1] / 2])
 
@@ -172,7 +173,7 @@ def draw_comparison(
     marker: str | None = None,
     adjust: Callable[[Axes], None] | None = None,
 ) -> None:
-    """One curve a run, told apart by `curve_style`; an empty series draws nothing."""
+    """Draw a curve per run, in its `curve_style`; nothing for an empty series."""
     for index, curve in enumerate(curves):
         color, line_style = curve_style(index)
         axes.plot(curve.steps, curve.values, color=color, linestyle=line_style, marker=marker, markersize=3.5)
@@ -190,11 +191,11 @@ def make_logarithmic(axes: Axes) -> None:
 
 
 def start_at_zero(axes: Axes) -> None:
-    """Let the vertical axis start at zero and write its numbers with a prefix: 5k."""
+    """Start the vertical axis at zero and write its numbers with a prefix: 5k."""
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def curve_style(index: int) -> tuple[str, str]:
-    """Colour and line style of the run number `index`, different for the first 24."""
+    """Colour and line style of run number `index`, different for the first 24."""
     return CURVES[index % len(CURVES)], LINE_STYLES[index // len(CURVES) % len(LINE_STYLES)]

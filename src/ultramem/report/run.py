@@ -1,4 +1,4 @@
-"""Reading a run directory, as `ultramem train` writes it."""
+"""Reading a run directory of `ultramem train`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _LAYER_METRIC = re.compile(r"(?P<group>[^/]+)/(?P<axis>layer|block) (?P<index>\d
 class Series:
     """A metric over the run.
 
-    Args:
-        steps: Steps at which the metric was reported, rising, shape (n,).
-        values: Its values, shape (n,).
+    Attributes:
+        steps: (n,), steps of the reports, ascending.
+        values: (n,), values of the metric.
     """
 
     steps: Array
@@ -42,15 +42,15 @@ class Series:
 
 @dataclass(frozen=True)
 class LayerSeries:
-    """A metric that every layer of some kind reports.
+    """A metric that all layers of a kind report.
 
-    Args:
-        group: What comes before the layer in the metric's name, such as "memory" or "moe".
-        axis: What the numbers count: "layer" (of the memory) or "block" (of the model).
-        name: What comes last in the metric's name, such as "rows read".
-        layers: Numbers of the reporting layers, rising.
-        steps: Steps at which any of them reported, rising, shape (n,).
-        values: One row a layer, shape (len(layers), n); NaN where a layer did not report.
+    Attributes:
+        group: first part of the metric's name, such as "memory" or "moe".
+        axis: what is numbered: "layer" (of the memory) or "block" (of the model).
+        name: last part of the metric's name, such as "rows read".
+        layers: numbers of the reporting layers, ascending.
+        steps: (n,), steps at which any layer reported, ascending.
+        values: (len(layers), n), values; NaN where a layer did not report.
     """
 
     group: str
@@ -63,7 +63,7 @@ class LayerSeries:
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summary.json` says about the model and the run; parameters, rows and tokens are counts."""
+    """The content of `summary.json`; parameters, rows and tokens are counts."""
 
     system: str
     total: int
@@ -78,7 +78,7 @@ class Summary:
 
     @classmethod
     def parse(cls, content: dict[str, Any]) -> Summary:
-        """Pick the fields out of the file's content."""
+        """Parse the content of the file."""
         parameters, memory = content["parameters"], content.get("memory")
         tokens = content.get("train_tokens")
         return cls(
@@ -108,20 +108,20 @@ _PROVENANCE = {
 
 @dataclass(frozen=True)
 class Tasks:
-    """What `tasks.json` says."""
+    """The content of `tasks.json`."""
 
     checkpoint: str
     results: list[TaskResult]
 
     @classmethod
     def parse(cls, content: dict[str, Any]) -> Tasks:
-        """Pick the fields out of the file's content."""
+        """Parse the content of the file."""
         return cls(str(content["checkpoint"]), [TaskResult.parse(result) for result in content["results"]])
 
 
 @dataclass(frozen=True)
 class ReportedSample:
-    """A prompt, the model's continuation, and the sampling settings that were in force."""
+    """A prompt, the model's continuation, and the sampling settings."""
 
     prompt: str
     continuation: str
@@ -129,7 +129,7 @@ class ReportedSample:
 
     @classmethod
     def parse(cls, content: dict[str, Any]) -> ReportedSample:
-        """Pick the fields out of one entry of `samples.json`."""
+        """Parse an entry of `samples.json`."""
         names = {"temperature": "temperature", "top_k": "top-k", "top_p": "top-p", "seed": "seed"}
         return cls(
             prompt=content["prompt"],
@@ -142,15 +142,15 @@ class ReportedSample:
 class Run:
     """One training run.
 
-    Args:
-        path: The run directory, absolute.
-        config: Text of `config.yaml`.
-        summary: Content of `summary.json`.
-        metrics: Metrics by step, steps rising; a repeated step (the run was resumed) keeps its last report.
-        unreadable_lines: Lines of `metrics.jsonl` that a crash left torn, without a torn last one.
-        evaluation: Content of `evaluation.json`, None without that file.
-        tasks: Content of `tasks.json`, None without that file.
-        samples: Content of `samples.json`, empty without that file.
+    Attributes:
+        path: absolute path of the run directory.
+        config: text of `config.yaml`.
+        summary: content of `summary.json`.
+        metrics: metrics by step, ascending; a step that was repeated after a resume has its last report.
+        unreadable_lines: number of incomplete lines of `metrics.jsonl`, which a crash left, without the last line.
+        evaluation: content of `evaluation.json`, None without that file.
+        tasks: content of `tasks.json`, None without that file.
+        samples: content of `samples.json`, empty without that file.
     """
 
     path: Path
@@ -167,15 +167,14 @@ class Run:
         """Read the directory at `path`.
 
         Raises:
-            UltraMemError: If it is no run directory, if the run has not reported any metric yet, or if one
-                of its files cannot be understood.
+            UltraMemError: the directory is not a run, has no metrics yet, or has an invalid file.
         """
         path = path.resolve()
         for name in (CONFIG_NAME, SUMMARY_NAME):
             if not (path / name).is_file():
                 raise UltraMemError(
-                    f"{path} is not a run directory, it has no {name}: name the directory that "
-                    "`ultramem train` writes its run to"
+                    f"{path} is not a run directory, as it has no {name}; give the trainer.directory of "
+                    "`ultramem train`"
                 )
         metrics, unreadable_lines = _read_metrics(path / METRICS_NAME)
         evaluation, tasks, samples = (path / name for name in (EVALUATION_NAME, TASKS_NAME, SAMPLES_NAME))
@@ -194,18 +193,18 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """The last step that reported."""
+        """The last step with a report."""
         return next(reversed(self.metrics))
 
     def series(self, name: str) -> Series:
-        """The metric called `name`, empty where the run does not report it."""
+        """The metric called `name`; empty if the run does not report it."""
         points = [(step, values[name]) for step, values in self.metrics.items() if name in values]
         steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
         return Series(steps, values)
 
     @cached_property
     def layer_series(self) -> list[LayerSeries]:
-        """All metrics that are reported layer by layer, in the order in which they first appear."""
+        """All metrics that layers report, in order of first appearance."""
         points: dict[tuple[str, str, str], list[tuple[int, int, float]]] = {}
         for step, values in self.metrics.items():
             for full_name, value in values.items():
@@ -216,7 +215,7 @@ class Run:
 
 
 def _layer_series(group: str, axis: str, name: str, points: list[tuple[int, int, float]]) -> LayerSeries:
-    """Spread (layer, step, value) triples over a layer × step grid."""
+    """Arrange (layer, step, value) triples in a layer × step grid."""
     layer_of_point, step_of_point, value_of_point = zip(*points, strict=True)
     layers, row = np.unique(layer_of_point, return_inverse=True)
     steps, column = np.unique(step_of_point, return_inverse=True)
@@ -226,19 +225,19 @@ def _layer_series(group: str, axis: str, name: str, points: list[tuple[int, int,
 
 
 def _read_metrics(path: Path) -> tuple[dict[int, dict[str, float]], int]:
-    """Metrics by rising step, and how many lines before the last were unreadable."""
+    """Metrics by ascending step, and the number of unreadable lines before the last."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     reports = [_parse_report(line) for line in lines]
     metrics = dict(report for report in reports if report is not None)
     if not any(metrics.values()):
         raise UltraMemError(
-            f"{path.parent} has no metrics yet: the run has just started, try again after its first report"
+            f"{path.parent} has no metrics yet, as the run has just started; try again after its first report"
         )
     return dict(sorted(metrics.items())), reports[:-1].count(None)
 
 
 def _parse_report(line: str) -> tuple[int, dict[str, float]] | None:
-    """Step and metrics of one line of `metrics.jsonl`; None where it is unreadable."""
+    """Step and metrics of one line of `metrics.jsonl`; None if it is unreadable."""
     try:
         report = json.loads(line)
         metrics = report["metrics"].items()
@@ -248,10 +247,10 @@ def _parse_report(line: str) -> tuple[int, dict[str, float]] | None:
 
 
 def _parse(path: Path, parse: Callable[[Any], Parsed]) -> Parsed:
-    """What `parse` makes of a JSON file's content."""
+    """Read a JSON file and parse its content with `parse`."""
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError) as error:
-        raise UltraMemError(f"{path} cannot be understood ({error}): write it again or remove it") from error
+        raise UltraMemError(f"{path} is not valid ({error}); write it again or remove it") from error
     except KeyError as error:
-        raise UltraMemError(f"{path} lacks {error}: write it again or remove it") from error
+        raise UltraMemError(f"{path} lacks {error}; write it again or remove it") from error

@@ -1,1 +1,1 @@
-"""A training run as the commands share it: configuration, directory, tokens, checkpoints, tokenizer, results."""
+"""Training runs, as all commands use them: configuration, directory, tokens, checkpoints, tokenizer, results."""

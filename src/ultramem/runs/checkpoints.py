@@ -1,4 +1,4 @@
-"""Finding a run's checkpoints and loading the model of one."""
+"""Finding a run's checkpoints and loading their models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ultramem.runs.config import RunConfig
 from ultramem.runs.config_files import load_config
 from ultramem.runs.layout import CONFIG_NAME
 
-# What OLMo-core's trainer writes into a checkpoint, the last of it when all else is there.
+# Files of a checkpoint of OLMo-core's trainer, which writes the last one at the end.
 MODEL_NAME = "model_and_optim"
 _PARTS = ("train/rank0.pt", f"{MODEL_NAME}/.metadata", ".metadata.json")
 
@@ -31,7 +31,7 @@ class Checkpoint:
     Attributes:
         run: the run directory, an absolute path.
         step: training step after which it was written.
-        config: of the run.
+        config: configuration of the run.
     """
 
     run: Path
@@ -40,20 +40,20 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Name of the checkpoint's directory within the run's."""
+        """Name of the checkpoint's directory in the run directory."""
         return checkpoint_name(self.step)
 
     def load_model(self, device: str = "auto") -> MemoryTransformer:
-        """The model in evaluation mode, without gradients; all parameters and buffers are the checkpoint's.
+        """Load the model, in evaluation mode and without gradients.
 
-        The distributed checkpoints of PyTorch and OLMo-core hold pickles: load only what you trust.
+        The distributed checkpoints of PyTorch and OLMo-core hold pickles: load only checkpoints that you trust.
 
         Args:
-            device: `cpu`, `cuda`, or `auto` for CUDA where there is a device.
+            device: `cpu`, `cuda`, or `auto` for CUDA if available.
 
         Raises:
-            ConfigError: there is no such device.
-            UltraMemError: the checkpoint is damaged, or of a model that the run's configuration does not describe.
+            ConfigError: the device is invalid or not available.
+            UltraMemError: the checkpoint is damaged or does not match the run's configuration.
         """
         place = choose_device(device)
         directory = self.run / self.name / MODEL_NAME
@@ -76,54 +76,57 @@ class Checkpoint:
 
 
 def checkpoint_name(step: int) -> str:
-    """Name of a checkpoint's directory within the run's, as OLMo-core's trainer calls it."""
+    """Name of a checkpoint's directory in the run directory, as in OLMo-core's trainer."""
     return f"step{step}"
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether a checkpoint was written to its end."""
+    """Whether a checkpoint is complete."""
     return all((directory / part).is_file() for part in _PARTS)
 
 
 def complete_steps(run: Path) -> list[int]:
-    """Steps of a run's complete checkpoints, rising."""
+    """Steps of a run's complete checkpoints, in ascending order."""
     named = ((path, re.fullmatch(r"step(\d+)", path.name)) for path in run.iterdir())
     return sorted(int(match[1]) for path, match in named if match and is_complete(path))
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint at `path`: a run directory for its latest complete one, or a checkpoint's own directory.
+    """Find a checkpoint.
+
+    Args:
+        path: run directory, for its latest complete checkpoint, or a checkpoint's own directory.
 
     Raises:
-        UltraMemError: there is no run, no such checkpoint, or it was not written to its end.
+        UltraMemError: there is no run, no such checkpoint, or it is not complete.
     """
     given = Path(path).absolute()
     run = given if (given / CONFIG_NAME).is_file() else given.parent
     if not (run / CONFIG_NAME).is_file():
         raise UltraMemError(
-            f"{given} is neither a run directory, with a {CONFIG_NAME}, nor a checkpoint in one; "
-            "name the directory that `ultramem train` writes its run to"
+            f"{given} is neither a run directory, with a {CONFIG_NAME}, nor a checkpoint in one; give the "
+            "trainer.directory of `ultramem train`"
         )
     steps = complete_steps(run)
     if not steps:
-        raise UltraMemError(f"{run} has no complete checkpoint yet; wait for the first, or train further")
+        raise UltraMemError(f"{run} has no complete checkpoint yet; wait for the first, or resume training")
     named = {checkpoint_name(step): step for step in steps}
     name = checkpoint_name(steps[-1]) if given == run else given.name
     if name not in named:
         fault = "is not a complete checkpoint" if given.exists() else "does not exist"
-        raise UltraMemError(f"{given} {fault}; the complete ones are {', '.join(named)}")
+        raise UltraMemError(f"{given} {fault}; complete ones are {', '.join(named)}")
     return Checkpoint(run, named[name], load_config(run / CONFIG_NAME))
 
 
 def load_model(path: str | os.PathLike[str], device: str = "auto") -> tuple[MemoryTransformer, RunConfig]:
-    """The model of a checkpoint, in evaluation mode, and the configuration of its run.
+    """Load the model of a checkpoint, in evaluation mode, and the configuration of its run.
 
     Args:
         path: as in `find_checkpoint`.
         device: as in `Checkpoint.load_model`.
 
     Raises:
-        ConfigError, UltraMemError: as in these two.
+        ConfigError, UltraMemError: as in `find_checkpoint` and `Checkpoint.load_model`.
     """
     checkpoint = find_checkpoint(path)
     return checkpoint.load_model(device), checkpoint.config

@@ -1,4 +1,4 @@
-"""The configuration of a training run: its sections, as dataclasses that check themselves."""
+"""The configuration of a training run: a dataclass for each section, which checks its values."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ultramem.hosts.olmo_core import ModelConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to train on: a directory written by `ultramem tokenize`, or token files named one by one.
+    """Training and held-out data: a directory written by `ultramem tokenize`, or single token files.
 
     Relative paths start at the working directory.
 
     Attributes:
         directory: directory written by `ultramem tokenize`.
-        sequence_length: tokens of one training sequence. Documents are joined and cut into such sequences.
-        more_directories: with `directory`: others, written with the same tokenizer, to train on as well. What they hold
-            out is not used.
-        train_files: instead of `directory`: headerless little-endian token files.
+        sequence_length: tokens per training sequence. Documents are joined and cut into sequences.
+        more_directories: with `directory`: more such directories to train on, written with the same tokenizer. Their
+            held-out data is not used.
+        train_files: instead of `directory`: headerless little-endian token files to train on.
         heldout_files: token files to evaluate on, with `train_files`.
         vocab_size: with `train_files`: one more than the largest token id.
         eos_token_id: with `train_files`: the token that ends a document.
@@ -51,28 +51,28 @@ class DataConfig:
             given = [name for name, value in for_files.items() if value is not None]
             given += [name for name in ("train_files", "heldout_files") if getattr(self, name)]
             if given:
-                raise ConfigError(f"{given[0]}: directory={self.directory} says it already; leave out one of them")
+                raise ConfigError(f"{given[0]}: directory={self.directory} sets it already; leave out one of them")
         elif not self.train_files:
-            raise ConfigError("directory is missing: name one written by `ultramem tokenize`, or train_files")
+            raise ConfigError("directory is missing; give a directory written by `ultramem tokenize`, or train_files")
         elif self.more_directories:
-            raise ConfigError("more_directories: go with directory; name all token files in train_files")
+            raise ConfigError("more_directories: needs directory; list all token files in train_files instead")
         else:
             for name, value in for_files.items():
                 if value is None:
-                    raise ConfigError(f"{name} is missing: token files without a directory need it")
+                    raise ConfigError(f"{name} is missing; token files without a directory need it")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv:1711.05101). The values of memory tables have a learning rate of their own: `model.memory`.
+    """AdamW (arXiv:1711.05101). The learning rate of memory tables is set in `model.memory`.
 
     Attributes:
-        learning_rate: at its highest.
+        learning_rate: peak learning rate.
         betas: decay rates of the two moments.
-        eps: added to the denominator.
-        weight_decay: of all parameters.
-        value_weight_decay: of the values and pre-values of memory tables; as the others by default.
-        max_grad_norm: gradients are scaled down to this norm; null for no limit.
+        eps: term added to the denominator.
+        weight_decay: weight decay of all parameters.
+        value_weight_decay: weight decay of the values and pre-values of memory tables; by default `weight_decay`.
+        max_grad_norm: maximum gradient norm, to which larger gradients are clipped; null for no clipping.
     """
 
     learning_rate: float = 4e-4
@@ -94,14 +94,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How the learning rate changes over training: a linear warm-up, then `kind`.
+    """The schedule of the learning rate: a linear warm-up, then `kind`.
 
     Attributes:
-        kind: `cosine`, `linear`, `wsd` (constant, then linear over the last `decay_share`) or `constant`.
-        warmup_steps: steps of the warm-up; null for `warmup_share`.
-        warmup_share: share of all steps that the warm-up takes.
-        decay_share: share of all steps over which `wsd` decays.
-        final_share: learning rate at the end, as a share of the highest; `constant` does without.
+        kind: `cosine`, `linear`, `wsd` (constant, then linear decay over the last `decay_share`) or `constant`.
+        warmup_steps: warm-up steps; null for `warmup_share`.
+        warmup_share: warm-up as a share of all steps.
+        decay_share: decay of `wsd` as a share of all steps.
+        final_share: final learning rate as a share of the peak learning rate; not used by `constant`.
     """
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
@@ -120,38 +120,38 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How long to train, on what, and what to write when.
+    """Length of training, batch size, device, checkpoints and reports.
 
     Attributes:
-        directory: the run directory; made if it is not there.
-        batch_size: tokens of one step, of all processes together; a multiple of the sequence length.
-        steps: length of training; either this or `tokens`.
-        tokens: length of training in tokens, rounded up to whole steps.
-        micro_batch_size: tokens that a process takes at once, which bounds its use of memory; by default all of its
-            share of a batch. Does not change the result beyond rounding.
-        precision: `float32`; `bfloat16` for matrix products in bfloat16 (autocast); `auto` for the latter on GPUs
-            that have it.
-        device: `cpu`, `cuda`, or `auto` for CUDA where there is a device.
-        parallel: with several processes (torchrun): `fsdp` (FSDP2: parameters are divided between them) or `ddp`
-            (each holds all). `auto` is `fsdp` there and `none` for a single process.
-        compile: whether to compile the model (CUDA only).
-        deterministic: use deterministic algorithms, so that the same run on the same kind of machine gives the same
-            bits. Slower on a GPU; a CPU needs OMP_NUM_THREADS=1 besides.
-        activation_checkpointing: whether to recompute the blocks' activations in the backward pass instead of
-            keeping them.
-        checkpoint_interval: steps from one checkpoint to the next; there is also one at the end.
-        keep_checkpoints: how many of them to keep, the last one of a run aside; null for all.
-        metrics_interval: steps from one progress report to the next. Metrics of every step are written.
+        directory: run directory, created if it does not exist.
+        batch_size: tokens per step, over all processes; a multiple of the sequence length.
+        steps: number of training steps. Either this or `tokens` is required.
+        tokens: number of training tokens, rounded up to whole steps.
+        micro_batch_size: tokens that a process handles at a time, to limit memory; by default its whole share of the
+            batch. Does not change the result beyond rounding.
+        precision: `float32`; `bfloat16` for autocast to bfloat16; `auto` for `bfloat16` on GPUs with hardware support
+            for it, else `float32`.
+        device: `cpu`, `cuda`, or `auto` for CUDA if available.
+        parallel: for several processes (torchrun): `fsdp` (FSDP2, parameters are sharded) or `ddp` (each process has
+            all parameters). `auto` is `fsdp` for several processes and `none` for one.
+        compile: whether to compile the model; CUDA only.
+        deterministic: whether to use deterministic algorithms, so that the same run on the same kind of machine gives
+            the same bits. Slower on a GPU; on a CPU it also needs OMP_NUM_THREADS=1.
+        activation_checkpointing: whether to recompute the blocks' activations in the backward pass instead of storing
+            them.
+        checkpoint_interval: steps between checkpoints; there is always one at the end.
+        keep_checkpoints: number of checkpoints to keep, besides the last one of a run; null for all.
+        metrics_interval: steps between progress reports. Metrics of every step are written.
         memory_metrics_interval: steps between reports of what each memory layer or mixture of experts reads.
         evaluate_interval: steps between evaluations on held-out data; null for none.
-        evaluate_tokens: held-out tokens of one evaluation, spread evenly over the files.
+        evaluate_tokens: held-out tokens per evaluation, spread evenly over the files.
         evaluate_tasks: tasks to evaluate on, as in `ultramem evaluate --tasks`, such as `[table3, memory]`. Needs a
             tokenizer.
-        evaluate_tasks_interval: steps between those evaluations; null for the end of training alone.
-        evaluate_tasks_questions: most questions of each task, or of each part of a memory task; null for all.
-        seed: of the data's order and of dropout. The initial weights have `model.seed`.
-        initial_weights: start from another model's weights instead: a transformers directory, such as `ultramem
-            export` writes. The model section may then be left out, or replace some of that model's values.
+        evaluate_tasks_interval: steps between evaluations on tasks; null for the end of training only.
+        evaluate_tasks_questions: maximum number of questions per task, or per part of a memory task; null for all.
+        seed: seed for the order of the data and dropout. `model.seed` is that for the initial weights.
+        initial_weights: transformers directory, such as `ultramem export` writes, with weights to start from. The model
+            section may then be left out, or replace some of that model's values.
     """
 
     directory: Path
@@ -186,9 +186,9 @@ class TrainerConfig:
         check_field(self, "seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
         if (self.steps is None) == (self.tokens is None):
             raise ConfigError(
-                "steps is missing: give either steps or tokens"
+                "steps is missing; give either steps or tokens"
                 if self.steps is None
-                else f"tokens={self.tokens}: steps={self.steps} says how long to train; leave out one of them"
+                else f"tokens={self.tokens}: steps={self.steps} sets the length already; leave out one of them"
             )
         if self.tokens is not None:
             object.__setattr__(self, "steps", math.ceil(self.tokens / self.batch_size))
@@ -203,11 +203,11 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """Where on Weights & Biases the metrics go.
+    """Weights & Biases project for the metrics.
 
     Attributes:
-        project: the project's name.
-        entity: the user or team; the account's default if null.
+        project: name of the project.
+        entity: user or team; null for the account's default.
     """
 
     project: str
@@ -222,8 +222,8 @@ class LoggingConfig:
     """Where metrics go besides the run directory's `metrics.jsonl`.
 
     Attributes:
-        tensorboard: whether to write TensorBoard event files, to the run directory's `tensorboard`.
-        wandb: Weights & Biases, if given. Needs the package `wandb`, and WANDB_API_KEY or WANDB_MODE=offline in the
+        tensorboard: whether to write TensorBoard event files to `tensorboard/` in the run directory.
+        wandb: Weights & Biases, or null. Needs the package `wandb`, and WANDB_API_KEY or WANDB_MODE=offline in the
             environment.
     """
 
@@ -236,13 +236,13 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything about a training run. A value that cannot work raises `ConfigError` on construction.
+    """The configuration of a training run. An invalid value raises `ConfigError` on construction.
 
     Attributes:
-        model: the model. In YAML also `preset: NAME`, with further keys that replace some of the preset's values. By
-            default `vocab_size` is that of the data, rounded up to a multiple of 128.
-        data: the tokens.
-        trainer: length, batch, device, checkpoints and reports.
+        model: the model. In YAML, `preset: NAME` takes the values of a preset, and further keys replace some of them.
+            By default `vocab_size` is that of the data, rounded up to a multiple of 128.
+        data: training and held-out data.
+        trainer: length of training, batch size, device, checkpoints and reports.
         optimizer: AdamW.
         schedule: the learning rate over time.
         logging: other places for metrics.
@@ -269,7 +269,7 @@ class RunConfig:
             raise ConfigError(f"schedule.warmup_steps={warmup}: must be at most trainer.steps={steps}")
 
     def save(self, path: Path) -> None:
-        """Write as YAML that `load_config` reads back, whole or not at all."""
+        """Write a YAML file that `load_config` reads, completely or not at all."""
         write_text(path, dump_yaml(encode(self)))
 
 

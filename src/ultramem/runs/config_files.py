@@ -1,4 +1,4 @@
-"""Reading a run's configuration from a YAML file, with values replaced on the command line."""
+"""Reading a run's configuration from a YAML file and command-line overrides."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def load_config(
 
     Args:
         path: the file.
-        overrides: such as `--optimizer.learning_rate=3e-4` or `model.memory=null`; values are YAML.
-        read_model: gives the configuration of the model in the directory that `trainer.initial_weights` names. Where
-            the model section neither names a preset nor gives all that a model needs, it replaces values of that one.
+        overrides: overrides such as `--optimizer.learning_rate=3e-4` or `model.memory=null`; values are YAML.
+        read_model: reads the configuration of the model in the directory `trainer.initial_weights`. It is the base of
+            the model section, unless that names a preset or describes a whole model.
 
     Raises:
-        ConfigError: the file is missing or not valid, or a key or value is wrong.
-        UltraMemError: the vocabulary is that of the data, and the data is missing or damaged.
+        ConfigError: the file is missing or not valid, or a key or value is invalid.
+        UltraMemError: the vocabulary size is that of the data, and the data is missing or damaged.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -47,7 +47,7 @@ def load_config(
         raise ConfigError(f"{path}: cannot be read ({reason}); check the path") from error
     content = parse_yaml(text, str(path)) or {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold sections of keys and values, such as `trainer:` with `steps: 1000`")
+        raise ConfigError(f"{path}: must have sections of keys and values, such as `trainer:` with `steps: 1000`")
     apply_overrides(content, overrides)
     keys = [*dotted_keys(RunConfig), "model.preset"]
     other = _read_other_model(content, read_model)
@@ -59,7 +59,7 @@ def load_config(
 def _read_other_model(
     content: dict[str, Any], read_model: Callable[[Path], ModelConfig] | None
 ) -> dict[str, Any] | None:
-    """The model of the initial weights, where the model section does not describe one itself."""
+    """The model of the initial weights, unless the model section describes a whole model."""
     trainer, section = content.get("trainer"), content.get("model") or {}
     weights = trainer.get("initial_weights") if isinstance(trainer, dict) else None
     if read_model is None or not isinstance(weights, str) or not isinstance(section, dict):
@@ -69,7 +69,7 @@ def _read_other_model(
 
 
 def _resolve_model(content: dict[str, Any], other: dict[str, Any] | None, keys: list[str]) -> dict[str, Any]:
-    """The model section on top of the other model or the preset, with the data's vocabulary filled in."""
+    """The model section merged into the other model or the preset, with the data's vocabulary size filled in."""
     section = dict(content.get("model") or {})
     if other is not None:
         return _on_top(other, section)
@@ -86,7 +86,7 @@ def _resolve_model(content: dict[str, Any], other: dict[str, Any] | None, keys: 
 
 
 def _on_top(base: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:
-    """A model's values, of which a section replaces some, also within its memory or its mixture of experts."""
+    """A model's values, some of them replaced by a section, also in its memory or mixture of experts."""
     section = dict(section)
     for part in ("memory", "moe"):
         if isinstance(section.get(part), dict) and base[part] is not None:
@@ -97,7 +97,7 @@ def _on_top(base: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _for_another_kind(memory: dict[str, Any], kind: Any) -> dict[str, Any]:
-    """A memory's values without those that another kind prescribes for itself or has no use for."""
+    """A memory's values without those that the new kind has its own defaults for or does not use."""
     unused = KINDS[kind].unused if isinstance(kind, str) and kind in KINDS else ()
     prescribed = {field.name for field in dataclasses.fields(MemoryConfig) if field.default is None}
     return {name: value for name, value in memory.items() if name not in prescribed and name not in unused}

@@ -1,4 +1,4 @@
-"""The run directory: whose it is, what is in it, and its cleaning."""
+"""The run directory: its owner, its contents, and their removal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ultramem.runs.layout import (
 from ultramem.runs.summary import EOS_TOKEN_ID, make_summary, read_summary
 from ultramem.runs.tokens import TokenData
 
-# Everything that a run, or a tool on it, may have written. The configuration goes last, it tells whose the rest is.
+# Everything that a run, or a tool on it, may have written. The configuration is last: it tells which run it is.
 CONTENTS = (
     "step[0-9]*",
     METRICS_NAME,
@@ -72,10 +72,10 @@ CHANGEABLE = {
 
 
 class RunDirectory:
-    """The directory of one run. Only one process writes to it but for checkpoints.
+    """The directory of a run. Only one process writes to it, except for checkpoints.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -84,31 +84,31 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold a lock on the directory, made if need be; the system releases it however the process ends.
+        """Create the directory if needed and hold a lock on it. The system releases it, however the process ends.
 
         Raises:
-            UltraMemError: another process trains in it, or it cannot be made.
+            UltraMemError: another process is training in the directory, or it cannot be created.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UltraMemError(
-                f"trainer.directory={self.path}: cannot be made ({system_reason(error)}); name another directory"
+                f"trainer.directory={self.path}: cannot be created ({system_reason(error)}); choose another directory"
             ) from error
-        with locked(self.path, f"another process is training in {self.path}; wait for it, or name another directory"):
+        with locked(self.path, f"another process is training in {self.path}; wait for it, or choose another directory"):
             yield
 
     def claim(self, overwrite: bool) -> int | None:
-        """Make the directory this run's, and clean up what a killed run left.
+        """Check that the directory is free or holds this run, and remove what a killed run left incomplete.
 
         Args:
-            overwrite: remove another run's files, this run's as well, and start anew.
+            overwrite: whether to remove the files of any run in it, including this one, and start again.
 
         Returns:
-            The step of the latest complete checkpoint; None for a run at its start.
+            the step of the latest complete checkpoint; None for a new run.
 
         Raises:
-            UltraMemError: another run's files are there.
+            UltraMemError: the directory holds another run's files.
         """
         if overwrite:
             self._clear()
@@ -125,11 +125,11 @@ class RunDirectory:
         return max(complete_steps(self.path), default=None)
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint of a step is or will be."""
+        """Path of the checkpoint of a step, which need not exist."""
         return self.path / checkpoint_name(step)
 
     def describe(self, data: TokenData, device: torch.device, world_size: int) -> ModelStatistics:
-        """Write `summary.json` and the tokenizer, where they are not there yet, and return the model's statistics."""
+        """Write `summary.json` and the tokenizer if they do not exist yet, and return the model's statistics."""
         statistics = model_statistics(self.config.model, self.config.data.sequence_length)
         tokenizer = self.path / TOKENIZER_NAME
         if data.tokenizer is not None and not tokenizer.exists():
@@ -145,11 +145,11 @@ class RunDirectory:
             foreign = sorted(path.name for pattern in CONTENTS for path in self.path.glob(pattern))
             if foreign:
                 raise UltraMemError(
-                    f"{self.path} has {foreign[0]} but no {CONFIG_NAME}: it is not known whose run it is; name another "
-                    "directory with --trainer.directory=..."
+                    f"{self.path} has {foreign[0]} but no {CONFIG_NAME}, which would tell what run it is; choose "
+                    "another directory with --trainer.directory=..."
                 )
             return
-        remedy = "name another directory with --trainer.directory=..., or replace that run with --overwrite"
+        remedy = "choose another directory with --trainer.directory=..., or replace that run with --overwrite"
         try:
             other = load_config(self.path / CONFIG_NAME)
         except ConfigError as error:
@@ -185,7 +185,7 @@ def _flat(content: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Remove the half of a line that a killed process left at the end."""
+    """Remove an incomplete last line, which a killed process left."""
     if not path.is_file():
         return
     with path.open("rb+") as file:

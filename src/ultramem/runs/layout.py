@@ -1,4 +1,4 @@
-"""What a run directory holds: the names of its files, and of the metrics in `metrics.jsonl`."""
+"""Names of the files in a run directory and of the metrics in `metrics.jsonl`."""
 
 CONFIG_NAME = "config.yaml"
 SUMMARY_NAME = "summary.json"

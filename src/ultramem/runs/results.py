@@ -1,4 +1,4 @@
-"""What evaluations leave in the run directory: losses in `evaluation.json`, results of tasks in `tasks.json`."""
+"""Results of evaluations in the run directory: losses in `evaluation.json`, tasks in `tasks.json`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LossResult:
-    """What a checkpoint achieves on token files.
+    """Results of a checkpoint on token files.
 
     Attributes:
-        checkpoint: its name, such as `step600`.
+        checkpoint: name of the checkpoint, such as `step600`.
         split: `train` or `heldout`, or `files` for token files that are not the run's own.
-        tokens: how many were predicted.
+        tokens: number of predicted tokens.
         loss: mean cross-entropy in nats per token.
         perplexity: exp(loss).
-        bits_per_byte: of text, the end-of-text tokens' loss included; None for files without a manifest.
-        unigram_bits_per_byte: the same of the train split's unigram model, or None.
-        complete: whether these are all tokens of the files; false where there was a limit.
+        bits_per_byte: bits per byte of text, including the loss of end-of-text tokens; None without a manifest.
+        unigram_bits_per_byte: bits per byte of the train split's unigram model, or None.
+        complete: whether all tokens of the files were used.
     """
 
     checkpoint: str
@@ -32,7 +32,7 @@ class LossResult:
 
     @staticmethod
     def parse(content: dict[str, Any]) -> LossResult:
-        """Pick the fields out of the file's content."""
+        """Parse the content of the file."""
         bits, unigram = content.get("bits_per_byte"), content.get("unigram_bits_per_byte")
         return LossResult(
             checkpoint=str(content["checkpoint"]),
@@ -48,16 +48,16 @@ class LossResult:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """How well a model does a task, or a part of one.
+    """Result of a model on a task, or on a part of one.
 
     Attributes:
-        name: of the task, followed by that of the part, such as `copying/length64`; of a group of tasks for their mean.
-        metric: what is measured, such as `accuracy`.
-        value: the metric, a share from 0 to 1.
-        standard_error: of the value, had the questions been drawn at random from many of their kind.
-        questions: how many were asked.
-        chance: the value of guessing.
-        cut: share of the requests whose context was longer than what the model reads, and was cut on the left.
+        name: name of the task, of a part of it, such as `copying/length64`, or of a group of tasks for their mean.
+        metric: name of the metric, such as `accuracy`.
+        value: value of the metric, from 0 to 1.
+        standard_error: standard error of the value, for questions drawn at random from many of their kind.
+        questions: number of questions.
+        chance: value of random guessing.
+        cut: share of the requests whose context was too long for the model and was cut on the left.
     """
 
     name: str
@@ -70,7 +70,7 @@ class TaskResult:
 
     @staticmethod
     def parse(content: dict[str, Any]) -> TaskResult:
-        """Pick the fields out of one result of the file."""
+        """Parse one result of the file."""
         shares = {name: float(content[name]) for name in ("value", "standard_error", "chance", "cut")}
         return TaskResult(
             name=str(content["name"]), metric=str(content["metric"]), questions=int(content["questions"]), **shares

@@ -1,4 +1,4 @@
-"""What `summary.json` says of a run: what its model costs, its tokens, and where it was trained."""
+"""A run's `summary.json`: costs of the model, number of tokens, and the machine."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ultramem.runs.config import RunConfig
 from ultramem.runs.layout import SUMMARY_NAME
 from ultramem.runs.tokens import TokenData
 
-EOS_TOKEN_ID = "eos_token_id"  # the data, which says it too, may be moved
+EOS_TOKEN_ID = "eos_token_id"  # also in the data, which may be moved
 
 
 def make_summary(
     config: RunConfig, data: TokenData, statistics: ModelStatistics, device: torch.device, world_size: int
 ) -> dict[str, Any]:
-    """The content for a run that begins now."""
+    """The content for a run that starts now."""
     tokens = config.trainer.total_steps * config.trainer.batch_size
     return {
         "system": config.model.system,
@@ -44,7 +44,7 @@ def make_summary(
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """The content in a run directory; empty where there is none that can be understood."""
+    """The content in a run directory; empty if the file is missing or not valid."""
     return read_json_object(run / SUMMARY_NAME)
 
 
@@ -57,7 +57,7 @@ def _memory_sizes(model: ModelConfig) -> dict[str, int] | None:
 
 
 def _git_revision() -> str | None:
-    """The revision that is checked out in the working directory, marked if files differ from it."""
+    """The Git revision of the working directory, marked if files differ from it."""
     try:
         result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, timeout=10

@@ -1,4 +1,4 @@
-"""The tokens of a run: where they are, and whether they suit it."""
+"""The token files of a run, and checks that they fit its configuration."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class TokenData:
         dtype: `uint16` or `uint32`.
         vocab_size: one more than the largest token id.
         eos_token_id: the token that ends a document.
-        train_bytes_per_token: UTF-8 bytes of text for each training token; None if not known.
-        heldout_bytes_per_token: the same of the held-out tokens.
+        train_bytes_per_token: UTF-8 bytes of text per training token; None if not known.
+        heldout_bytes_per_token: UTF-8 bytes of text per held-out token; None if not known.
         tokenizer: the `tokenizer.json`, or None if not known.
     """
 
@@ -36,7 +36,7 @@ class TokenData:
 
 
 def open_token_data(config: DataConfig) -> TokenData:
-    """Find the files that a configuration names.
+    """Find the files of a configuration.
 
     Raises:
         UltraMemError: the directory or a file in it is missing, unreadable or of the wrong size.
@@ -50,8 +50,8 @@ def open_token_data(config: DataConfig) -> TokenData:
     for other in others:
         if other.eos_token_id != manifest.eos_token_id or not _same_tokenizer(other, manifest):
             raise UltraMemError(
-                f"data.more_directories: {other.directory} has another tokenizer than {manifest.directory}; write "
-                f"it with --tokenizer {manifest.tokenizer_path}"
+                f"data.more_directories: {other.directory} has another tokenizer than {manifest.directory}; tokenize "
+                f"it again with --tokenizer {manifest.tokenizer_path}"
             )
     train, heldout = [part.split("train") for part in (manifest, *others)], manifest.splits["heldout"]
     return TokenData(
@@ -71,7 +71,7 @@ def _same_tokenizer(first: Manifest, second: Manifest) -> bool:
 
 
 def check_token_data(data: TokenData, config: RunConfig) -> None:
-    """Check that the files can be read, suit the model and suffice for a batch.
+    """Check that the files can be read, fit the model and have enough tokens for a batch.
 
     Raises:
         UltraMemError: a file is missing or damaged, the vocabulary is larger than the model's, or there are too few
@@ -79,8 +79,8 @@ def check_token_data(data: TokenData, config: RunConfig) -> None:
     """
     if data.vocab_size > config.model.vocab_size:
         raise UltraMemError(
-            f"model.vocab_size={config.model.vocab_size}: the data has {data.vocab_size} tokens in its vocabulary; "
-            "raise it to that, or leave it out"
+            f"model.vocab_size={config.model.vocab_size}: must be at least {data.vocab_size}, the vocabulary size of "
+            "the data; raise it, or leave it out"
         )
     counts = check_token_files(data.train, data.dtype, data.vocab_size)
     if data.heldout:
@@ -89,6 +89,6 @@ def check_token_data(data: TokenData, config: RunConfig) -> None:
     usable = sum(count // length for count in counts) * length
     if usable < config.trainer.batch_size:
         raise UltraMemError(
-            f"trainer.batch_size={config.trainer.batch_size}: the training data has only {usable} tokens in whole "
-            f"sequences of {length}; lower it, or data.sequence_length, or tokenize more text"
+            f"trainer.batch_size={config.trainer.batch_size}: must be at most {usable}, the tokens of the training "
+            f"data in whole sequences of {length}; lower it or data.sequence_length, or tokenize more text"
         )

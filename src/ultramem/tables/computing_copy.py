@@ -17,7 +17,7 @@ class ComputingCopy:
 
     def __init__(self) -> None:
         self._copy: Tensor | None = None
-        self._copied: list[tuple[int, int]] = []  # of the tables, when they were copied
+        self._copied: list[tuple[int, int]] = []  # contents of the tables when they were copied
 
     def in_dtype(self, values: Tensor, pre_values: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Values and pre-values in `dtype`: themselves if they have it, else the copy.

@@ -10,12 +10,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def normal(parameter: Tensor, std: float, generator: torch.Generator) -> None:
-    """Fill a parameter with normal numbers of mean 0."""
+    """Fill a parameter with normal values of mean 0."""
     fill(parameter, lambda full: full.normal_(0, std, generator=generator))
 
 
 def fill(parameter: Tensor, draw: Callable[[Tensor], object]) -> None:
-    """Fill a parameter; of a sharded one, every process draws the whole and keeps its shard."""
+    """Fill a parameter; if it is sharded, every process draws the whole and keeps its shard."""
     if not isinstance(parameter, DTensor):
         draw(parameter)
         return

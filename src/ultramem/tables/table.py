@@ -45,7 +45,7 @@ class Table(nn.Module):
         raise NotImplementedError
 
     def init_weights(self, std: float, generator: torch.Generator) -> None:
-        """Fill the rows with normal numbers of mean 0; the same ones, sharded or not."""
+        """Fill the rows with normal values of mean 0, the same whether sharded or not."""
         raise NotImplementedError
 
     def begin_pass(self) -> None:

@@ -1,4 +1,4 @@
-"""Training: configuration, and runs that can be interrupted."""
+"""Training runs, which can be interrupted and resumed."""
 
 from ultramem.runs.config import (
     DataConfig,

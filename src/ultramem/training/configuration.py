@@ -1,4 +1,4 @@
-"""Reading a run's configuration, whose model may be that of its initial weights."""
+"""Reading a run's configuration; its model may be that of its initial weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ultramem.runs.config import RunConfig
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file; where its model section does not describe a model, that is the one of the initial weights.
+    """Read a YAML file. If its model section does not describe a model, the model is that of the initial weights.
 
     Args:
         path: the file.
-        overrides: such as `--optimizer.learning_rate=3e-4` or `model.memory=null`; values are YAML.
+        overrides: overrides such as `--optimizer.learning_rate=3e-4` or `model.memory=null`; values are YAML.
 
     Raises:
-        ConfigError: the file is missing or not valid, or a key or value is wrong.
-        UltraMemError: the vocabulary is that of the data, and the data is missing or damaged; or the model is that of
-            the initial weights, and those cannot be read.
+        ConfigError: the file is missing or not valid, or a key or value is invalid.
+        UltraMemError: the vocabulary size is that of the data, and the data is missing or damaged; or the model is
+            that of the initial weights, and they cannot be read.
     """
     return config_files.load_config(path, overrides, read_model_config)

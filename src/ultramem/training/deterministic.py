@@ -1,4 +1,4 @@
-"""Training that gives the same bits every time."""
+"""Deterministic training: every time the same bits."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ultramem.training.environment import environment_variable
 
 @contextmanager
 def deterministic_algorithms() -> Iterator[None]:
-    """Have PyTorch choose algorithms whose additions have a fixed order, and its compiler choose none by timing them.
+    """Let PyTorch use deterministic algorithms, and its compiler choose none by timing them.
 
-    The one setting does both since PyTorch 2.10. An operation that has no such algorithm raises `RuntimeError` (see
-    `torch.use_deterministic_algorithms`).
+    Since PyTorch 2.10 one setting does both. An operation without a deterministic algorithm raises `RuntimeError`; see
+    `torch.use_deterministic_algorithms`.
     """
     settings: Any = torch.utils.deterministic
     enabled, filled = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = False  # which helps to find errors, and writes every new tensor twice
+    settings.fill_uninitialized_memory = False  # it helps to find errors, but writes every new tensor twice
     try:
         # cuBLAS is deterministic with a workspace of its own for each stream.
         with environment_variable("CUBLAS_WORKSPACE_CONFIG", ":4096:8"):

@@ -1,4 +1,4 @@
-"""The environment variables that libraries read."""
+"""Environment variables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def environment_variable(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable of this process for a while."""
+    """Set an environment variable of this process within a `with` block."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

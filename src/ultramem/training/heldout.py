@@ -1,4 +1,4 @@
-"""Evaluation on held-out data during training: the windows that each process reads, and what comes of them."""
+"""Evaluation on held-out data during training: the sequences of each process, and the loss over all of them."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.eval import Evaluator
 from torch import Tensor
 
-from ultramem.data.token_windows import TokenWindows
+from ultramem.data.token_sequences import TokenSequences
 
 
 class HeldoutBatches:
-    """This process's share of the held-out windows, in batches; all processes have the same number of batches.
+    """This process's share of the held-out sequences, in batches; all processes have the same number of batches.
 
     Args:
-        windows: all windows.
-        batch_size: windows of a batch.
-        group: processes that share the windows.
+        sequences: sequences of all processes.
+        batch_size: sequences per batch.
+        group: processes that share the sequences.
     """
 
-    def __init__(self, windows: TokenWindows, batch_size: int, group: dist.ProcessGroup | None) -> None:
-        self.windows, self.batch_size = windows, batch_size
+    def __init__(self, sequences: TokenSequences, batch_size: int, group: dist.ProcessGroup | None) -> None:
+        self.sequences, self.batch_size = sequences, batch_size
         self.rank, self.processes = get_rank(group), get_world_size(group)
 
     def __len__(self) -> int:
-        """Batches of each process."""
-        return math.ceil(math.ceil(len(self.windows) / self.processes) / self.batch_size)
+        """Number of batches per process."""
+        return math.ceil(math.ceil(len(self.sequences) / self.processes) / self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """`input_ids` (batch size, length), int64, and `label_mask`, false where there is no token to predict."""
-        own = islice(self.windows, self.rank, None, self.processes)
+        """Yield `input_ids` (batch size, length), int64, and `label_mask`, false where there is no token to predict."""
+        own = islice(self.sequences, self.rank, None, self.processes)
         for _ in range(len(self)):
-            tokens = torch.zeros(self.batch_size, self.windows.length, dtype=torch.int64)
+            tokens = torch.zeros(self.batch_size, self.sequences.length, dtype=torch.int64)
             mask = torch.zeros_like(tokens, dtype=torch.bool)
-            for row, window in enumerate(islice(own, self.batch_size)):
-                tokens[row, : len(window)] = torch.from_numpy(window.astype(np.int64))
-                mask[row, : len(window)] = True
+            for row, sequence in enumerate(islice(own, self.batch_size)):
+                tokens[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
+                mask[row, : len(sequence)] = True
             yield {"input_ids": tokens, "label_mask": mask}
 
 
 class HeldoutEvaluator(Evaluator):
-    """Mean loss on held-out windows: `CE loss` (nats per token), `perplexity`, and `bits per byte` if known.
+    """Mean loss on held-out sequences: `CE loss` (nats per token), `perplexity`, and `bits per byte` if known.
 
     Args:
-        batches: the windows.
-        bytes_per_token: UTF-8 bytes of text for each token, or None.
-        device: of the model.
-        group: processes that share the windows.
+        batches: batches of sequences.
+        bytes_per_token: UTF-8 bytes of text per token, or None.
+        device: device of the model.
+        group: processes that share the sequences.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class HeldoutEvaluator(Evaluator):
         self.reset_metrics()
 
     def update_metrics(self, batch: dict[str, Any], ce_loss: Tensor | None, logits: Tensor | None) -> None:
-        """Add one batch; `ce_loss` (batch size, length) is 0 where there was nothing to predict."""
+        """Add a batch; `ce_loss` (batch size, length) is 0 where there is no token to predict."""
         del logits
         assert ce_loss is not None
         predicted = batch["label_mask"][:, 1:].sum().to(self._sums)
         self._sums += torch.stack([ce_loss.sum(dtype=self._sums.dtype).to(self._sums), predicted])
 
     def compute_metrics(self) -> dict[str, Tensor]:
-        """The metrics over all processes' windows."""
+        """The metrics over the sequences of all processes."""
         if dist.is_initialized():
             dist.all_reduce(self._sums, group=self.group)
         loss = self._sums[0] / self._sums[1]
@@ -85,5 +85,5 @@ class HeldoutEvaluator(Evaluator):
         return metrics
 
     def reset_metrics(self) -> None:
-        """Start anew."""
+        """Set the sums to zero."""
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, predicted tokens

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate of its own for the values of memory tables."""
+"""AdamW with a separate learning rate for the values of memory tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GROUP_FLAG = "memory_values"  # marks a parameter group as values and pre-values
 
 
 def optimizer_config(config: OptimizerConfig, model: MemoryTransformer) -> AdamWConfig:
-    """OLMo-core's configuration of AdamW, with a group for the tables' values if the model has any."""
+    """OLMo-core's configuration of AdamW, with a parameter group for the tables' values if the model has any."""
     values = [] if model.memory is None else [f"memory.{name}" for name in model.memory.value_parameters()]
     decay = config.weight_decay if config.value_weight_decay is None else config.value_weight_decay
     options = {GROUP_FLAG: True, "weight_decay": decay}
@@ -42,13 +42,13 @@ def optimizer_config(config: OptimizerConfig, model: MemoryTransformer) -> AdamW
 def build_scheduler(
     config: ScheduleConfig, learning_rate: float, total_steps: int, memory: MemoryConfig | None
 ) -> Scheduler:
-    """The schedule of the learning rates of the model and of the memory's values.
+    """Build the schedule of the learning rates of the model and of the memory's values.
 
     Args:
-        config: the model's schedule.
-        learning_rate: the model's, at its highest.
-        total_steps: of the training.
-        memory: whose values have a learning rate of their own; None for a model without.
+        config: schedule of the model.
+        learning_rate: peak learning rate of the model.
+        total_steps: number of training steps.
+        memory: configuration of the memory; None for a model without memory.
     """
     warmup: dict[str, Any] = (
         {"warmup_fraction": config.warmup_share} if config.warmup_steps is None else {"warmup": config.warmup_steps}
@@ -69,12 +69,12 @@ class ModelAndValuesScheduler(Scheduler):
     """A schedule for the model, and one derived from it for the values of memory tables.
 
     With `value_lr_multiplier` m and `value_lr_decay` d the values' learning rate is
-    `1 + (m - 1) * max(0, 1 - step / (max_steps * d))` times the model's (UltraMem, arXiv:2411.12364);
-    with `value_lr` it is that constant.
+    `1 + (m - 1) * max(0, 1 - step / (max_steps * d))` times the model's (UltraMem, arXiv:2411.12364). With `value_lr`
+    it is that constant.
 
     Attributes:
-        schedule: the model's.
-        memory: says how the values are trained.
+        schedule: schedule of the model.
+        memory: configuration of the memory.
     """
 
     schedule: Scheduler | None = None

@@ -1,4 +1,4 @@
-"""The processes of a run and the device that each trains on."""
+"""The processes of a run and their devices."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """What this process is among those of the run, and how they train together.
+    """The rank and device of this process, and how the run's processes train together.
 
     Attributes:
-        rank: number of this process.
+        rank: rank of this process.
         count: number of processes.
-        device: of this process.
-        autocast: dtype of matrix products, or None for the parameters'.
+        device: device of this process.
+        autocast: dtype of autocast, or None for none.
         data_parallel: OLMo-core's configuration; None for a single process.
     """
 
@@ -42,7 +42,7 @@ class Processes:
     data_parallel: TransformerDataParallelConfig | None
 
     def on_first(self, function: Callable[[], T]) -> T:
-        """The result of calling `function` in the first process; its errors, of the user or the file system, in all."""
+        """Call `function` in the first process; all get its result, or its error if of the user or file system."""
         outcome: tuple[T | None, str | None] = (None, None)
         if self.rank == 0:
             try:
@@ -59,10 +59,10 @@ class Processes:
 
 @contextmanager
 def join_processes(config: RunConfig) -> Iterator[Processes]:
-    """Join the processes that torchrun started, or be the only one.
+    """Join the processes that torchrun started, if it started any.
 
     Raises:
-        ConfigError: the configuration does not suit the machine or the number of processes.
+        ConfigError: the configuration does not fit the machine or the number of processes.
     """
     trainer = config.trainer
     launched = "RANK" in os.environ or dist.is_initialized()
@@ -105,10 +105,10 @@ def _data_parallel(trainer: TrainerConfig, count: int, launched: bool) -> Transf
         name = "fsdp" if count > 1 else "none"
     if name == "none":
         if count > 1:
-            raise ConfigError(f"trainer.parallel=none: there are {count} processes; use fsdp or ddp")
+            raise ConfigError(f"trainer.parallel=none: needs a single process, but there are {count}; use fsdp or ddp")
         return None
     if not launched:
-        raise ConfigError(f"trainer.parallel={name}: needs processes; start with torchrun, or use auto")
+        raise ConfigError(f"trainer.parallel={name}: needs torchrun; start with it, or use auto")
     return TransformerDataParallelConfig(name=parallel.DataParallelType(name), reduce_dtype=DType.float32)
 
 
@@ -122,6 +122,6 @@ def _check_batch(config: RunConfig, count: int) -> None:
     micro_batch = config.trainer.micro_batch_size
     if micro_batch is not None and batch // count % micro_batch:
         raise ConfigError(
-            f"trainer.micro_batch_size={micro_batch}: must divide each process's share of a batch, "
+            f"trainer.micro_batch_size={micro_batch}: must divide each process's share of the batch, "
             f"{batch // count} tokens"
         )

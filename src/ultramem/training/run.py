@@ -1,4 +1,4 @@
-"""A training run from its configuration to its last checkpoint."""
+"""A training run, from its configuration to its last checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ultramem.training.deterministic import deterministic_algorithms
 from ultramem.training.processes import Processes, join_processes
 from ultramem.training.trainer import build_trainer, load_checkpoint
 
-# Of PyTorch, about what OLMo-core does on purpose, and of FSDP about views that nobody changes in place.
+# Warnings of PyTorch about what OLMo-core does on purpose, and of FSDP about views that are never changed in place.
 _KNOWN_WARNINGS = (
     "called a synchronizing CUDA operation",
     "torch.distributed is disabled, unavailable or uninitialized",
@@ -47,9 +47,9 @@ class RunResult:
     """How a call of `train` ended.
 
     Attributes:
-        directory: the run directory.
-        step: the last step, of which there is a checkpoint.
-        status: `finished`; `interrupted` by a signal; or `already finished` before.
+        directory: run directory.
+        step: last step, which has a checkpoint.
+        status: `finished`, `interrupted` by a signal, or `already finished` before the call.
     """
 
     directory: Path
@@ -60,21 +60,21 @@ class RunResult:
 def train(
     config: RunConfig, *, overwrite: bool = False, verbose: bool = False, console: Console | None = None
 ) -> RunResult:
-    """Train, or go on with a run that was interrupted, until its last step.
+    """Train a model to the last step, or resume an interrupted run.
 
-    A run goes on from its latest complete checkpoint exactly as if it had not been interrupted. Under torchrun
-    all processes call this.
+    A resumed run continues from its latest complete checkpoint exactly as if it had not been interrupted. With torchrun
+    all processes call this function.
 
     Args:
-        config: of the run.
-        overwrite: replace whatever run is in the directory, also this one.
-        verbose: show OLMo-core's log.
-        console: where progress is shown; standard output by default.
+        config: configuration of the run.
+        overwrite: whether to replace any run in the directory, including this one.
+        verbose: whether to show OLMo-core's log.
+        console: console for progress; by default standard output.
 
     Raises:
-        ConfigError: the configuration does not suit the machine, the data or the number of processes.
+        ConfigError: the configuration does not fit the machine, the data or the number of processes.
         UltraMemError: the data is missing or damaged, the directory holds another run, a checkpoint cannot be written
-            or read, or the loss is no longer finite. Complete checkpoints are kept in every case.
+            or read, or the loss or gradient is not finite. Complete checkpoints are always kept.
     """
     console = console or Console(highlight=False, soft_wrap=True)
     data = open_token_data(config.data)
@@ -110,13 +110,12 @@ def train(
 
 
 def _load_tasks(config: RunConfig, data: TokenData) -> TaskSuite | None:
-    """The tasks to evaluate on, before anything is written."""
+    """Load the tasks to evaluate on, so that errors come before anything is written."""
     trainer, interval = config.trainer, config.trainer.evaluate_tasks_interval
     if not trainer.evaluate_tasks:
         if interval is not None:
             raise ConfigError(
-                f"trainer.evaluate_tasks_interval={interval}: there are no tasks to evaluate on; name some in "
-                "trainer.evaluate_tasks, or leave it out"
+                f"trainer.evaluate_tasks_interval={interval}: needs tasks; set trainer.evaluate_tasks, or leave it out"
             )
         return None
     try:
@@ -125,8 +124,8 @@ def _load_tasks(config: RunConfig, data: TokenData) -> TaskSuite | None:
         raise ConfigError(f"trainer.evaluate_{error}") from error
     if data.tokenizer is None:
         raise UltraMemError(
-            "trainer.evaluate_tasks: needs a tokenizer, and data.train_files come without one; name a data.directory, "
-            "or leave the tasks out"
+            "trainer.evaluate_tasks: needs a tokenizer, which data.train_files do not have; use data.directory, or "
+            "leave the tasks out"
         )
     tokenizer = load_model_tokenizer(data.tokenizer, data.eos_token_id, config.model.vocab_size)
     return TaskSuite(names, tokenizer, config.data.sequence_length, trainer.evaluate_tasks_questions)
@@ -152,18 +151,18 @@ def _announce(
     count = "" if processes.count == 1 else f", {processes.count} processes"
     console.print(
         f"{config.model.system}: {statistics.active / 1e6:,.1f} M active of {statistics.total / 1e6:,.1f} M "
-        f"parameters; {config.trainer.total_steps:,} steps of {config.trainer.batch_size:,} tokens on "
-        f"{processes.device.type}{count}"
+        f"parameters (embeddings included); {config.trainer.total_steps:,} steps of {config.trainer.batch_size:,} "
+        f"tokens on {processes.device.type}{count}"
     )
     console.print(f"run directory: {escape(str(config.trainer.directory))}")
     if not data.heldout:
-        console.print("no held-out data: no evaluation during training")
+        console.print("no held-out data, so no evaluation during training")
     if step is not None:
-        console.print(f"going on from step {step:,}")
+        console.print(f"resuming from step {step:,}")
 
 
 def _fit(trainer: Trainer, directory: RunDirectory) -> None:
-    """Train; errors that are the user's, or the machine's, say what is left."""
+    """Train. Errors of the user or the machine name the last good checkpoint."""
     try:
         trainer.fit()
     except torch.OutOfMemoryError as error:
@@ -176,7 +175,7 @@ def _fit(trainer: Trainer, directory: RunDirectory) -> None:
             raise
         latest = directory.latest_step()
         left = (
-            "there is no checkpoint"
+            "there is no checkpoint yet"
             if latest is None
             else f"the last good checkpoint is {directory.checkpoint(latest)}"
         )
@@ -184,22 +183,23 @@ def _fit(trainer: Trainer, directory: RunDirectory) -> None:
 
 
 def _describe(error: Exception) -> str | None:
-    """What went wrong and what to do, or None for an error that is neither the user's nor the machine's."""
+    """What is wrong and what to do; None for an error that is neither the user's nor the machine's."""
     not_finite = re.fullmatch(r"(\S+) loss encountered at step (\d+)", str(error))  # OLMo-core's words
     if not_finite is not None:
         error = DivergedError("loss", float(not_finite[1]), int(not_finite[2]))
     if isinstance(error, DivergedError):
-        return f"{error}: try a new run with a lower optimizer.learning_rate"
+        return f"{error}; start a new run with a lower optimizer.learning_rate"
     if isinstance(error, UltraMemError):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename} cannot be written ({system_reason(error)}): make room and run the same command again"
+        reason = system_reason(error)
+        return f"{error.filename} cannot be written ({reason}); free some space and run the same command again"
     return None
 
 
 @contextmanager
 def _quiet_engine(verbose: bool) -> Iterator[None]:
-    """Let OLMo-core log what `train` does not say itself, or everything; undo what it sets for the whole process."""
+    """Let OLMo-core log what `train` does not show itself, or everything; restore the settings afterwards."""
     logger = logging.getLogger("olmo_core" if verbose else "olmo_core.train.trainer")
     level, handler = logger.level, logging.StreamHandler()
     logger.setLevel(logging.INFO if verbose else logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""OLMo-core's trainer with everything in it: the model, its optimiser, the batches and the callbacks."""
+"""OLMo-core's trainer, with the model, its optimizer, the data and the callbacks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ultramem.configuration.decoding import encode
-from ultramem.data.token_windows import TokenWindows
+from ultramem.data.token_sequences import TokenSequences
 from ultramem.errors import UltraMemError
 from ultramem.evaluation.task_suite import TaskSuite
 from ultramem.runs.config import RunConfig
@@ -40,12 +40,12 @@ from ultramem.training.heldout import HeldoutBatches, HeldoutEvaluator
 from ultramem.training.optimizer import build_scheduler, optimizer_config
 from ultramem.training.processes import Processes
 
-# What OLMo-core's state of a run consists of besides plain values and tensors: NumPy's random state.
+# OLMo-core's state of a run has NumPy's random state besides plain values and tensors.
 _STATE_TYPES: list[Any] = [np.empty(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.UInt32DType]
 
 
 class TrainModule(TransformerTrainModule):
-    """OLMo-core's, without the dry run of a made-up batch before training, which would be counted in metrics."""
+    """OLMo-core's module without the dry run before training, whose made-up batch would count in metrics."""
 
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
         """As in OLMo-core."""
@@ -56,7 +56,7 @@ class TrainModule(TransformerTrainModule):
 def build_trainer(
     config: RunConfig, data: TokenData, suite: TaskSuite | None, processes: Processes, console: Console
 ) -> Trainer:
-    """OLMo-core's trainer with everything in it, at the first step."""
+    """Build OLMo-core's trainer, at the first step."""
     trainer, optimizer = config.trainer, config.optimizer
     model = config.model.build("meta")
     micro_batch_size = trainer.micro_batch_size or trainer.batch_size // processes.count
@@ -69,7 +69,7 @@ def build_trainer(
         dp_config=processes.data_parallel,
         ac_config=TransformerActivationCheckpointingConfig() if trainer.activation_checkpointing else None,
         autocast_precision=processes.autocast,
-        # Also without a limit the norm is wanted, as a metric.
+        # The norm is a metric even without clipping.
         max_grad_norm=float("inf") if optimizer.max_grad_norm is None else optimizer.max_grad_norm,
         scheduler=build_scheduler(config.schedule, optimizer.learning_rate, trainer.total_steps, config.model.memory),
         device=processes.device,
@@ -98,10 +98,10 @@ def build_trainer(
         load_strategy=LoadStrategy.never,  # `train` has found the checkpoint already
         device=str(processes.device),
         max_duration=Duration.steps(trainer.total_steps),
-        # To look for a signal in all processes they have to wait for each other, which GPUs should not at every step.
+        # All processes wait for each other to look for a signal, which GPUs should not do at every step.
         cancel_check_interval=trainer.metrics_interval if processes.count > 1 and module.device.type == "cuda" else 1,
         metrics_collect_interval=trainer.metrics_interval,
-        async_bookkeeping=False,  # so that a loss that is not finite is seen before a checkpoint is written
+        async_bookkeeping=False,  # to see a loss that is not finite before a checkpoint is written
         callbacks=callbacks,
     ).build(module, build_data_loader(data, config, processes.device, module.dp_process_group))
 
@@ -110,8 +110,8 @@ def _heldout_evaluation(
     config: RunConfig, data: TokenData, module: TrainModule, micro_batch_size: int
 ) -> HeldoutCallback:
     trainer, length, group = config.trainer, config.data.sequence_length, module.dp_process_group
-    windows = TokenWindows(data.heldout, data.dtype, data.vocab_size, length, trainer.evaluate_tokens)
-    batches = HeldoutBatches(windows, micro_batch_size // length, group)
+    sequences = TokenSequences(data.heldout, data.dtype, data.vocab_size, length, trainer.evaluate_tokens)
+    batches = HeldoutBatches(sequences, micro_batch_size // length, group)
     evaluator = HeldoutEvaluator(batches, data.heldout_bytes_per_token, module.device, group)
     return HeldoutCallback(
         evaluators=[evaluator], eval_interval=trainer.evaluate_interval, fixed_steps=[trainer.total_steps]
@@ -120,7 +120,7 @@ def _heldout_evaluation(
 
 def _wandb(config: RunConfig) -> WeightsAndBiases:
     assert config.logging.wandb is not None
-    os.environ.setdefault("WANDB_API_KEY", "none: offline")  # OLMo-core wants one in any case
+    os.environ.setdefault("WANDB_API_KEY", "none: offline")  # OLMo-core always needs one
     return WeightsAndBiases(
         project=config.logging.wandb.project,
         entity=config.logging.wandb.entity,
@@ -131,19 +131,19 @@ def _wandb(config: RunConfig) -> WeightsAndBiases:
 
 
 def load_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
-    """Load a checkpoint; trainer state is unpickled with plain types only."""
+    """Load a checkpoint; only plain types of the trainer state are unpickled."""
     try:
-        # Every `torch.load`, OLMo-core's too, shall refuse pickles that hold more than data.
+        # Every `torch.load`, also OLMo-core's, must refuse pickles that hold more than data.
         weights_only = environment_variable("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
         with weights_only, torch.serialization.safe_globals(_STATE_TYPES):
             trainer.load_checkpoint(checkpoint, load_trainer_state=True, load_optim_state=True)
     except (Exception, CheckpointException) as error:
         if "fingerprint" in str(error):
             raise UltraMemError(
-                f"the training data has changed since {checkpoint} was written; bring it back, or start another run"
+                f"the training data has changed since {checkpoint} was written; restore it, or start another run"
             ) from error
         lines = (str(error).strip() or type(error).__name__).splitlines()
         reason = lines[-1 if isinstance(error, CheckpointException) else 0]  # the former begins with a traceback
         raise UltraMemError(
-            f"{checkpoint} is damaged ({reason}); remove that directory to go on from the checkpoint before it"
+            f"{checkpoint} is damaged ({reason}); remove that directory to resume from the checkpoint before it"
         ) from error

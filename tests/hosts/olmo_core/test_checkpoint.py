@@ -39,7 +39,7 @@ def test_own_checkpoint(system: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"it has memory\.layers\.0\.cores as well"),
+        ({}, r"it also has memory\.layers\.0\.cores"),
         ({"memory": replace(MEMORY, pre_value_dim=4)}, r"it lacks memory\.\S*pre_\S+"),
         (
             {"memory": replace(MEMORY, top_k=8, heads=2)},
@@ -50,7 +50,9 @@ def test_own_checkpoint(system: str, tmp_path: Path) -> None:
 def test_checkpoint_of_another_model(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     directory = store(ModelConfig(**SIZES, memory=MEMORY), tmp_path / "checkpoint")
     other = ModelConfig(**SIZES, **options)
-    with pytest.raises(UltraMemError, match=f"^{directory} is not of the model .*: {message}; put back the config"):
+    with pytest.raises(
+        UltraMemError, match=f"^{directory} does not fit the run's configuration: {message}; restore the config"
+    ):
         check_stored_model(directory, other)
 
 

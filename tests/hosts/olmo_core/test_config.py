@@ -50,11 +50,14 @@ def test_bad_value_is_named_with_its_remedy(field: str, value: Any, remedy: str)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"memory": MemoryConfig(), "moe": MOE}, "moe: .* not both; set one of them to null"),
+        ({"memory": MemoryConfig(), "moe": MOE}, "moe: must be null for a model with memory; set one of them to null"),
         ({"d_model": 36, "moe": MOE}, "d_model=36: must be a multiple of 8"),
         ({"memory": MemoryConfig(insertion="0:2")}, "memory.insertion='0:2': block 2 does not exist"),
-        ({"memory": MemoryConfig(num_keys=2)}, "memory.top_k=32: a layer can reach only 4 rows"),
-        ({"memory": MemoryConfig(kind="pkm", value_dim=16)}, "memory.value_dim=16: .*set it to d_model=32"),
+        (
+            {"memory": MemoryConfig(num_keys=2)},
+            "memory.top_k=32: must be at most 4, the number of rows that a layer can reach",
+        ),
+        ({"memory": MemoryConfig(kind="pkm", value_dim=16)}, "memory.value_dim=16: must be d_model=32"),
     ],
 )
 def test_parts_that_do_not_fit(options: dict[str, Any], message: str) -> None:

@@ -168,7 +168,7 @@ def test_copies_have_a_memory_of_their_own(tokens: Tensor) -> None:
 @pytest.mark.parametrize(
     ("architecture", "options", "message"),
     [
-        ("olmo2", {}, "Olmo2ForCausalLM does not fit: in block 0 `mlp` does not read the output of a norm"),
+        ("olmo2", {}, "Olmo2ForCausalLM does not fit: in block 0 the input of `mlp` is not the output of a norm"),
         ("gemma2", {"head_dim": 16} | GROUPED, "Gemma2ForCausalLM does not fit: .* is changed, as by a norm"),
         ("granite", {"residual_multiplier": 0.5} | GROUPED, "GraniteForCausalLM does not fit: .* or a factor"),
         ("opt", {"ffn_dim": 40, "word_embed_proj_dim": 32}, "OPTForCausalLM does not fit: .* module `mlp`"),
@@ -191,10 +191,10 @@ def test_architectures_that_do_not_fit(
         ({}, [3], "block 3 does not exist"),
         ({}, [], "at least one"),
         ({}, [1, 1], "different numbers"),
-        ({"insertion": "0:1"}, [1], "insertion='0:1': blocks=.* says otherwise"),
-        ({"kind": "pkm", "pre_value_dim": 0}, None, "set it to d_model=32"),
+        ({"insertion": "0:1"}, [1], "insertion='0:1': must not be given with blocks="),
+        ({"kind": "pkm", "pre_value_dim": 0}, None, "value_dim=8: must be d_model=32"),
         ({"query_conv": 3}, None, "query_conv=3"),
-        ({"num_keys": 1}, None, "top_k=4: a layer can reach only"),
+        ({"num_keys": 1}, None, "top_k=4: must be at most 1, the number of rows that a layer can reach"),
     ],
 )
 def test_configurations_that_do_not_fit(options: dict[str, Any], blocks: list[int] | None, message: str) -> None:
@@ -236,7 +236,7 @@ def test_wrong_memory_directories(tmp_path: Path, tokens: Tensor) -> None:
         load_memory(fresh, tmp_path)
     config.write_text(text)
     weights.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UltraMemError, match="is damaged or not complete"):
+    with pytest.raises(UltraMemError, match="is damaged or incomplete"):
         load_memory(fresh, tmp_path)
 
 

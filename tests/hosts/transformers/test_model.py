@@ -133,10 +133,10 @@ def test_a_checkpoint_that_lacks_a_part_of_the_memory(make_model: Make, tmp_path
 @pytest.mark.parametrize(
     ("memory", "message"),
     [
-        ({"num_key": 3}, r"memory\.num_key: there is no such field"),
+        ({"num_key": 3}, r"memory\.num_key: unknown field of MemoryConfig"),
         ({"top_k": 0}, "top_k=0: must be at least 1"),
         ({"insertion": "7:7"}, "block 7 does not exist"),
-        ({"query_conv": 3}, "query_conv=3: .* leave it at 0"),
+        ({"query_conv": 3}, "query_conv=3: must be 0, .*; leave it out"),
     ],
 )
 def test_wrong_configurations(memory: dict[str, Any], message: str, make_model: Make) -> None:

@@ -133,7 +133,7 @@ def test_scores_are_tf_idf() -> None:
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_optimizer_is_that_of_torch_on_the_chosen_rows(kind: str) -> None:
-    """Each row by a torch optimiser of its own, stepped only when the row is chosen."""
+    """Each row by a torch optimizer of its own, stepped only when the row is chosen."""
     torch.manual_seed(0)
     table = TrainableTable(600, 5, 3)
     nn.init.normal_(table.values)

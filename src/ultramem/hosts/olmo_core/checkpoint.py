@@ -1,4 +1,4 @@
-"""Whether a stored checkpoint is of a given model."""
+"""Checking that a stored checkpoint fits a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_stored_model(directory: Path, config: ModelConfig) -> None:
 
     Args:
         directory: the distributed checkpoint: `model_and_optim` of a checkpoint of OLMo-core's trainer.
-        config: of the model.
+        config: configuration of the model.
 
     Raises:
         UltraMemError: they differ, or the checkpoint's metadata cannot be read.
@@ -30,8 +30,7 @@ def check_stored_model(directory: Path, config: ModelConfig) -> None:
     difference = _first_difference({name: tensor.shape for name, tensor in model.items()}, shapes)
     if difference:
         raise UltraMemError(
-            f"{directory} is not of the model that the run's configuration describes: {difference}; put back the "
-            "configuration that it was trained with"
+            f"{directory} does not fit the run's configuration: {difference}; restore the configuration of its training"
         )
 
 
@@ -42,4 +41,4 @@ def _first_difference(expected: dict[str, tuple[int, ...]], stored: dict[str, tu
         if shape != stored[name]:
             return f"{name} has the shape {tuple(stored[name])}, not {tuple(shape)}"
     surplus = stored.keys() - expected.keys()
-    return f"it has {min(surplus)} as well" if surplus else None
+    return f"it also has {min(surplus)}" if surplus else None

@@ -1,4 +1,4 @@
-"""The configuration of a whole model for the training host."""
+"""The configuration of a model for the training host."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from ultramem.layers import HostScheme
 class ModelConfig:
     """A decoder: RMSNorm before each sublayer, RoPE, query and key norms per head, SwiGLU, no biases.
 
-    A value that cannot work raises `ConfigError` on construction.
+    An invalid value raises `ConfigError` on construction.
 
     Attributes:
         d_model: width of the residual stream.
-        num_blocks: transformer blocks.
-        num_heads: attention heads; must divide `d_model` into an even head width.
-        feed_forward_size: width of the SwiGLU feed-forward; unused with `moe`, whose experts have their own.
-        vocab_size: embedding rows; a multiple of 128 is fastest on GPUs.
+        num_blocks: number of transformer blocks.
+        num_heads: number of attention heads; must divide `d_model` into heads of an even width.
+        feed_forward_size: width of the SwiGLU feed-forward; not used with `moe`.
+        vocab_size: number of embedding rows; multiples of 128 are fastest on GPUs.
         memory: memory layers beside the feed-forwards, or None.
-        moe: a mixture of experts instead of the feed-forwards, or None.
-        tie_embeddings: one matrix for the embedding and the output layer.
+        moe: mixture of experts instead of the feed-forwards, or None.
+        tie_embeddings: whether the embedding and the output layer share a matrix.
         rope_theta: base of the rotary position embedding.
-        norm_eps: epsilon of all norms but the memory's.
-        init_std: standard deviation of all initial weights, truncated at three of them; those that write to the
-            residual stream have `init_std / sqrt(2 num_blocks)`. By default `sqrt(2 / (5 d_model))`, which is the
-            papers' 0.02282 at width 768.
-        seed: of the initial weights.
+        norm_eps: epsilon of all norms except the memory's.
+        init_std: standard deviation of the initial weights, which are truncated at three standard deviations. Weights
+            that write to the residual stream have `init_std / sqrt(2 num_blocks)`. By default `sqrt(2 / (5 d_model))`,
+            the papers' 0.02282 at width 768.
+        seed: seed for the initial weights.
     """
 
     d_model: int
@@ -69,7 +69,7 @@ class ModelConfig:
                 f"num_heads={self.num_heads}: must divide d_model={self.d_model} into heads of an even width"
             )
         if self.memory is not None and self.moe is not None:
-            raise ConfigError("moe: a model has memory or a mixture of experts, not both; set one of them to null")
+            raise ConfigError("moe: must be null for a model with memory; set one of them to null")
         aligned = self.moe is None or self.d_model % ROW_ALIGNMENT == 0
         check_field(self, "d_model", aligned, f"a multiple of {ROW_ALIGNMENT} with a mixture of experts")
         if self.memory is not None:
@@ -97,10 +97,10 @@ class ModelConfig:
         return self.linear_std / math.sqrt(2 * self.num_blocks)
 
     def build(self, device: str = "cpu") -> MemoryTransformer:
-        """The model with uninitialised parameters; OLMo-core's `init_weights` initialises them.
+        """Build the model with uninitialised parameters; OLMo-core's `init_weights` initialises them.
 
         Args:
-            device: where to create the parameters, such as `cpu` or `meta`.
+            device: device of the parameters, such as `cpu` or `meta`.
         """
         norm = LayerNormConfig(name=LayerNormType.rms, eps=self.norm_eps, bias=False)
         block = MemoryBlockConfig(

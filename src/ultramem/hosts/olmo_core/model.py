@@ -33,7 +33,7 @@ from ultramem.ops.backend import can_run_kernels
 
 @dataclass
 class MemoryBlockConfig(TransformerBlockConfig):
-    """Builds the blocks of a `MemoryTransformer`: with a mixture of experts if `feed_forward` is one."""
+    """Builds the blocks of a `MemoryTransformer`, with a mixture of experts if `feed_forward` is one."""
 
     def build(self, **options: Any) -> TransformerBlock:
         """As in OLMo-core."""
@@ -43,9 +43,9 @@ class MemoryBlockConfig(TransformerBlockConfig):
 
 
 class PassOutputs:
-    """Outputs of memory layers on their way to a later block, for one forward pass.
+    """Outputs of memory layers that are added after a later block, for one forward pass.
 
-    A class of its own, since FSDP copies dictionaries that it finds among a block's arguments.
+    A class, as FSDP copies dictionaries among a block's arguments.
     """
 
     def __init__(self) -> None:
@@ -53,12 +53,12 @@ class PassOutputs:
 
 
 class MemoryBlock(TransformerBlock):
-    """A block whose normalised feed-forward input memory layers read as well.
+    """A block whose normalised feed-forward input is also read by memory layers.
 
     Attributes:
-        own: memory layers that read this block and whose output joins the residual stream after it.
-        reads: memory layers, with their numbers, that read this block; their output joins after a later one.
-        adds: numbers of the memory layers, read by earlier blocks, whose output joins after this block.
+        own: memory layers that read at this block and whose output is added after it.
+        reads: memory layers, with their numbers, that read at this block and whose output is added after a later one.
+        adds: numbers of the memory layers that read at an earlier block and whose output is added after this one.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -76,10 +76,10 @@ class MemoryBlock(TransformerBlock):
         memory_outputs: PassOutputs | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """x (batch, sequence, d_model) to the same; further arguments as in OLMo-core."""
+        """Run the block on x (batch, sequence, d_model); further arguments as in OLMo-core."""
         h = self.attention_residual_stream(x, self.attention(self.attention_norm(x), **kwargs))
         read_from = self.feed_forward_norm(h)
-        # Outputs stay in place until the pass ends: recomputation under activation checkpointing reads them again.
+        # Outputs stay until the pass ends, as recomputation with activation checkpointing reads them again.
         outputs = (memory_outputs or PassOutputs()).of_layer
         for number, layer in self.reads:
             outputs[number] = read_memory(layer, read_from, loss_div_factor)
@@ -90,22 +90,21 @@ class MemoryBlock(TransformerBlock):
         return h
 
     def num_flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of a training step for each token, the memory layers' included."""
+        """Floating-point operations per token of a training step, including those of memory layers."""
         layers = [*self.own, *(layer for _, layer in self.reads)]
         return super().num_flops_per_token(seq_len) + sum(6 * layer.active_parameters for layer in layers)
 
 
 def read_memory(layer: MemoryLayer, x: Tensor, loss_div_factor: Tensor | float | None) -> Tensor:
-    """The layer's output, with its auxiliary loss attached.
+    """Output of a memory layer, with its auxiliary loss attached.
 
-    Where there are no kernels it is left out of compiled programs, in which every lookup would have a gradient as large
-    as the table.
+    Without kernels the layer is not compiled, as each compiled lookup would have a gradient as large as the table.
 
     Args:
-        layer: the memory layer.
-        x: (batch, sequence, d_model).
-        loss_div_factor: what the training loss of the whole batch, a sum over tokens, is divided by. A micro-batch
-            contributes to the mean auxiliary loss in proportion to its tokens.
+        layer: memory layer.
+        x: (batch, sequence, d_model), its input.
+        loss_div_factor: divisor of the training loss of the whole batch, a sum over tokens. A micro-batch contributes
+            to the mean auxiliary loss in proportion to its tokens.
     """
     read = _read_memory if can_run_kernels(x) else _read_memory_uncompiled
     output: Tensor = read(layer, x, loss_div_factor)
@@ -125,23 +124,23 @@ _read_memory_uncompiled = torch.compiler.disable(_read_memory)
 
 
 class FullMegatronInit:
-    """Truncated normal weights; those that write to the residual stream are smaller by sqrt(2 blocks).
+    """Truncated normal weights; those that write to the residual stream are scaled by 1 / sqrt(2 blocks).
 
-    Has the methods of OLMo-core's `InitMethod`, whose members leave either sublayer's output unscaled.
+    Has the methods of OLMo-core's `InitMethod`, all of whose members leave one sublayer's output unscaled.
     """
 
     def init_embeddings(self, m: nn.Embedding, *, std: float, generator: torch.Generator, **_: Any) -> None:
-        """Embedding rows."""
+        """Initialise the embedding."""
         _apply_init(nn.init.trunc_normal_, m.weight, mean=0.0, std=std, a=-3 * std, b=3 * std, generator=generator)
 
     def init_final_w_out(self, m: nn.Linear, *, std: float, generator: torch.Generator, **_: Any) -> None:
-        """Output layer, if it is not tied to the embedding."""
+        """Initialise the output layer, if it is not tied to the embedding."""
         init_linear(m, std=std, generator=generator)
 
     def init_attention(
         self, m: SequenceMixer, *, num_blocks: int, std: float, generator: torch.Generator, **_: Any
     ) -> None:
-        """Attention projections."""
+        """Initialise the attention projections."""
         for linear in (m.w_q, m.w_k, m.w_v):
             init_linear(linear, std=std, generator=generator)
         init_linear(m.w_out, std=std / math.sqrt(2 * num_blocks), generator=generator)
@@ -149,7 +148,7 @@ class FullMegatronInit:
     def init_feed_forward(
         self, m: FeedForward | DroplessMoE, *, num_blocks: int, std: float, generator: torch.Generator, **_: Any
     ) -> None:
-        """Feed-forward or experts."""
+        """Initialise the feed-forward or experts."""
         output_std = std / math.sqrt(2 * num_blocks)
         if isinstance(m, DroplessMoE):
             m.init_weights(std=std, output_std=output_std, generator=generator)
@@ -162,9 +161,9 @@ class MemoryTransformer(Transformer):
     """OLMo-core's transformer with a `Memory`.
 
     Args:
-        memory: the memory's configuration; None for a model without.
-        memory_scheme: the initialisation of the blocks, which `matched` memory layers follow.
-        options: of OLMo-core's `Transformer`.
+        memory: configuration of the memory; None for no memory.
+        memory_scheme: initialisation of the blocks, which `matched` memory layers follow.
+        options: options of OLMo-core's `Transformer`.
 
     Attributes:
         memory: the `Memory`, or None.
@@ -187,12 +186,12 @@ class MemoryTransformer(Transformer):
             else:
                 self.blocks[str(read)].reads.append((number, layer))
                 self.blocks[str(add)].adds.append(number)
-        # OLMo-core caches its counts on construction, when the memory was not there yet.
+        # OLMo-core caches its counts on construction, before the memory exists.
         for count in ("num_params", "num_non_embedding_params"):
             self.__dict__.pop(count, None)
 
     def init_weights(self, **options: Any) -> torch.Generator:
-        """As in OLMo-core; then the memory."""
+        """As in OLMo-core, and initialise the memory."""
         generator = super().init_weights(**options)
         if self.memory is not None:
             self.memory.init_weights(seed=self.init_seed)
@@ -213,7 +212,7 @@ class MemoryTransformer(Transformer):
         reduce_dtype: torch.dtype = torch.float32,
         **options: Any,
     ) -> None:
-        """As in OLMo-core; memory layers are sharded one by one, a shared table with the embeddings.
+        """As in OLMo-core. Memory layers are sharded one by one, and a shared table with the embeddings.
 
         A shared table is gathered once for all layers that read it.
         """
@@ -242,7 +241,7 @@ class MemoryTransformer(Transformer):
         """
         shared = self.memory is not None and self.memory.table is not None
         if shared and mode == TransformerActivationCheckpointingMode.selected_ops:
-            # It wants a repetition of all operations, but a recomputed lookup does not open the table as the first did.
+            # It needs the same operations again, but a recomputed lookup does not open the table as the first one did.
             raise UltraMemError(
                 "activation checkpointing of selected operations is not supported with a shared table; choose full, "
                 "selected_blocks or selected_modules"
@@ -255,7 +254,7 @@ class MemoryTransformer(Transformer):
                 module.checkpoint_fn = partial(module.checkpoint_fn, preserve_rng_state=True)
 
     def post_optim_step(self) -> None:
-        """Let the memory follow its new parameters."""
+        """Refresh the memory after an optimizer step."""
         super().post_optim_step()
         if self.memory is not None:
             self.memory.refresh()

@@ -23,15 +23,15 @@ ROW_ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """A mixture of SwiGLU experts. A value that cannot work raises `ConfigError` on construction.
+    """A mixture of SwiGLU experts. An invalid value raises `ConfigError` on construction.
 
     Attributes:
         hidden_size: inner width of one expert, a multiple of 8.
-        num_experts: experts of the layer.
-        top_k: experts that each token goes to.
+        num_experts: number of experts.
+        top_k: number of experts per token.
         load_balancing_coef: weight of the load-balancing loss; 0 turns it off.
         z_loss_coef: weight of the router z-loss; 0 turns it off.
-        normalize_top_k: whether the chosen experts' probabilities are scaled to sum to 1. OLMoE: no.
+        normalize_top_k: whether the chosen experts' probabilities are normalised to sum to 1. OLMoE: no.
     """
 
     hidden_size: int
@@ -52,11 +52,11 @@ class MoEConfig:
             check_field(self, name, getattr(self, name) >= 0, "at least 0; 0 turns the loss off")
 
     def num_params(self, d_model: int) -> int:
-        """Parameters of the layer, router included."""
+        """Number of parameters of the layer, including the router."""
         return self._params_with(self.num_experts, d_model)
 
     def num_active_params(self, d_model: int) -> int:
-        """Parameters of the layer that one token uses: the router and `top_k` experts."""
+        """Number of parameters of the layer that a token uses: the router and `top_k` experts."""
         return self._params_with(self.top_k, d_model)
 
     def _params_with(self, experts: int, d_model: int) -> int:
@@ -186,7 +186,7 @@ class DroplessMoE(nn.Module):
         return self.config.load_balancing_coef * balance + self.config.z_loss_coef * z
 
     def reset_metrics(self) -> None:
-        """Start counting anew."""
+        """Set the counts to zero."""
         self._metric_sums = torch.zeros_like(self._metric_sums)
 
     @torch.no_grad()
@@ -197,7 +197,7 @@ class DroplessMoE(nn.Module):
         perfect balance); `load balancing loss` and `router Z loss` are means over tokens, without their weights.
 
         Args:
-            reset: whether to start counting anew.
+            reset: whether to set the counts to zero.
         """
         from olmo_core.train.common import ReduceType  # brings the whole trainer, which only training needs
 
@@ -232,7 +232,7 @@ def load_balancing_loss(probabilities: Tensor, assignments: Tensor) -> Tensor:
         assignments: (experts,), how many token copies went to each expert.
 
     Returns:
-        A scalar; 0 if there are no tokens.
+        a scalar; 0 if there are no tokens.
     """
     tokens, num_experts = probabilities.shape
     shares = assignments.to(probabilities.dtype) / assignments.sum().clamp(min=1)
@@ -246,7 +246,7 @@ def router_z_loss(logits: Tensor) -> Tensor:
         logits: (tokens, experts).
 
     Returns:
-        A scalar; 0 if there are no tokens.
+        a scalar; 0 if there are no tokens.
     """
     return logits.logsumexp(dim=-1).square().sum() / max(len(logits), 1)
 

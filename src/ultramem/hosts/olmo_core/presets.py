@@ -13,16 +13,14 @@ from ultramem.hosts.olmo_core.moe import MoEConfig
 
 
 def preset(name: str) -> ModelConfig:
-    """The model configuration of that name.
+    """The model configuration with a name.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is no preset with this name.
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, 1, 0)
-        raise ConfigError(
-            f"preset={name!r}: there is no such preset; did you mean {near[0]!r}? All: {', '.join(PRESETS)}"
-        )
+        raise ConfigError(f"preset={name!r}: unknown preset; did you mean {near[0]!r}? All: {', '.join(PRESETS)}")
     return PRESETS[name]
 
 

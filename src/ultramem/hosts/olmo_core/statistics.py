@@ -1,4 +1,4 @@
-"""What a model costs: parameters, floating-point operations and bytes for each token."""
+"""Costs of a model: parameters, and floating-point operations and bytes per token."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class ModelStatistics:
     """Costs of a model.
 
     Attributes:
-        total: all parameters.
-        active: parameters that one token uses: of a table the rows that it reads, of experts those chosen.
-        embeddings: parameters of the embedding and of the output layer, counted once if they are tied.
-        flops_per_token: floating-point operations of a forward pass for one token at the given sequence length.
-        bytes_per_token: bytes of weights and rows that one token reads at batch size 1, in bfloat16.
+        total: number of all parameters.
+        active: number of parameters that a token uses; of tables only the rows read, of experts only the chosen ones.
+        embeddings: number of parameters of the embedding and the output layer, counted once if they are tied.
+        flops_per_token: floating-point operations per token of a forward pass at the given sequence length.
+        bytes_per_token: bytes of weights and rows that a token reads at batch size 1, in bfloat16.
     """
 
     total: int
@@ -27,21 +27,21 @@ class ModelStatistics:
 
     @property
     def total_without_embeddings(self) -> int:
-        """All parameters but the embeddings."""
+        """Number of all parameters without embeddings."""
         return self.total - self.embeddings
 
     @property
     def active_without_embeddings(self) -> int:
-        """Parameters that one token uses, without the embeddings."""
+        """Number of parameters that a token uses, without embeddings."""
         return self.active - self.embeddings
 
 
 def model_statistics(config: ModelConfig, sequence_length: int) -> ModelStatistics:
-    """Count on the meta device; nothing is allocated.
+    """Compute the costs on the meta device, without allocating memory.
 
     Args:
-        config: of the model.
-        sequence_length: tokens that the attention's operations are counted for.
+        config: configuration of the model.
+        sequence_length: sequence length for the attention's operations.
     """
     model = config.build(device="meta")
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -58,7 +58,7 @@ def model_statistics(config: ModelConfig, sequence_length: int) -> ModelStatisti
         total=total,
         active=active,
         embeddings=embeddings,
-        # A training step's operations: a third of them are the forward pass's.
+        # A third of a training step's operations are the forward pass's.
         flops_per_token=model.num_flops_per_token(sequence_length) // 3,
         bytes_per_token=2 * (active - embeddings + matrix + config.d_model),
     )

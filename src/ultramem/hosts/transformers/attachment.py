@@ -1,4 +1,4 @@
-"""Memory layers beside the feed-forwards of a causal language model of transformers."""
+"""Attaching memory layers to a causal language model of transformers."""
 
 from __future__ import annotations
 
@@ -26,26 +26,25 @@ IGNORED_LABEL = -100
 def attach_memory(
     model: PreTrainedModel, config: MemoryConfig, *, blocks: Iterable[int] | None = None, seed: int = 0
 ) -> Memory:
-    """Put memory layers beside the feed-forwards of a model.
+    """Attach memory layers to a model, beside its feed-forwards.
 
-    Each layer reads what its block's feed-forward reads, and what it returns is added to the feed-forward's output. The
-    model's own modules and their names stay as they are; the memory becomes its submodule `memory`. With
-    `init="zero_output"` the model's outputs are unchanged until the memory is trained. What is derived from the
-    memory's parameters follows each step of a PyTorch optimiser by itself; after one of another kind call
-    `model.memory.refresh()`.
+    Each layer has the same input as its block's feed-forward, and its output is added to the feed-forward's. The
+    model's modules and their names do not change; the memory becomes its submodule `memory`. With `init="zero_output"`
+    the model's outputs do not change until the memory is trained. PyTorch optimizers refresh the memory after each
+    step; after a step of another optimizer call `model.memory.refresh()`.
 
     Args:
-        model: a causal language model whose blocks have a norm before their feed-forward, a module `mlp`.
-        config: of the memory. PKM needs `value_dim` equal to the model's width.
-        blocks: numbers of the blocks that get a layer; by default as `config.insertion` says.
-        seed: of the memory's initial values.
+        model: causal language model whose blocks have a feed-forward `mlp` with a norm before it.
+        config: configuration of the memory. PKM needs `value_dim` equal to the model's width.
+        blocks: numbers of the blocks that get a layer; by default as in `config.insertion`.
+        seed: seed for the memory's initial values.
 
     Returns:
-        The memory, in the dtype of the model, on the device of its first feed-forward.
+        the memory, in the model's dtype, on the device of the model's first feed-forward.
 
     Raises:
         ConfigError: the configuration does not fit the model.
-        UltraMemError: the model does not fit, for the reason that is given, or has a memory already.
+        UltraMemError: the model does not fit, for a reason that the error gives, or has a memory already.
     """
     if hasattr(model, "memory"):
         attached = hasattr(model, "_memory_connection")
@@ -73,13 +72,13 @@ def attach_memory(
 
 
 def detach_memory(model: PreTrainedModel) -> Memory:
-    """Remove the memory from a model, which is then as it was before `attach_memory`.
+    """Remove the memory from a model, which is then as before `attach_memory`.
 
     Returns:
-        The memory.
+        the memory.
 
     Raises:
-        UltraMemError: the model has none, or it was built with it.
+        UltraMemError: the model has no memory, or was built with it.
     """
     connection = getattr(model, "_memory_connection", None)
     if connection is None:
@@ -92,20 +91,20 @@ def detach_memory(model: PreTrainedModel) -> Memory:
 
 
 def check_host_config(config: MemoryConfig) -> None:
-    """Refuse what decoding token by token could not compute.
+    """Check that decoding token by token can compute the memory.
 
     Raises:
-        ConfigError: there is a query convolution, which would need the queries of earlier tokens.
+        ConfigError: there is a query convolution, which needs the queries of earlier tokens.
     """
     if config.query_conv:
         raise ConfigError(
-            f"query_conv={config.query_conv}: models of transformers do not keep the earlier queries that it needs; "
-            "leave it at 0"
+            f"query_conv={config.query_conv}: must be 0, as models of transformers do not keep the earlier queries "
+            "that it needs; leave it out"
         )
 
 
 class Connection:
-    """What makes a model's blocks read and add a memory: hooks on their feed-forwards.
+    """Hooks on the feed-forwards of a model's blocks that read the memory and add its outputs.
 
     Args:
         memory: the model's memory.
@@ -114,7 +113,7 @@ class Connection:
 
     def __init__(self, memory: Memory, blocks: nn.ModuleList) -> None:
         self.memory = memory
-        # Outputs on their way to a later block. They stay until the next pass: recomputation reads them again.
+        # Outputs for later blocks. They stay until the next pass, as recomputation reads them again.
         self.outputs: dict[int, Tensor] = {}
         reads: dict[int, list[int]] = {}
         adds: dict[int, list[int]] = {}
@@ -130,7 +129,7 @@ class Connection:
         after_each_step(self, _follow_step)
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 
@@ -155,10 +154,10 @@ class Connection:
 
 
 def add_auxiliary_loss(model: Any, _: Any, options: dict[str, Any], output: Any) -> Any:
-    """Hook after a model's forward pass: in training its loss includes the memory's auxiliary losses.
+    """Hook after a model's forward pass that adds the memory's auxiliary losses to its training loss.
 
-    Where the loss is a sum over the labels of a micro-batch, divided by those of the whole batch, the auxiliary loss
-    is weighted alike.
+    If the loss is a sum over the labels of a micro-batch, divided by the number in the whole batch, the auxiliary loss
+    is scaled likewise.
     """
     auxiliary, labels = model.memory.auxiliary_loss() if model.training else None, options.get("labels")
     if auxiliary is None or labels is None:
@@ -175,8 +174,8 @@ def _read(layer: MemoryLayer, x: Tensor) -> Tensor:
     table = layer.table
     if table.device.type == "meta" and not x.is_meta:
         raise UltraMemError(
-            "the memory was left out of memory by device_map, but each token reads it; give the module `memory` a "
-            "device of its own there, such as 'cpu'"
+            "device_map placed the memory on no device, but each token reads it; give the module `memory` a device in "
+            "device_map, such as 'cpu'"
         )
     dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else table.dtype
     output: Tensor = layer(x.to(table.device, dtype))
@@ -186,7 +185,9 @@ def _read(layer: MemoryLayer, x: Tensor) -> Tensor:
 def _insertion(config: MemoryConfig, blocks: Iterable[int]) -> str:
     numbers = sorted(blocks)
     if config.insertion != "all":
-        raise ConfigError(f"insertion={config.insertion!r}: blocks={numbers} says otherwise; give one of them")
+        raise ConfigError(
+            f"insertion={config.insertion!r}: must not be given with blocks={numbers}; leave out one of them"
+        )
     if not numbers or len(set(numbers)) < len(numbers) or numbers[0] < 0:
         raise ConfigError(f"blocks={numbers}: must be different numbers of blocks, from 0 on, and at least one")
     return "/".join(f"{number}:{number}" for number in numbers)

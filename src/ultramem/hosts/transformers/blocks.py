@@ -1,4 +1,4 @@
-"""The blocks of a model of transformers, and whether memory layers fit into them."""
+"""Finding the blocks of a model of transformers, and checking that memory layers fit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ultramem.hosts.transformers.modes import evaluation_mode
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of a decoder's blocks.
+    """Find the list of a decoder's blocks.
 
     Raises:
-        UltraMemError: there is none, or its blocks have no module `mlp`.
+        UltraMemError: there is no such list, or its blocks have no module `mlp`.
     """
     name, config = type(model).__name__, model.config.get_text_config()
     count = getattr(config, "num_hidden_layers", None)
@@ -36,13 +36,13 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def check_blocks(model: PreTrainedModel, blocks: nn.ModuleList, numbers: set[int]) -> None:
-    """Run two tokens through the model to see whether blocks can hold a memory layer; one of each class is looked at.
+    """Run two tokens through the model to check that its blocks can have a memory layer; one block of each class.
 
-    What a feed-forward reads must come from a norm, and what it returns must join the residual stream as it is. A model
-    on the `meta` device computes nothing: there only the first can be seen.
+    The feed-forward's input must be the output of a norm, and its output must be added to the residual stream
+    unchanged. On the `meta` device, which computes nothing, only the first is checked.
 
     Raises:
-        UltraMemError: one of them does not hold.
+        UltraMemError: a block does not fit.
     """
     for number in {type(blocks[number]): number for number in sorted(numbers, reverse=True)}.values():
         fault = _fault(model, blocks[number])
@@ -53,9 +53,11 @@ def check_blocks(model: PreTrainedModel, blocks: nn.ModuleList, numbers: set[int
 def _fault(model: PreTrainedModel, block: nn.Module) -> str | None:
     plain = _observe(model, block, 0.0)
     if not plain.reads_norm:
-        return "`mlp` does not read the output of a norm, as a memory layer has to"
+        return "the input of `mlp` is not the output of a norm, which a memory layer needs"
     if not isinstance(plain.output, Tensor):
-        return f"`mlp` returns {type(plain.output).__name__}, not a tensor to which a memory layer's could be added"
+        return (
+            f"`mlp` returns {type(plain.output).__name__}, not a tensor to which a memory layer's output could be added"
+        )
     if plain.output.is_meta:
         return None
     shift = plain.output.abs().max().item() + 1.0
@@ -67,7 +69,7 @@ def _fault(model: PreTrainedModel, block: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _observe(model: PreTrainedModel, block: nn.Module, shift: float) -> SimpleNamespace:
-    """What a pass shows of a block: whether `mlp` reads a norm's output, what it returns, the block's result."""
+    """Observations of a block in a pass: whether `mlp` reads a norm's output, the output of `mlp`, and the block's."""
     seen = SimpleNamespace(reads_norm=False, output=None, result=None)
     normed: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""Whole models in transformers directories: loaded only if complete, and written with plain errors."""
+"""Loading and saving models in transformers directories."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from ultramem.errors import UltraMemError, first_line
 
 MODEL_CONFIG_NAME = "config.json"  # marks a directory as a model's
-# What a model's directory may hold; one with anything else is never replaced.
+# Files of a model's directory; one with other files is never replaced.
 MODEL_CONTENTS = ("*.json", "*.safetensors", "*.jinja", "modeling_ultramem.py", "README.md", "memory")
 
 
 def load_config_file(directory: Path) -> PreTrainedConfig:
-    """The configuration of the model in a directory.
+    """Load the configuration of the model in a directory.
 
     Raises:
-        UltraMemError: there is none, or it is not valid.
+        UltraMemError: the configuration is missing or not valid.
     """
     if not (directory / MODEL_CONFIG_NAME).is_file():
         raise UltraMemError(
-            f"{directory} has no {MODEL_CONFIG_NAME}; name a transformers directory, as of `ultramem export`"
+            f"{directory} has no {MODEL_CONFIG_NAME}; give a transformers directory, such as `ultramem export` writes"
         )
     return _plain_errors(directory, lambda: AutoConfig.from_pretrained(directory, local_files_only=True))
 
 
 def load_model_file(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model in a directory, on the CPU; every parameter comes from its files.
+    """Load the causal language model in a directory, on the CPU. All parameters must be in its files.
 
     Raises:
-        UltraMemError: there is none, it is damaged, or its files lack a parameter or have one of another shape.
+        UltraMemError: the model is missing or damaged, or a parameter is missing or has another shape.
     """
     load_config_file(directory)
     model, report = _plain_errors(
@@ -49,7 +49,7 @@ def load_model_file(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def save_model_file(model: PreTrainedModel, directory: Path, **options: Any) -> None:
-    """`save_pretrained`.
+    """Call `save_pretrained`.
 
     Raises:
         UltraMemError: the directory cannot be written.

@@ -1,4 +1,4 @@
-"""A memory in a small directory of its own, apart from the model that it is attached to."""
+"""Saving and loading an attached memory separately from its model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEIGHTS_NAME = "memory.safetensors"
 
 
 def save_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
-    """Write the memory alone: `memory_config.json` and `memory.safetensors`.
+    """Save only the memory, as `memory_config.json` and `memory.safetensors`.
 
     Raises:
         UltraMemError: the model has no memory, or the directory cannot be written.
@@ -46,15 +46,15 @@ def save_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> No
         temporary.replace(path / WEIGHTS_NAME)
         write_text(path / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
-        raise UltraMemError(f"{path} cannot be written ({error}); name another directory") from error
+        raise UltraMemError(f"{path} cannot be written ({error}); choose another directory") from error
 
 
 def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Memory:
-    """Attach the memory that `save_memory` wrote, in its own dtype.
+    """Attach a memory that `save_memory` wrote, in its own dtype.
 
     Raises:
         ConfigError: the stored configuration is not valid.
-        UltraMemError: files are missing or damaged, or are of a memory that does not fit the model.
+        UltraMemError: a file is missing or damaged, or the memory does not fit the model.
     """
     path = Path(directory)
     content = _read_config(path / CONFIG_NAME)
@@ -68,9 +68,9 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
         config = MemoryConfig(**content["memory"])
         tensors = load_file(path / WEIGHTS_NAME)
     except (OSError, SafetensorError, TypeError) as error:
-        raise UltraMemError(f"{path} is damaged or not complete ({error}); save the memory again") from error
+        raise UltraMemError(f"{path} is damaged or incomplete ({error}); save the memory again") from error
     memory = attach_memory(model, config)
-    # Integers for numbers, or the reverse, count as another shape.
+    # Integers instead of floating-point numbers, or the reverse, count as another shape.
     expected = {name: (*tensor.shape, tensor.is_floating_point()) for name, tensor in memory.state_dict().items()}
     found = {name: (*tensor.shape, tensor.is_floating_point()) for name, tensor in tensors.items()}
     if found != expected:
@@ -90,7 +90,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UltraMemError(
-            f"{path} cannot be read ({system_reason(error)}); name a directory of save_memory"
+            f"{path} cannot be read ({system_reason(error)}); give a directory written by save_memory"
         ) from error
     except ValueError as error:
         raise UltraMemError(f"{path} is not valid JSON ({error}); save the memory again") from error

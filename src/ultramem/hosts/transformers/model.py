@@ -1,4 +1,4 @@
-"""A decoder with a memory as a model of transformers."""
+"""The transformers model: a decoder with a memory."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ __all__ = ["UltraMemConfig", "UltraMemForCausalLM", "UltraMemModel"]
 
 
 class _NamedInItsDirectory:
-    """Is found by the name that `CODE_NAME` imports, not by a copy of this library's source.
+    """Saved models refer to the classes that `CODE_NAME` imports, not to a copy of this library's source.
 
-    After loading with `trust_remote_code=True` transformers would save such a copy, which no later version could read.
+    After loading with `trust_remote_code=True` transformers would save such a copy, which later versions cannot read.
     """
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing: `auto_map` names the classes already."""
+        """Do nothing, as `auto_map` names the classes already."""
 
 
 class UltraMemConfig(_NamedInItsDirectory, Qwen3Config):
-    """A decoder with a memory: RMSNorm before each sublayer, RoPE, query and key norms per head, SwiGLU.
+    """The configuration of a decoder with a memory. It extends that of Qwen3.
 
-    That is the architecture of Qwen3, whose configuration this one extends.
+    The decoder has the architecture of Qwen3: RMSNorm before each sublayer, RoPE, query and key norms per head, SwiGLU.
 
     Attributes:
-        memory: the fields of `ultramem.MemoryConfig`; those that are left out have its defaults.
+        memory: fields of `ultramem.MemoryConfig`; missing ones have its defaults.
 
     Raises:
         ConfigError: the memory's configuration is not valid, or does not fit the model.
@@ -59,7 +59,7 @@ class UltraMemConfig(_NamedInItsDirectory, Qwen3Config):
             "AutoModelForCausalLM": "modeling_ultramem.UltraMemForCausalLM",
         }
         super().__post_init__(**kwargs)
-        # All fields, so that other defaults of a later version do not change the model.
+        # All fields, so that new defaults of a later version do not change the model.
         self.memory = dataclasses.asdict(self.memory_config())
 
     def memory_config(self) -> MemoryConfig:
@@ -67,7 +67,7 @@ class UltraMemConfig(_NamedInItsDirectory, Qwen3Config):
         names = {field.name for field in dataclasses.fields(MemoryConfig)}
         for name in self.memory or {}:
             if name not in names:
-                raise ConfigError(f"memory.{name}: there is no such field of MemoryConfig; remove it")
+                raise ConfigError(f"memory.{name}: unknown field of MemoryConfig; remove it")
         config = MemoryConfig(**(self.memory or {}))
         check_host_config(config)
         config.layout(len(config.insertions(self.num_hidden_layers)))
@@ -75,7 +75,7 @@ class UltraMemConfig(_NamedInItsDirectory, Qwen3Config):
 
 
 class _SavedWithCode(_NamedInItsDirectory):
-    """Saves the code by which `trust_remote_code=True` finds the classes."""
+    """Saves the code with which `trust_remote_code=True` finds the classes."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
         """As in transformers."""
@@ -112,7 +112,7 @@ class UltraMemModel(_SavedWithCode, Qwen3Model):
         self._own_connection = Connection(memory, self.layers)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise what a checkpoint lacks: of the memory nothing, or all of it."""
+        """Initialise parameters that a checkpoint lacks; of the memory it must lack all or none."""
         memory = getattr(self, "memory", None)  # the base class' constructor comes before it
         if memory is None or module not in {*memory.modules()}:
             super()._init_weights(module)
@@ -130,7 +130,7 @@ class UltraMemModel(_SavedWithCode, Qwen3Model):
 
 
 class UltraMemForCausalLM(_SavedWithCode, Qwen3ForCausalLM):
-    """The decoder with its output layer: loads, generates, trains and is saved as other models of transformers are."""
+    """The decoder with its output layer: loads, generates, trains and saves like other models of transformers."""
 
     config_class = UltraMemConfig
     config: UltraMemConfig
@@ -146,18 +146,18 @@ class UltraMemForCausalLM(_SavedWithCode, Qwen3ForCausalLM):
 
     @property
     def memory(self) -> Memory:
-        """The memory, which is the decoder's."""
+        """The decoder's memory."""
         return self.model.memory
 
 
 def _mark_initialised(memory: Memory) -> None:
-    """Keep transformers from initialising it again, module by module."""
+    """Keep transformers from initialising the memory again, module by module."""
     for part in (*memory.modules(), *memory.parameters()):
         part._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def register() -> None:
-    """Make the Auto classes know the models."""
+    """Register the models with the Auto classes."""
     AutoConfig.register("ultramem", UltraMemConfig, exist_ok=True)
     AutoModel.register(UltraMemConfig, UltraMemModel, exist_ok=True)
     AutoModelForCausalLM.register(UltraMemConfig, UltraMemForCausalLM, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Evaluation mode within a `with` block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode; afterwards each of its modules is in the mode that it was in."""
+    """Put a model into evaluation mode; afterwards each module has its former mode again."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

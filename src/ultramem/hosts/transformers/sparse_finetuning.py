@@ -1,7 +1,7 @@
-"""Sparse memory fine-tuning (arXiv:2510.15103): training only the table rows that are special to the new data.
+"""Sparse memory fine-tuning (arXiv:2510.15103): training only the table rows that are specific to the new data.
 
 ```python
-background = count_background(model, batches)  # batches of what the model must not forget
+background = count_background(model, batches)  # batches of text that the model must not forget
 sparse = SparseFinetuning(model, background, rows=512, learning_rate=1.0)
 arguments = TrainingArguments(max_grad_norm=0, ...)
 Trainer(model, arguments, train_dataset=data, callbacks=[sparse], optimizers=(sparse.optimizer, None)).train()
@@ -36,25 +36,25 @@ _SMALLEST_CAPACITY = 256
 
 
 def find_tables(model: nn.Module) -> list[TrainableTable]:
-    """The tables of a model's memory, each once, in the order of the layers that read them.
+    """All tables of a model's memory, in the order of the layers that read them.
 
     Raises:
         UltraMemError: the model has no memory layers.
     """
     memory = getattr(model, "memory", None)
     if not isinstance(memory, Memory) or not memory.layers:
-        raise UltraMemError(f"{type(model).__name__} has no memory layers, whose rows could be trained")
+        raise UltraMemError(f"{type(model).__name__} has no memory layers with rows to train; attach a memory first")
     return [table for table in memory.tables if isinstance(table, TrainableTable)]
 
 
 class RowCounter:
-    """Counts how often each table row is read, by all layers that share the table together.
+    """Counts how often each table row is read, by all layers that share the table.
 
-    What padding reads, as the `attention_mask` tells, does not count.
+    Reads of padding, according to the `attention_mask`, do not count.
 
     Args:
-        model: with a memory.
-        training: which passes count: those in training mode, or those in evaluation mode.
+        model: model with a memory.
+        training: whether to count passes in training mode or in evaluation mode.
     """
 
     def __init__(self, model: PreTrainedModel, *, training: bool) -> None:
@@ -74,11 +74,11 @@ class RowCounter:
         self._attached.enter_context(self._model.register_forward_pre_hook(self._before_pass, with_kwargs=True))
 
     def detach(self) -> None:
-        """Stop counting, if it was started."""
+        """Stop counting if it was started."""
         self._attached.close()
 
     def take(self) -> list[Tensor]:
-        """The counts since the last call, for each table (rows,) in int64; of all processes if distributed."""
+        """The counts since the last call, for each table (rows,), int64; over all processes if distributed."""
         taken = []
         for table in self._tables:
             counts = self._counts.pop(table, None)
@@ -91,7 +91,7 @@ class RowCounter:
 
     @torch.no_grad()
     def observe(self, layer: MemoryLayer, reads: Reads, output: Tensor) -> None:
-        """Count one read of each of the rows, but for tokens of padding; see `ReadObserver`."""
+        """Count the reads of a pass, except those of padding; see `ReadObserver`."""
         if layer.training != self.training:
             return
         table, rows = layer.table, reads.rows
@@ -109,11 +109,11 @@ class RowCounter:
 
 @dataclass(frozen=True)
 class Background:
-    """What a background corpus reads.
+    """Reads of a background corpus.
 
     Attributes:
         batches: number of batches.
-        frequencies: for each table (rows,), int64: the batches that read the row.
+        frequencies: for each table (rows,), int64, number of batches that read the row.
     """
 
     batches: int
@@ -122,11 +122,11 @@ class Background:
 
 @torch.no_grad()
 def count_background(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Background:
-    """Count the batches of a background corpus that read each row.
+    """Count for each row the batches of a background corpus that read it.
 
     Args:
-        model: with a memory.
-        batches: the model's arguments, on its device; each of as many tokens as a training batch will have.
+        model: model with a memory.
+        batches: arguments of the model, on its device; each with as many tokens as a training batch will have.
 
     Raises:
         UltraMemError: the model has no memory, or there is no batch.
@@ -143,55 +143,55 @@ def count_background(model: PreTrainedModel, batches: Iterable[Mapping[str, Tens
     finally:
         counter.detach()
     if not number:
-        raise UltraMemError("the background has no batch; give texts that the model must not forget")
+        raise UltraMemError("the background has no batches; give text that the model must not forget")
     return Background(number, frequencies)
 
 
 def score_rows(counts: Tensor, frequencies: Tensor, batches: int) -> Tensor:
-    """TF-IDF of table rows (arXiv:2510.15103, section 3): high for rows read often here and in few background batches.
+    """TF-IDF of table rows (arXiv:2510.15103, section 3): high for rows read often here but in few background batches.
 
     Args:
-        counts: (rows,), int64, reads in the batch.
-        frequencies: (rows,), int64, background batches that read the row.
+        counts: (rows,), int64, number of reads in the batch.
+        frequencies: (rows,), int64, number of background batches that read the row.
         batches: number of background batches.
 
     Returns:
-        (rows,), float32; zero for rows that are not read, and for those that all background batches read.
+        (rows,), float32, scores; 0 for rows that are not read, and for rows that all background batches read.
     """
     term_frequency = counts.float() / counts.sum().clamp(min=1)
     return term_frequency * ((batches + 1) / (frequencies + 1).float()).log()
 
 
 def choose_rows(counts: Tensor, frequencies: Tensor, batches: int, rows: int) -> Tensor:
-    """Numbers (at most `rows`,) of the rows with the highest scores; arguments as for `score_rows`.
+    """Row numbers (at most `rows`,), int64, of the highest scores; arguments as in `score_rows`.
 
-    Rows with a score of zero are never among them.
+    Rows with a score of 0 are never chosen.
     """
     scores, numbers = score_rows(counts, frequencies, batches).topk(min(rows, len(counts)))
     return numbers[scores > 0]
 
 
 class SparseRows(Optimizer):
-    """SGD or AdamW (arXiv:1711.05101) on a few rows of tables; all others stay as they are, to the bit.
+    """SGD or AdamW (arXiv:1711.05101) on a few rows of tables; all other rows keep their bits.
 
-    Before each step set `rows`. Only rows that were ever trained have optimiser state, in float32, besides four bytes
-    for each row of the table. AdamW corrects the bias of its averages by the number of steps of each row. The buffer of
-    the gradient is as large as the table all the same: it holds what other rows would get, and nothing reads it.
+    Set `rows` before each step. Only rows that were ever trained have optimizer state, in float32; besides this there
+    are four bytes per row of the table. AdamW's bias correction uses the number of steps of each row. The gradient
+    buffers are as large as the table all the same; the gradients of other rows are not used.
 
     Args:
-        tables: whose `values` and `pre_values` are trained, together; a parameter group for each table.
-        learning_rate: of all groups.
+        tables: tables whose `values` and `pre_values` are trained; each is a parameter group.
+        learning_rate: learning rate of all groups.
         kind: `sgd`, without momentum, or `adamw`.
         betas: AdamW's decay rates.
         eps: AdamW's epsilon.
-        weight_decay: decoupled, of the rows of the step.
+        weight_decay: decoupled weight decay of the rows of the step.
 
     Attributes:
-        rows: for each table, the rows (n,) in int64, each once, to train in the next step, which empties the list.
+        rows: for each table, (n,), int64, distinct rows to train in the next step, which empties the list.
         kind: `sgd` or `adamw`.
 
     Raises:
-        ConfigError: there is no such kind.
+        ConfigError: `kind` is invalid.
     """
 
     def __init__(
@@ -214,19 +214,19 @@ class SparseRows(Optimizer):
 
     @property
     def trained_rows(self) -> int:
-        """How many rows were ever trained."""
+        """Number of rows that were ever trained."""
         return sum(trained.number for trained in self._trained)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Train the `rows` by their gradients."""
+        """Train the `rows` with their gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if len(self.rows) != len(self.param_groups):
             raise UltraMemError(
-                "no rows were chosen for this step; give the Trainer the SparseFinetuning as a callback"
+                "no rows were chosen for this step; pass the SparseFinetuning to the Trainer as a callback"
             )
         for group, trained, rows in zip(self.param_groups, self._trained, self.rows, strict=True):
             if len(rows) and group["params"][0].grad is not None:
@@ -248,30 +248,30 @@ class SparseRows(Optimizer):
         return {**super().__getstate__(), **own}  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every optimiser, and `trained`: for each table the rows that were ever trained, and their state."""
+        """The usual state, and `trained`: for each table the rows that were ever trained, and their state."""
         return {**super().state_dict(), "trained": [trained.state_dict() for trained in self._trained]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         super().load_state_dict(state_dict)
         for trained, state, group in zip(self._trained, state_dict["trained"], self.param_groups, strict=True):
             trained.load_state_dict(state, group["params"])
 
 
 class _TrainedRows:
-    """The rows of one table that were ever trained: a slot for each, with its number of steps and AdamW's averages.
+    """The rows of a table that were ever trained. Each has a slot with its number of steps and AdamW's averages.
 
     Attributes:
-        number: of rows.
+        number: number of these rows.
     """
 
     def __init__(self, has_averages: bool) -> None:
         self.number = 0
         self._has_averages = has_averages
-        self._slots: Tensor | None = None  # (table rows,); made late, for the model may still change its device
+        self._slots: Tensor | None = None  # (table rows,); made late, as the model may still change its device
 
     def find(self, rows: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        """The rows' slots (n,), new ones for new rows; each counts one more step."""
+        """The rows' slots (n,), which are new for new rows; each counts one more step."""
         if self._slots is None:
             device, total = parameters[0].device, len(parameters[0])
             self._slots = torch.full((total,), -1, dtype=torch.int32, device=device)
@@ -324,25 +324,25 @@ class _TrainedRows:
 
 
 class SparseFinetuning(TrainerCallback):
-    """Makes a `transformers.Trainer` train, in each step, the rows that are special to the step's batch.
+    """Makes a `transformers.Trainer` train in each step only the rows that are specific to the step's batch.
 
-    Constructing it freezes all parameters but the tables. Give the Trainer this callback, its `optimizer`, and
-    arguments with `max_grad_norm=0`. With gradient accumulation, rows are chosen for all micro-batches of a step
-    together; over several processes, for all batches of a step. Evaluation passes do not count.
+    The constructor freezes all parameters except the tables. Pass this callback, its `optimizer`, and arguments with
+    `max_grad_norm=0` to the Trainer. With gradient accumulation or several processes, rows are chosen for all
+    micro-batches of a step together. Evaluation passes do not count.
 
     Args:
-        model: with a memory.
-        background: what the corpus that must not be forgotten reads.
-        rows: most rows of each table to train in one step.
-        learning_rate: of the optimiser.
+        model: model with a memory.
+        background: reads of the corpus that must not be forgotten.
+        rows: maximum number of rows of each table to train per step.
+        learning_rate: learning rate of the optimizer.
         optimizer: `sgd` or `adamw`. The paper found that SGD forgets less.
-        weight_decay: for the chosen rows.
+        weight_decay: weight decay of the chosen rows.
 
     Attributes:
-        optimizer: a `SparseRows`.
+        optimizer: the `SparseRows` to pass to the Trainer.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value is invalid.
         UltraMemError: the model has no memory.
     """
 
@@ -374,12 +374,12 @@ class SparseFinetuning(TrainerCallback):
         """Start counting.
 
         Raises:
-            ConfigError: gradients would be clipped.
+            ConfigError: gradient clipping is enabled.
         """
         if args.max_grad_norm:
             # The Trainer clips before the rows are chosen, by the norm over all rows.
             raise ConfigError(
-                f"max_grad_norm={args.max_grad_norm}: the norm would be that of the rows that are not trained, too; "
+                f"max_grad_norm={args.max_grad_norm}: must be 0, as the norm would include rows that are not trained; "
                 "set it to 0"
             )
         self._counter.attach()

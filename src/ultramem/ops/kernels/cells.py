@@ -30,8 +30,8 @@ def _tile(
 ):
     """Scores of one tile of the grid; -inf beyond its edge.
 
-    To the bit the same wherever it is inlined, so that as many cells are written as were counted: the compiler is left
-    no choice between fused and separate operations.
+    Bit for bit the same wherever it is inlined, so that as many cells are written as were counted: the compiler has no
+    choice between fused and separate operations.
     """
     i, j = tl.arange(0, TILE) + row_tile * TILE, tl.arange(0, TILE) + column_tile * TILE
     row_mask = i < candidates if MASKED else None

@@ -1,6 +1,6 @@
 """From the gradients of the best cells' scores to those of the axes' scores and of the cores.
 
-A program serves one axis of a token and head. No atomics: the same to the bit from run to run.
+A program handles one axis of a token and head. There are no atomics: results are the same from run to run, bit for bit.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def best_cells_backward(
         cores: as in `best_cells`.
 
     Returns:
-        Gradient of the cores, float32, or None without cores.
+        gradient of the cores, float32, or None without cores.
     """
     tokens, heads, k, num_cores = score_gradients.shape
     rank = axis_gradients.shape[1]

@@ -1,4 +1,4 @@
-"""Launching Triton kernels with little work for the processor, which has many of them to launch in a step."""
+"""Launching Triton kernels with little work for the CPU, which launches many of them per step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ _MOST_KEPT = 4096
 class Launcher:
     """A Triton kernel that is looked up by its arguments once it is compiled.
 
-    Triton inspects all arguments at every launch, to find out for which properties a kernel was compiled: 16-byte
-    alignment, integers that are 1 or multiples of 16. Here integers are compared by value, so that less is to be found
-    out.
+    Triton inspects all arguments at every launch for the properties that a kernel is specialised for: 16-byte
+    alignment, integers that are 1 or multiples of 16. Here integers are compared by value, which is less work.
 
     Args:
-        kernel: what `triton.jit` returned.
+        kernel: kernel, as returned by `triton.jit`.
     """
 
     def __init__(self, kernel: Any) -> None:

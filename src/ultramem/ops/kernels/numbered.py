@@ -1,4 +1,4 @@
-"""Python objects that operators find by number: tensors and plain values are all that they can be given."""
+"""Python objects that operators find by number, as operators take only tensors and plain values."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def find_threshold(count_reaching: tl.constexpr, numbers, low, highest, count_lo
         STEP: distance of the integer images of neighbouring numbers.
 
     Returns:
-        The raised `low`; `high`; how many numbers reach `high`, at most k. If `enough` is k, these are the best, and
+        the raised `low`; `high`; how many numbers reach `high`, at most k. If `enough` is k, these are the best, and
         together with any others that reach `low`, which are all equal, the best k.
     """
     high = _from_ordered(to_ordered(highest) + STEP)

@@ -22,7 +22,7 @@ def product_key_topk(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Ten
         k: sums to keep, at most `keys ** 2`.
 
     Returns:
-        Scores (tokens, heads, k), in float32 or wider, differentiable, and int64 indices (tokens, heads, k),
+        scores (tokens, heads, k), in float32 or wider, differentiable, and int64 indices (tokens, heads, k),
         `i * keys + j`. The sums come in any order, and equal ones are chosen among in any way.
 
     Raises:

@@ -30,7 +30,7 @@ def tucker_topk(
         axis_k: candidates of each axis, at most `keys`.
 
     Returns:
-        Scores (tokens, heads, k, cores), in float32 or wider, differentiable in queries, keys and cores; int64 indices
+        scores (tokens, heads, k, cores), in float32 or wider, differentiable in queries, keys and cores; int64 indices
         (tokens, heads, k), `i * keys + j`. The cells come in any order, and equal sums are chosen among in any way.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a run does besides training, as callbacks of OLMo-core's trainer, one subject a file."""
+"""Callbacks of OLMo-core's trainer: what a run does besides training, one subject per file."""
 
 from ultramem.training.callbacks.checkpoints import Checkpoints
 from ultramem.training.callbacks.evaluation import HeldoutCallback, TaskCallback

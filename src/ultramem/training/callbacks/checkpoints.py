@@ -1,4 +1,4 @@
-"""Checkpoints of a run: when they are written, and what is left where one cannot be."""
+"""Checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.ER
 
 @dataclass
 class Checkpoints(CheckpointerCallback):
-    """Periodic checkpoints, which a failure never leaves half written, and none of a run that has diverged."""
+    """Writes periodic checkpoints: after a failure never an incomplete one, and none of a run that has diverged."""
 
     def __post_init__(self) -> None:
         self.save_async, self.pre_train_checkpoint = False, False
-        self.remove = CheckpointRemovalStrategy.never  # of ephemeral checkpoints, of which there are none
+        self.remove = CheckpointRemovalStrategy.never  # for ephemeral checkpoints, which are not used
         super().__post_init__()
 
     def post_checkpoint_loaded(self, path: Any) -> None:
-        """What was loaded need not be saved again."""
+        """Do not save again what was loaded."""
         self._latest_checkpoint_step, self._latest_checkpoint_path = self.step, str(path)
 
     def pre_train(self) -> None:
-        """Count the checkpoints that are there among those to keep."""
+        """Count existing checkpoints among those to keep."""
         super().pre_train()
         found = sorted(self.checkpointer.find_checkpoints(self.save_folder))
         self._checkpoints = [path for step, path in found if step <= self.step]
@@ -42,7 +42,7 @@ class Checkpoints(CheckpointerCallback):
         try:
             with timed_apart(self):
                 return super()._save_checkpoint(save_async, ephemeral)
-        except (Exception, CheckpointException) as error:  # the latter is none of the former
+        except (Exception, CheckpointException) as error:  # a CheckpointException is not an Exception
             cause = _cause(error)
             if cause is None:
                 raise
@@ -50,16 +50,16 @@ class Checkpoints(CheckpointerCallback):
             for unfinished in (directory, directory.with_name(f"{directory.name}-tmp")):
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise UltraMemError(
-                f"the checkpoint of step {self.step} cannot be written to {directory}: {cause}: make room and run the "
-                "same command again"
+                f"the checkpoint of step {self.step} cannot be written to {directory} ({cause}); free some space and "
+                "run the same command again"
             ) from error
 
 
 def _cause(error: BaseException) -> str | None:
-    """Why writing failed, in a few words; None if not by the file system.
+    """Why writing failed; None if the file system was not the cause.
 
-    From the text, since OLMo-core and PyTorch wrap the system's error in errors of their own.
+    Found in the text of the error, as OLMo-core and PyTorch wrap the system's error in their own.
     """
-    # PyTorch's writer does not tell the reason, of which this is by far the most frequent.
+    # PyTorch's writer does not give the reason; this is by far the most frequent one.
     unknown = os.strerror(errno.ENOSPC) if "PytorchStreamWriter" in str(error) else None
     return next((reason for reason in map(os.strerror, _WRITE_ERRORS) if reason in str(error)), unknown)

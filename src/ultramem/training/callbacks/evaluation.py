@@ -14,10 +14,10 @@ from ultramem.training.callbacks.timing import timed_apart
 
 @dataclass
 class HeldoutCallback(EvaluatorCallback):
-    """Evaluation on held-out data that leaves no trace in the metrics of training."""
+    """Evaluates on held-out data, without an effect on the metrics of training."""
 
     def perform_eval(self, prefix: str = "eval") -> None:
-        """Evaluate apart from training."""
+        """Evaluate, and keep the metrics of training as they are."""
         with timed_apart(self):
             super().perform_eval(prefix)
 
@@ -27,10 +27,10 @@ class TaskCallback(Callback):
     """Evaluates the model on tasks; all processes share the work.
 
     Attributes:
-        suite: the tasks.
-        interval: steps between evaluations; None for the last step alone, which is always one.
-        last_step: of the training.
-        checkpoints: what saves the last one before its evaluation.
+        suite: tasks.
+        interval: steps between evaluations, besides that of the last step; None for the last step only.
+        last_step: last training step.
+        checkpoints: callback that saves the last checkpoint before its evaluation.
     """
 
     suite: TaskSuite
@@ -39,7 +39,7 @@ class TaskCallback(Callback):
     checkpoints: Checkpoints
 
     def post_step(self) -> None:
-        """Evaluate where it is time to."""
+        """Evaluate every `interval` steps and after the last one."""
         if self.step != self.last_step and (self.interval is None or self.step % self.interval):
             return
         if self.step == self.last_step:  # a failure from here on must not cost the steps

@@ -1,4 +1,4 @@
-"""Other places for metrics: TensorBoard, and Weights & Biases."""
+"""Metrics in TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class TensorBoard(Callback):
-    """Writes all metrics as TensorBoard events, from the first process.
+    """Writes all metrics as TensorBoard events, in the first process.
 
     Attributes:
-        directory: where to.
+        directory: directory of the event files.
     """
 
     directory: Path = field(default_factory=Path)
     _writer: SummaryWriter | None = None
 
     def pre_train(self) -> None:
-        """Open the event file; what an interrupted run wrote of later steps is to be ignored."""
+        """Open the event file; events that an interrupted run wrote for later steps are to be ignored."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         if get_rank() == 0:
@@ -45,10 +45,10 @@ class TensorBoard(Callback):
 
 @dataclass
 class WeightsAndBiases(WandBCallback):
-    """OLMo-core's, working with recent versions of wandb, too."""
+    """OLMo-core's callback, made to work with recent versions of wandb."""
 
     def finalize(self, exit_code: int = 0) -> None:
-        """End the run there."""
+        """Finish the run on Weights & Biases."""
         if not self.finalized:
             self.wandb.finish(exit_code=exit_code)
             self._finalized = True

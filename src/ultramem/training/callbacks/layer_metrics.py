@@ -1,4 +1,4 @@
-"""What memory layers and mixtures of experts read, as metrics."""
+"""Metrics of what memory layers and mixtures of experts read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from olmo_core.train.callbacks import Callback
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.hosts.olmo_core.moe import DroplessMoE
 
-_COUNTED = 4  # one step of so many counts
+_COUNTED = 4  # reads are counted in one of this many steps
 
 
 @dataclass
@@ -31,13 +31,13 @@ class LayerMetrics(Callback):
             self.model.memory.track_usage()
 
     def pre_step(self, batch: dict[str, Any]) -> None:
-        """Count in some steps only, that of the report among them: it takes time to launch so many small kernels."""
+        """Count in some steps only, including that of the report: launching so many small kernels takes time."""
         del batch
         if self.model.memory is not None:
             self.model.memory.pause_usage(self.step % self.interval % _COUNTED != 0)
 
     def post_train_batch(self) -> None:
-        """Report; all processes take part."""
+        """Report, in all processes together."""
         if self.step % self.interval:
             return
         if self.model.memory is not None:

@@ -14,7 +14,7 @@ from olmo_core.train.callbacks import Callback
 
 from ultramem.runs.layout import THROUGHPUT, TOKENS
 
-# Metrics of OLMo-core that say the same or nothing.
+# Metrics of OLMo-core that are redundant or meaningless.
 _LEFT_OUT = ("throughput/", "checkpoint/", "optim/LR (", "train/masked labels", "train/PPL")
 
 
@@ -23,7 +23,7 @@ class MetricsFile(Callback):
     """Appends the metrics of each step to a file of JSON lines, from the first process.
 
     Attributes:
-        path: the file.
+        path: path of the file.
     """
 
     priority: ClassVar[int] = 10
@@ -32,12 +32,12 @@ class MetricsFile(Callback):
     _last: tuple[int, dict[str, float]] = (0, {})
 
     def post_train_batch(self) -> None:
-        """Note the time, and the tokens so far."""
+        """Record the time and the number of tokens so far."""
         self._times[self.step] = time.time()
         self.trainer.record_metric(TOKENS, self.trainer.global_train_tokens_seen)
 
     def pre_log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Bring OLMo-core's metrics into ours, for all callbacks."""
+        """Replace OLMo-core's metrics with ours, for all callbacks."""
         del step
         speed = metrics.get("throughput/device/TPS")
         for name in [name for name in metrics if name.startswith(_LEFT_OUT)]:
@@ -46,7 +46,7 @@ class MetricsFile(Callback):
             metrics[THROUGHPUT] = speed * get_world_size()
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a line. Reports that belong to the same step come in parts: the last line holds all of them."""
+        """Write a line. A step's metrics may come in several parts: its last line holds all of them."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         if get_rank() != 0 or not finite:
             return

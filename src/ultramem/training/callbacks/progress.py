@@ -1,4 +1,4 @@
-"""What the terminal shows of a run."""
+"""Progress of a run on the terminal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ultramem.runs.layout import HELD_OUT, LEARNING_RATES, TASK_METRICS, THROUGH
 
 @dataclass
 class ProgressReport(Callback):
-    """Shows progress from the first process: a live line on a terminal, else a line at each report.
+    """Shows progress in the first process: a live line on a terminal, else a line per report.
 
     Attributes:
-        console: where to.
-        interval: steps from one line to the next.
+        console: console to print to.
+        interval: steps between lines.
     """
 
     console: Console = field(default_factory=Console)
@@ -43,12 +43,12 @@ class ProgressReport(Callback):
             self._display.start()
 
     def post_step(self) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         if self._display is not None:
             self._display.update(self._display.task_ids[0], completed=self.step)
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Show the loss, tokens per second and learning rate; results of evaluations get lines of their own."""
+        """Show loss, tokens per second and learning rate; results of evaluations on lines of their own."""
         if TRAIN_LOSS in metrics:
             self._speed = metrics.get(THROUGHPUT, self._speed)
             parts = [f"loss {metrics[TRAIN_LOSS]:.4f}"]
@@ -62,7 +62,7 @@ class ProgressReport(Callback):
             self.console.print(f"step {step:,}  held-out: {results}")
         tasks = {n.removeprefix(TASK_METRICS): value for n, value in metrics.items() if n.startswith(TASK_METRICS)}
         if tasks:
-            # Not those of parts, which are many.
+            # Without the many parts of tasks.
             results = "  ".join(f"{name} {value:.3f}" for name, value in tasks.items() if "/" not in name)
             self.console.print(f"step {step:,}  tasks: {results}")
 

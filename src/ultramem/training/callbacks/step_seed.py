@@ -1,4 +1,4 @@
-"""Random numbers of a step that do not depend on where the run was started."""
+"""Random numbers of a step that do not depend on where the run was resumed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from olmo_core.train.callbacks import Callback
 
 @dataclass
 class StepSeed(Callback):
-    """Seeds each step's random numbers (dropout) by its number, so that a resumed run draws the same ones.
+    """Seeds each step's random numbers (dropout) by the step's number, so that a resumed run draws the same ones.
 
     Attributes:
-        seed: of the run.
+        seed: seed of the run.
     """
 
     seed: int = 0

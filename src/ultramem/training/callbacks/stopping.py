@@ -1,4 +1,4 @@
-"""The end of a run before its last step: on a signal, or when it has diverged."""
+"""Stopping a run early: signals, which stop it with a checkpoint, and divergence."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ultramem.runs.layout import GRADIENT_NORM
 
 @dataclass
 class StopOnSignal(Callback):
-    """On SIGTERM or SIGINT the run stops after the step, with a checkpoint; a second SIGINT ends the process at once.
+    """Stops the run on SIGTERM or SIGINT, after a checkpoint at the step's end; a second SIGINT exits at once.
 
     Attributes:
-        console: where to say so.
+        console: console for a message about it.
     """
 
     console: Console = field(default_factory=Console)
 
     def pre_train(self) -> None:
-        """Replace OLMo-core's handlers, which ignore a second signal; it puts back the former ones at the end."""
+        """Replace OLMo-core's handlers, which ignore a second signal; OLMo-core restores the former ones at the end."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
 
@@ -38,7 +38,7 @@ class StopOnSignal(Callback):
         self.trainer.cancel_run(f"{name} received")
         signal.signal(signal.SIGINT, self._leave)
         if get_rank() == 0:
-            self.console.print(f"{name}: saving a checkpoint after this step; Ctrl-C leaves at once without")
+            self.console.print(f"{name}: saving a checkpoint after this step; press Ctrl-C to exit at once without one")
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -48,22 +48,22 @@ class StopOnSignal(Callback):
 
 @dataclass
 class StopWhenDiverged(Callback):
-    """Stops a run whose gradient is no longer finite; OLMo-core itself looks at the loss only.
+    """Stops a run whose gradient is not finite; OLMo-core itself checks the loss only.
 
-    A gradient without a finite norm spoils the parameters one step before the loss shows it.
+    Such a gradient spoils the parameters one step before the loss shows it.
     """
 
     priority: ClassVar[int] = 100
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Look at the gradient norm."""
+        """Check the gradient norm."""
         norm = metrics.get(GRADIENT_NORM, 0.0)
         if not math.isfinite(norm):
             raise DivergedError("gradient norm", norm, step)
 
 
 class DivergedError(UltraMemError):
-    """The loss or the gradient is no longer finite."""
+    """The loss or the gradient is not finite."""
 
     def __init__(self, what: str, value: float, step: int) -> None:
         super().__init__(f"the {what} is {value} at step {step}")

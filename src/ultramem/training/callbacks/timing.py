@@ -1,4 +1,4 @@
-"""What a run does besides training, kept out of its reported speed."""
+"""Excluding evaluations and the like from a run's reported speed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from olmo_core.train.callbacks import Callback, SpeedMonitorCallback
 
 @contextmanager
 def timed_apart(callback: Callback) -> Iterator[None]:
-    """Keep what happens inside out of the reported speed of training."""
+    """Exclude the time inside from the reported speed of training."""
     yield
     for other in callback.trainer.callbacks.values():
         if isinstance(other, SpeedMonitorCallback):

@@ -1,4 +1,4 @@
-"""Token files cut into the windows that a model is evaluated on."""
+"""Token files cut into the sequences that a model is evaluated on."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from ultramem.errors import ConfigError, UltraMemError
 IGNORED = -100  # label of what is not predicted, as in PyTorch's cross-entropy
 
 
-class TokenWindows:
-    """Windows that do not overlap, from the start of each file; its last window may be shorter.
+class TokenSequences:
+    """Consecutive sequences of token files that do not overlap; the last one of a file may be shorter.
 
-    All tokens of a window but the first are predicted. The files are mapped, not read, into memory.
+    All tokens of a sequence except the first are predicted. Files are memory-mapped.
 
     Args:
         paths: headerless little-endian token files.
         dtype: `uint16` or `uint32`.
         vocab_size: every id must be below it.
-        length: tokens of a window.
-        max_tokens: take so many tokens at most, rounded up to whole windows, which are spread evenly over the files;
+        length: tokens per sequence.
+        max_tokens: maximum number of tokens, rounded up to whole sequences, which are spread evenly over the files;
             None for all.
 
     Attributes:
-        length: tokens of a window.
-        predicted_tokens: in all windows.
-        complete: whether `max_tokens` leaves out none.
+        length: tokens per sequence.
+        predicted_tokens: number of predicted tokens in all sequences.
+        complete: whether all tokens of the files are used.
 
     Raises:
-        ConfigError: `length` or `max_tokens` cannot work.
-        UltraMemError: there is no window of two tokens; while reading: an id is too large.
+        ConfigError: `length` or `max_tokens` is invalid.
+        UltraMemError: no file has two tokens; or, while reading, an id is too large.
     """
 
     def __init__(
         self, paths: Sequence[Path], dtype: str, vocab_size: int, length: int, max_tokens: int | None = None
     ) -> None:
         if length < 2:
-            raise ConfigError(f"sequence_length={length}: must be at least 2, one token to read and one to predict")
+            raise ConfigError(f"sequence_length={length}: must be at least 2, a token to read and a token to predict")
         if max_tokens is not None and max_tokens < 1:
             raise ConfigError(f"max_tokens={max_tokens}: must be at least 1; leave it out to evaluate on all tokens")
         self.paths = paths
@@ -54,48 +54,50 @@ class TokenWindows:
         self.vocab_size = vocab_size
         self.length = length
         self._sizes = [path.stat().st_size // self.dtype.itemsize for path in paths]
-        # What is left of a file is a window if it has two tokens.
+        # The rest of a file is a sequence if it has two tokens.
         counts = [(size + length - 2) // length for size in self._sizes]
-        self._first_windows = list(accumulate(counts, initial=0))
-        self._total = self._first_windows.pop()
+        self._first_sequences = list(accumulate(counts, initial=0))
+        self._total = self._first_sequences.pop()
         if self._total == 0:
-            raise UltraMemError(f"{paths[0]} has fewer than two tokens: nothing to predict; name longer token files")
+            raise UltraMemError(
+                f"{paths[0]} has fewer than two tokens, so there is nothing to predict; give longer token files"
+            )
         self._chosen = self._total if max_tokens is None else min(self._total, -(-max_tokens // length))
         self.complete = self._chosen == self._total
         self.predicted_tokens = sum(stop - start - 1 for _, start, stop in self._spans())
 
     def __len__(self) -> int:
-        """Number of windows."""
+        """Number of sequences."""
         return self._chosen
 
     def __iter__(self) -> Iterator[NDArray[np.unsignedinteger]]:
-        """The windows, each (at most `length`,)."""
+        """Yield the sequences, each (at most `length`,)."""
         for file, spans in groupby(self._spans(), itemgetter(0)):
             tokens = np.memmap(self.paths[file], mode="r", dtype=self.dtype)
             for _, start, stop in spans:
-                window = tokens[start:stop]
-                if (largest := int(window.max())) >= self.vocab_size:
+                sequence = tokens[start:stop]
+                if (largest := int(sequence.max())) >= self.vocab_size:
                     raise UltraMemError(
                         f"token file {self.paths[file]} has id {largest} near token {start}, but the model's "
-                        f"vocabulary has {self.vocab_size} tokens; give files of the tokenizer that it was trained with"
+                        f"vocabulary has {self.vocab_size} tokens; give files made with the tokenizer of its training"
                     )
-                yield window
+                yield sequence
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and labels, each (at most `batch_size`, at most `length - 1`), int64.
+        """Yield inputs and labels, each (at most `batch_size`, at most `length - 1`), int64.
 
-        Labels are the next tokens; after a shorter window's end they are `IGNORED`.
+        Labels are the next tokens, and `IGNORED` after the end of a shorter sequence.
         """
-        windows = iter(self)
-        while batch := list(islice(windows, batch_size)):
-            rows = [torch.from_numpy(window.astype(np.int64)) for window in batch]
+        sequences = iter(self)
+        while batch := list(islice(sequences, batch_size)):
+            rows = [torch.from_numpy(sequence.astype(np.int64)) for sequence in batch]
             tokens = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
             yield tokens[:, :-1].clamp(min=0), tokens[:, 1:]
 
     def _spans(self) -> Iterator[tuple[int, int, int]]:
-        """File, start and stop of the chosen windows."""
+        """Yield file, start and stop of each chosen sequence."""
         for i in range(self._chosen):
-            window = i * self._total // self._chosen
-            file = bisect_right(self._first_windows, window) - 1
-            start = (window - self._first_windows[file]) * self.length
+            sequence = i * self._total // self._chosen
+            file = bisect_right(self._first_sequences, sequence) - 1
+            start = (sequence - self._first_sequences[file]) * self.length
             yield file, start, min(start + self.length, self._sizes[file])
