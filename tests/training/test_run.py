@@ -263,7 +263,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(what, make_config, 
     )
     if what == "loss":
         monkeypatch.setattr(TrainableTable, "lookup", lambda self, reads: lookup(self, reads) * factor["of all"])
-    with pytest.raises(UltraMemError, match=rf"the {what} is nan at step 20: .*last good checkpoint is .*step10"):
+    with pytest.raises(UltraMemError, match=rf"the {what} is nan at step 20; .*last good checkpoint is .*step10"):
         train(config)
     assert steps_kept(config.trainer.directory) == [10]
     assert max(losses_of(config.trainer.directory)) == 19
@@ -367,7 +367,9 @@ def test_checkpoint_of_another_model(make_config):
     large.trainer.directory.mkdir()
     (small.trainer.directory / "step2").rename(large.trainer.directory / "step2")
     large.save(large.trainer.directory / "config.yaml")
-    with pytest.raises(UltraMemError, match=r"not of the model .*feed_forward.* has the shape \(\d+, \d+\), not"):
+    with pytest.raises(
+        UltraMemError, match=r"does not fit the run's configuration: .*feed_forward.* has the shape \(\d+, \d+\), not"
+    ):
         train(large)
 
 
