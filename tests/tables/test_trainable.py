@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from comparison import assert_near
+from ultramem.errors import UltraMemError
 from ultramem.ops import use_backend
 from ultramem.ops.kernels.numbered import find
 from ultramem.ops.weighted_lookup import naive
@@ -245,6 +246,28 @@ def test_autograd_grad_for_the_values_or_only_for_something_else(table: Trainabl
     assert_near(gradient, expected_gradients(table)[0], 1e-5)
     scores = torch.ones(1, 2, 2).to(table.values).requires_grad_()
     torch.autograd.grad(one_lookup(table, scores).sum(), scores)
+    lookups(table).backward()
+    check(table)
+
+
+@backends
+def test_second_derivatives(table: TrainableTable) -> None:
+    """Of the table's gradient there are none, which is said; of other gradients, by the definition, they are right."""
+    scale = torch.ones(()).to(table.values).requires_grad_()
+
+    def differentiate_twice() -> None:
+        (gradient,) = torch.autograd.grad(lookups(table), table.values, create_graph=True)
+        gradient.square().sum().backward()
+
+    with pytest.raises((UltraMemError, RuntimeError), match=r"cannot be differentiated again|once_differentiable"):
+        differentiate_twice()
+    table.zero_grad()
+    if table.values.dtype == torch.float64:  # the loss is a square in `scale`: its second derivative is twice itself
+        loss = lookups(table, scale=scale)
+        (first,) = torch.autograd.grad(loss, scale, create_graph=True)
+        (second,) = torch.autograd.grad(first, scale)
+        torch.testing.assert_close(second, 2 * loss.detach())
+    table.zero_grad()
     lookups(table).backward()
     check(table)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ultramem.errors import UltraMemError
 from ultramem.ops.backend import HAS_KERNELS
 from ultramem.ops.weighted_lookup.reads import Products
 from ultramem.tables.torch_internals import (
@@ -186,8 +187,12 @@ class _Gather(torch.autograd.Function):
         return F.embedding(rows, table)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: what is added up here would be a constant
+            raise UltraMemError(
+                "create_graph=True: a table's gradient cannot be differentiated again; freeze the table, or use "
+                "ultramem.ops.weighted_lookup"
+            )
         (rows,) = ctx.saved_tensors
         ctx.accumulator.add_rows(ctx.which, ctx.table, rows, gradient)
         return None, None, None, None, None
