@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from ultramem.configuration.field_types import check_finite, check_types
+from ultramem.configuration.field_types import check_field, check_finite, check_types
 from ultramem.errors import ConfigError
 from ultramem.layers.kinds import KINDS
 from ultramem.layers.memory_layer import MemoryLayer
@@ -202,20 +202,15 @@ class MemoryConfig:
     def _check_values(self) -> None:
         for name, low in _SMALLEST.items():
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(f"{name}={value}: must be at least {low}")
-        for name in ("norm_eps", "value_lr"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name}={value}: must be above 0")
-        if not 0 < self.share_ratio <= 1:
-            raise ConfigError(f"share_ratio={self.share_ratio}: must be above 0 and at most 1")
-        if not 0 <= self.output_dropout < 1:
-            raise ConfigError(f"output_dropout={self.output_dropout}: must be at least 0 and below 1")
-        if not 0 < self.value_lr_decay <= 1:
-            raise ConfigError(f"value_lr_decay={self.value_lr_decay}: must be above 0 and at most 1")
-        for name, default in (("value_lr_multiplier", 4.0), ("value_lr_decay", 1.0)):
-            if self.value_lr is not None and name not in self.layer_type.unused and getattr(self, name) != default:
+            check_field(self, name, value is None or value >= low, f"at least {low}")
+        check_field(self, "norm_eps", self.norm_eps > 0, "above 0")
+        check_field(self, "value_lr", self.value_lr is None or self.value_lr > 0, "above 0")
+        check_field(self, "share_ratio", 0 < self.share_ratio <= 1, "above 0 and at most 1")
+        check_field(self, "output_dropout", 0 <= self.output_dropout < 1, "at least 0 and below 1")
+        check_field(self, "value_lr_decay", 0 < self.value_lr_decay <= 1, "above 0 and at most 1")
+        for name in ("value_lr_multiplier", "value_lr_decay"):
+            is_set = getattr(self, name) != getattr(MemoryConfig, name)
+            if self.value_lr is not None and name not in self.layer_type.unused and is_set:
                 raise ConfigError(
                     f"{name}={getattr(self, name)}: the values have a constant learning rate, "
                     f"value_lr={self.value_lr}; leave out one of them"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ultramem.config import MemoryConfig
+from ultramem.configuration.field_types import check_least
 from ultramem.errors import ConfigError
 from ultramem.layers.initial_values import HostScheme, initialize
 from ultramem.layers.memory_layer import MemoryLayer
@@ -65,9 +66,7 @@ class Memory(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("d_model", d_model), ("num_blocks", num_blocks)):
-            if size < 1:
-                raise ConfigError(f"{name}={size}: must be at least 1")
+        check_least(1, d_model=d_model, num_blocks=num_blocks)
         config.check_width(d_model)
         self.config = config
         self.d_model = d_model

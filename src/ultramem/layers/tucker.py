@@ -79,14 +79,20 @@ class TuckerMemory(MemoryLayer):
                 f"top_k={config.top_k}; set it to at least {math.isqrt(config.top_k - 1) + 1}"
             )
 
+    @property
+    def axis_top_k(self) -> int:
+        """Number of candidates kept on each axis."""
+        return min(self.config.axis_top_k or self.config.top_k, self.axis_keys)
+
     def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """As in `MemoryLayer`; the weights are the scores of each core."""
         config = self.config
         normed_queries, normed_keys = self.normed_queries(queries), self.normed_keys()
-        axis_top_k = min(config.axis_top_k or config.top_k, self.axis_keys)
-        scores, indices = tucker_topk(normed_queries, normed_keys, self.cores, self.u, self.t, config.top_k, axis_top_k)
+        scores, indices = tucker_topk(
+            normed_queries, normed_keys, self.cores, self.u, self.t, config.top_k, self.axis_top_k
+        )
         if self.training:
-            self.auxiliary_loss = self._auxiliary_loss(normed_queries, normed_keys, axis_top_k)
+            self.auxiliary_loss = self._auxiliary_loss(normed_queries, normed_keys)
         return scores.flatten(1, 2), indices.flatten(1)
 
     def normed_queries(self, queries: Tensor) -> Tensor:
@@ -186,10 +192,9 @@ class TuckerMemory(MemoryLayer):
         keys = unit_rows(2, config.tucker_rank, config.heads, self.axis_keys, config.key_dim)
         of_tokens = queries.squeeze(2).permute(2, 0, 1, 3).expand(-1, -1, config.tucker_rank, -1)
         of_heads = keys.permute(2, 0, 3, 1, 4)
-        cores = self.cores.full_tensor() if isinstance(self.cores, DTensor) else self.cores
-        axis_top_k = min(config.axis_top_k or config.top_k, self.axis_keys)
+        cores = _whole(self.cores).float()
         chosen, _ = tucker_topk_by_definition(
-            of_tokens, of_heads, cores.float(), self.u.float(), self.t.float(), config.top_k, axis_top_k
+            of_tokens, of_heads, cores, self.u.float(), self.t.float(), config.top_k, self.axis_top_k
         )
         return float(chosen.mean()), float(chosen.square().mean())
 
@@ -197,13 +202,13 @@ class TuckerMemory(MemoryLayer):
         nn.init.constant_(self.query_norm.weight, gain)
         nn.init.constant_(self.key_norm.weight, gain)
 
-    def _auxiliary_loss(self, queries: Tensor, keys: Tensor, axis_top_k: int) -> Tensor | None:
+    def _auxiliary_loss(self, queries: Tensor, keys: Tensor) -> Tensor | None:
         config = self.config
         losses = []
         if config.balance_coef:
             for scores, direction in zip(axis_scores(queries, keys), (self.u, self.t), strict=True):
                 axis = torch.einsum("thrn,hr->thn", scores, direction.to(scores.dtype))
-                losses.append(config.balance_coef * balance_loss(axis, axis_top_k))
+                losses.append(config.balance_coef * balance_loss(axis, self.axis_top_k))
         if config.tucker_penalty_coef:
             losses.append(config.tucker_penalty_coef * tucker_penalty(self.cores, config.tucker_penalty_threshold))
         return torch.stack(losses).sum() if losses else None
@@ -261,10 +266,13 @@ def tucker_penalty(cores: Tensor, threshold: float) -> Tensor:
     return F.relu(trailing - threshold).square().sum() / max(trailing.numel(), 1)
 
 
+def _whole(cores: Tensor) -> Tensor:
+    return cores.full_tensor() if isinstance(cores, DTensor) else cores
+
+
 def _summed(cores: Tensor) -> Tensor:
     """The summed cores (heads, rank, rank), not sharded, in float32 or wider.
 
     Values that are not finite become 0, so that a run that has diverged fails by its loss, not in the decomposition.
     """
-    whole = cores.full_tensor() if isinstance(cores, DTensor) else cores
-    return whole.sum(0).to(torch.promote_types(cores.dtype, torch.float32)).nan_to_num(0.0, 0.0, 0.0)
+    return _whole(cores).sum(0).to(torch.promote_types(cores.dtype, torch.float32)).nan_to_num(0.0, 0.0, 0.0)

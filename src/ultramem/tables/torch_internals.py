@@ -1,6 +1,6 @@
 """What tables need of PyTorch that its documentation does not promise: all of it is here.
 
-Tested on PyTorch 2.11, 2.13 and 2.14.
+Tested on PyTorch 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def keep_until_it_ends(thing: object) -> None:
 
 
 def describe_contents(tensor: Tensor) -> tuple[int, int]:
-    """Another one after each change of the tensor that PyTorch sees: its address, and how often it has changed."""
+    """Address and version of a tensor. They differ after each change that PyTorch sees."""
     return tensor.data_ptr(), tensor._version
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from transformers import PreTrainedModel, TrainerCallback
 
+from ultramem.configuration.field_types import check_least
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.hosts.transformers.modes import evaluation_mode
 from ultramem.layers import MemoryLayer
@@ -356,8 +357,7 @@ class SparseFinetuning(TrainerCallback):
         optimizer: OptimizerKind = "sgd",
         weight_decay: float = 0.0,
     ) -> None:
-        if rows < 1:
-            raise ConfigError(f"rows={rows}: must be at least 1")
+        check_least(1, rows=rows)
         if not 0 < learning_rate < math.inf:
             raise ConfigError(f"learning_rate={learning_rate}: must be above 0 and finite")
         tables = find_tables(model)

@@ -296,9 +296,20 @@ def _backward_of_operator(gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         inputs = tuple(
             part.clone() if place in (0, 2, 4) and part is not None else part for place, part in enumerate(inputs)
         )
+    scores, (values, pre_values, _, _, needs) = inputs[1], inputs[6:]
+    whole = [
+        part if needed and not has_link else None for part, needed in zip((values, pre_values), needs, strict=True)
+    ]
+
+    def absent(table: Tensor | None) -> Tensor:
+        if table is None:
+            return scores.new_empty(0)
+        return torch.zeros_like(table, memory_format=torch.contiguous_format)
+
     found = _backward(gradient, *inputs)
-    absent = _backward_fake(gradient, *inputs)
-    return tuple(empty.zero_() if part is None else part for part, empty in zip(found, absent, strict=True))
+    return tuple(
+        absent(table) if part is None else part for part, table in zip(found, (None, None, *whole, None), strict=True)
+    )
 
 
 def _backward_fake(gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
