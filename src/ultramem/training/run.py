@@ -88,12 +88,14 @@ def train(
         if config.trainer.deterministic:
             stack.enter_context(deterministic_algorithms())
 
-        def claim() -> tuple[int | None, ModelStatistics]:
+        def claim() -> tuple[int | None, bool, ModelStatistics]:
             stack.enter_context(directory.locked())
-            return directory.claim(overwrite), directory.describe(data, processes.device, processes.count)
+            step = directory.claim(overwrite)
+            statistics = directory.describe(data, processes.device, processes.count)
+            return step, directory.is_finished(step, bool(data.heldout)), statistics
 
-        step, statistics = processes.on_first(claim)
-        if step == config.trainer.total_steps:
+        step, finished, statistics = processes.on_first(claim)
+        if step is not None and finished:
             return RunResult(directory.path, step, "already finished")
         if step is not None:
             check_stored_model(directory.checkpoint(step) / MODEL_NAME, config.model)
@@ -105,8 +107,8 @@ def train(
         elif config.trainer.initial_weights is not None:
             load_weights(trainer.train_module.model, config.trainer.initial_weights, config.model)
         _fit(trainer, directory)
-        finished = trainer.global_step >= config.trainer.total_steps
-        return RunResult(directory.path, trainer.global_step, "finished" if finished else "interrupted")
+        complete = trainer.global_step >= config.trainer.total_steps
+        return RunResult(directory.path, trainer.global_step, "finished" if complete else "interrupted")
 
 
 def _load_tasks(config: RunConfig, data: TokenData) -> TaskSuite | None:

@@ -88,7 +88,9 @@ def build_trainer(
     if data.heldout and trainer.evaluate_interval is not None:
         callbacks["heldout"] = _heldout_evaluation(config, data, module, micro_batch_size)
     if suite is not None:
-        callbacks["tasks"] = TaskCallback(suite, trainer.evaluate_tasks_interval, trainer.total_steps, checkpoints)
+        callbacks["tasks"] = TaskCallback(
+            suite, trainer.evaluate_tasks_interval, trainer.total_steps, checkpoints, trainer.directory / METRICS_NAME
+        )
     if config.logging.tensorboard:
         callbacks["tensorboard"] = TensorBoard(trainer.directory / "tensorboard")
     if config.logging.wandb is not None:
@@ -114,7 +116,10 @@ def _heldout_evaluation(
     batches = HeldoutBatches(sequences, micro_batch_size // length, group)
     evaluator = HeldoutEvaluator(batches, data.heldout_bytes_per_token, module.device, group)
     return HeldoutCallback(
-        evaluators=[evaluator], eval_interval=trainer.evaluate_interval, fixed_steps=[trainer.total_steps]
+        evaluators=[evaluator],
+        eval_interval=trainer.evaluate_interval,
+        fixed_steps=[trainer.total_steps],
+        metrics_file=trainer.directory / METRICS_NAME,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from olmo_core.train.callbacks import Callback
 
@@ -22,6 +22,7 @@ class LayerMetrics(Callback):
         interval: steps between reports.
     """
 
+    priority: ClassVar[int] = 5  # before the checkpoint, so that a kill after it does not cost the report
     model: MemoryTransformer
     interval: int = 100
 

@@ -12,6 +12,7 @@ from typing import ClassVar
 from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train.callbacks import Callback
 
+from ultramem.runs.directory import recorded_metrics
 from ultramem.runs.layout import THROUGHPUT, TOKENS
 
 # Metrics of OLMo-core that are redundant or meaningless.
@@ -30,6 +31,10 @@ class MetricsFile(Callback):
     path: Path = field(default_factory=Path)
     _times: dict[int, float] = field(default_factory=dict)
     _last: tuple[int, dict[str, float]] = (0, {})
+
+    def pre_train(self) -> None:
+        """Keep the metrics of the step that a run resumes from, in case it adds an evaluation that is missing."""
+        self._last = self.step, recorded_metrics(self.path, self.step)
 
     def post_train_batch(self) -> None:
         """Record the time and the number of tokens so far."""
