@@ -124,7 +124,7 @@ def test_a_failure_in_the_last_evaluation_costs_no_steps(make, monkeypatch):
         raise MemoryError("no room")
 
     config = make(steps=7, checkpoint_interval=5)
-    monkeypatch.setattr("ultramem.evaluation.task_suite.TaskSuite.run", fail)
+    monkeypatch.setattr("ultramem.evaluation.tasks.TaskSuite.run", fail)
     with pytest.raises(MemoryError):
         train(config)
     assert find_checkpoint(config.trainer.directory).step == 7

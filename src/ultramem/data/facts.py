@@ -9,7 +9,6 @@ from pathlib import Path
 from random import Random
 
 from ultramem.data.documents import JSON_LINES_SUFFIXES
-from ultramem.data.made_up_words import made_up_words
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.files.whole_files import write_text
 
@@ -22,6 +21,21 @@ TEMPLATES = (
 )
 EXPOSURES = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 FACTS_IN_DOCUMENT = 8
+SYLLABLES = tuple(consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou")
+
+
+def made_up_words(count: int, random: Random, syllables: int = 3) -> list[str]:
+    """Draw different words such as `zorivu`, in lower-case ASCII letters.
+
+    Args:
+        count: number of words; far fewer than the `70 ** syllables` possible ones.
+        random: random number generator.
+        syllables: syllables per word.
+    """
+    words: dict[str, None] = {}
+    while len(words) < count:
+        words["".join(random.choices(SYLLABLES, k=syllables))] = None
+    return list(words)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,23 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
-from rich.progress import Progress
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Column, Table
 
 from ultramem.configuration.field_types import check_least, check_types
 from ultramem.data.documents import BrokenRecordError, Document, find_sources, read_documents
 from ultramem.data.near_duplicates import near_duplicates
-from ultramem.data.terminal import progress_display
-from ultramem.data.token_files import MANIFEST_NAME, TOKENIZER_NAME, Manifest, load_manifest, save_manifest
-from ultramem.data.token_writer import SplitWriter
+from ultramem.data.token_files import MANIFEST_NAME, TOKENIZER_NAME, Manifest, SplitWriter, load_manifest, save_manifest
 from ultramem.data.tokenizers import SMALLEST_BPE, ChosenTokenizer, Encoder, load_tokenizer, train_bpe
 from ultramem.data.worker_processes import map_documents
 from ultramem.errors import ConfigError, UltraMemError, system_reason
@@ -174,7 +183,7 @@ def tokenize(config: TokenizeConfig) -> Manifest:
         with (
             _sigterm_interrupts(),
             partial_directory(output, config.overwrite, MANIFEST_NAME) as directory,
-            progress_display() as display,
+            _progress_display() as display,
         ):
             if config.near_duplicates is not None:
                 searching = display.add_task("looking for near-duplicates", total=None, documents=0)
@@ -189,6 +198,46 @@ def tokenize(config: TokenizeConfig) -> Manifest:
             "or choose another --output, then run again"
         ) from error
     return load_manifest(output)
+
+
+def print_summary(manifest: Manifest) -> None:
+    """Print what was written to each split, and what was skipped."""
+    console = Console(highlight=False, soft_wrap=True)
+    names = ("files", "documents", "tokens", "bytes", "bytes per token")
+    table = Table("split", *(Column(name, justify="right") for name in names))
+    for split in manifest.splits.values():
+        counts = (len(split.files), split.documents, split.tokens, split.bytes)
+        ratio = f"{split.bytes / split.tokens:.3f}" if split.tokens else "none"
+        table.add_row(split.name, *(f"{count:,}" for count in counts), ratio)
+    console.print(table)
+    console.print(f"tokenizer: {escape(manifest.tokenizer)}, {manifest.dtype}", end="; ")
+    console.print(f"skipped records: {manifest.skipped:,}; near-duplicates left out: {manifest.near_duplicates:,}")
+    for example in manifest.skipped_examples:
+        console.print(f"  {escape(example)}")
+    if manifest.skipped > len(manifest.skipped_examples):
+        console.print("  ...")
+    if not manifest.splits["heldout"].files:
+        console.print(
+            "[yellow]no document is held out[/], so there is nothing to evaluate on; change --heldout or --seed"
+        )
+    console.print(f"written to {escape(str(manifest.directory))}")
+
+
+def _progress_display() -> Progress:
+    """A progress display on standard error; it shows nothing unless that is a terminal."""
+    console = Console(stderr=True)
+    console.quiet = not console.is_terminal
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[documents]:,} documents"),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console.quiet,
+    )
 
 
 def _choose_tokenizer(config: TokenizeConfig, corpus: Corpus, display: Progress) -> ChosenTokenizer:

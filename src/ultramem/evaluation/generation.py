@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,8 +18,7 @@ from torch import Tensor
 from ultramem.configuration.field_types import check_least, check_types
 from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.device import autocast
-from ultramem.errors import UltraMemError, system_reason
-from ultramem.evaluation.sampling import check_sampling, sample
+from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.files.whole_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import find_checkpoint
@@ -46,7 +46,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_sampling(self.temperature, self.top_k, self.top_p)
+        _check_sampling(self.temperature, self.top_k, self.top_p)
         check_least(0, seed=self.seed)
         check_least(1, max_new_tokens=self.max_new_tokens)
 
@@ -140,6 +140,50 @@ class TextGenerator:
         return logits
 
 
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Sample a token from each row of logits.
+
+    The logits are divided by the temperature. Then the `top_k` most probable tokens are kept, and of these the
+    nucleus: the smallest set of most probable tokens whose total probability is at least `top_p` (Holtzman et al.,
+    arXiv:1904.09751).
+
+    Args:
+        logits: (..., vocabulary), floating point.
+        temperature: sampling temperature; 0 takes the most probable token, whatever the other arguments.
+        top_k: number of tokens to sample from; None for all.
+        top_p: total probability of the tokens to sample from, in (0, 1]; None for all.
+        generator: random number generator on the device of the logits; None for PyTorch's default.
+
+    Returns:
+        (...), int64, token ids.
+
+    Raises:
+        ConfigError: a value is invalid.
+    """
+    _check_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.double()
+    # With a largest logit of 0 the smallest temperature does not overflow.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+    probabilities, tokens = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        probabilities[..., top_k:] = 0
+    if top_p is not None:
+        probabilities /= probabilities.sum(-1, keepdim=True)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities[before >= top_p] = 0
+    rows = probabilities.view(-1, probabilities.shape[-1])
+    drawn = torch.multinomial(rows, 1, generator=generator).view(*tokens.shape[:-1], 1)
+    return tokens.gather(-1, drawn).squeeze(-1)
+
+
 def read_prompt(path: Path) -> str:
     """Read a text file.
 
@@ -218,3 +262,17 @@ def save_samples(run: Path, samples: Sequence[Sample]) -> Path:
             raise UltraMemError(f"{path} is not a list of samples; remove it")
     write_json(path, earlier + [{"prompt": s.prompt, "text": s.text, **asdict(s.config)} for s in samples])
     return path
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Check the arguments of `sample`.
+
+    Raises:
+        ConfigError: a value is invalid.
+    """
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ConfigError(f"temperature={temperature}: must be 0 (always the most probable token) or above")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k={top_k}: must be at least 1; leave it out to choose among all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"top_p={top_p}: must be above 0 and at most 1; leave it out to choose among all tokens")

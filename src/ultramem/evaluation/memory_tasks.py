@@ -13,8 +13,7 @@ from math import sqrt
 from random import Random
 from statistics import fmean, pvariance
 
-from ultramem.data.facts import TEMPLATES, Fact, make_facts
-from ultramem.data.made_up_words import made_up_words
+from ultramem.data.facts import TEMPLATES, Fact, made_up_words, make_facts
 from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.errors import UltraMemError
 from ultramem.evaluation.scoring import Request, Score

@@ -11,8 +11,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from ultramem.evaluation.loss import Evaluation, evaluate
-from ultramem.evaluation.task_evaluation import TaskEvaluation, evaluate_tasks
-from ultramem.evaluation.task_suite import GROUPS
+from ultramem.evaluation.tasks import GROUPS, TaskEvaluation, evaluate_tasks
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import EVALUATION_NAME
 from ultramem.runs.results import TaskResult

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from olmo_core.train.callbacks import Callback, EvaluatorCallback
 
-from ultramem.evaluation.task_suite import TaskSuite
+from ultramem.evaluation.tasks import TaskSuite
 from ultramem.runs.layout import TASK_METRICS
 from ultramem.training.callbacks.checkpoints import Checkpoints
 from ultramem.training.callbacks.timing import timed_apart

@@ -1,25 +1,133 @@
-"""Evaluating checkpoints on tasks."""
+"""Tasks by name, and evaluating checkpoints on several of them."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from math import sqrt
 from pathlib import Path
+from statistics import fmean
+from typing import Protocol
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ultramem.configuration.field_types import check_least
-from ultramem.evaluation.scoring import BATCH_TOKENS
-from ultramem.evaluation.task_suite import GROUPS, TaskSuite, task_names, with_means
+from ultramem.data.tokenizers import ChosenTokenizer
+from ultramem.errors import ConfigError
+from ultramem.evaluation import memory_tasks, table3
+from ultramem.evaluation.scoring import BATCH_TOKENS, Request, Score, score
 from ultramem.files.whole_files import write_json
+from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
 from ultramem.runs.layout import TASKS_NAME
 from ultramem.runs.results import TaskResult
 from ultramem.runs.tokenizer import find_tokenizer
+
+# Names of groups of tasks, whose mean is reported too.
+GROUPS = {"table3": tuple(table3.LABELS), "memory": tuple(memory_tasks.QUESTIONS)}
+TASKS = tuple(name for names in GROUPS.values() for name in names)
+
+
+def task_names(given: Iterable[str]) -> list[str]:
+    """Names of tasks from names of tasks and groups, which may be comma-separated.
+
+    Raises:
+        ConfigError: a name is unknown, or there is none.
+    """
+    names = [name.strip() for text in given for name in text.split(",")]
+    for name in names or [""]:
+        if name not in TASKS and name not in GROUPS:
+            raise ConfigError(f"tasks={name}: must be one of {', '.join([*GROUPS, *TASKS])}")
+    return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
+
+
+class Task(Protocol):
+    """A task for a tokenizer and context length."""
+
+    @property
+    def requests(self) -> Sequence[Request]:
+        """Requests to score."""
+        ...
+
+    def results(self, scores: Sequence[Score]) -> list[TaskResult]:
+        """Results of the task and its parts from the scores of the requests, in their order."""
+        ...
+
+
+class TaskSuite:
+    """Several tasks for a tokenizer and context length.
+
+    Args:
+        names: names of tasks, as from `task_names`.
+        tokenizer: tokenizer of the models.
+        context_length: maximum number of tokens that the models read.
+        max_questions: maximum number of questions per task, spread evenly, or per part of a memory task; None for all.
+
+    Raises:
+        UltraMemError: a package for a task is not installed, or the context is too short for a task.
+    """
+
+    def __init__(
+        self, names: Sequence[str], tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None = None
+    ) -> None:
+        self.context_length, self.max_questions = context_length, max_questions
+        self.tasks: list[Task] = [
+            memory_tasks.load(name, tokenizer, context_length, max_questions)
+            if name in memory_tasks.QUESTIONS
+            else table3.load(name, tokenizer, max_questions)
+            for name in names
+        ]
+
+    def tokens(self) -> int:
+        """Number of tokens that a model reads."""
+        return sum(len(request.input(self.context_length)) for task in self.tasks for request in task.requests)
+
+    def run(
+        self,
+        model: MemoryTransformer,
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        on_tokens: Callable[[int], object] | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> list[TaskResult]:
+        """Evaluate a model: the results of the tasks, then the means of complete groups.
+
+        Args:
+            model, batch_tokens, on_tokens, group: as in `score`.
+
+        Raises:
+            UltraMemError: the model's output is not finite.
+        """
+        requests = [request for task in self.tasks for request in task.requests]
+        scores = iter(
+            score(
+                model,
+                requests,
+                context_length=self.context_length,
+                batch_tokens=batch_tokens,
+                on_tokens=on_tokens,
+                group=group,
+            )
+        )
+        results = []
+        for task in self.tasks:
+            cut = fmean(len(r.input()) > len(r.input(self.context_length)) for r in task.requests)
+            found = task.results(list(islice(scores, len(task.requests))))
+            results += [replace(result, cut=cut) for result in found]
+        return with_means(results)
+
+
+def with_means(results: Sequence[TaskResult]) -> list[TaskResult]:
+    """Results of tasks, followed by the means of complete groups."""
+    by_name = {result.name: result for result in results}
+    complete = {group: names for group, names in GROUPS.items() if by_name.keys() >= set(names)}
+    return [*results, *(_mean(group, [by_name[name] for name in names]) for group, names in complete.items())]
 
 
 @dataclass(frozen=True)
@@ -73,7 +181,7 @@ def evaluate_tasks(
 
     Args:
         paths: run directories, for their latest complete checkpoints, or checkpoints' own directories.
-        tasks: names of tasks or groups of tasks; see `ultramem.evaluation.task_suite`.
+        tasks: names of tasks or groups of tasks; see `ultramem.evaluation.tasks`.
         max_questions: maximum number of questions per task, spread evenly, or per part of a memory task; always the
             same questions. None for all.
         batch_size: full-length requests per batch, by default about 8192 tokens; does not change the result.
@@ -126,3 +234,15 @@ def _saved_results(path: Path, settings: Mapping[str, object]) -> list[TaskResul
         return [TaskResult.parse(result) for result in content["results"] if same]
     except (OSError, ValueError, TypeError, KeyError):
         return []
+
+
+def _mean(name: str, members: Sequence[TaskResult]) -> TaskResult:
+    return TaskResult(
+        name=name,
+        metric="mean",
+        value=fmean(result.value for result in members),
+        standard_error=sqrt(sum(result.standard_error**2 for result in members)) / len(members),
+        questions=sum(result.questions for result in members),
+        chance=fmean(result.chance for result in members),
+        cut=fmean(result.cut for result in members),
+    )
