@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,6 @@ TOKENIZER_NAME = "tokenizer.json"
 FORMAT_VERSION = 1
 ITEM_SIZES = {"uint16": 2, "uint32": 4}
 COUNTS = ("documents", "tokens", "bytes")
-MANIFEST_VALUES = (
-    "dtype",
-    "vocab_size",
-    "eos_token_id",
-    "pad_token_id",
-    "tokenizer",
-    "seed",
-    "near_duplicates",
-    "skipped",
-    "skipped_examples",
-    "sources",
-    "arguments",
-)
 SAMPLED_BLOCKS, SAMPLED_TOKENS = 16, 2**16
 
 
@@ -103,11 +90,11 @@ class Manifest:
         pad_token_id: the tokenizer's padding id.
         tokenizer: name of the tokenizer; its file is `tokenizer_path`.
         seed: seed for the choice of held-out documents.
-        sources: the given `paths`, the number of `files` found there, and their `bytes` on disk.
-        arguments: other arguments of the run.
         near_duplicates: number of documents left out because they resemble an earlier one.
         skipped: number of broken records left out.
         skipped_examples: error messages of the first of them.
+        sources: the given `paths`, the number of `files` found there, and their `bytes` on disk.
+        arguments: other arguments of the run.
     """
 
     directory: Path
@@ -118,11 +105,11 @@ class Manifest:
     pad_token_id: int
     tokenizer: str
     seed: int
-    sources: Mapping[str, Any] = field(default_factory=dict)
-    arguments: Mapping[str, Any] = field(default_factory=dict)
     near_duplicates: int = 0
     skipped: int = 0
     skipped_examples: Sequence[str] = ()
+    sources: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -130,11 +117,7 @@ class Manifest:
         return self.directory / TOKENIZER_NAME
 
     def split(self, name: str) -> Split:
-        """The split of that name.
-
-        Raises:
-            UltraMemError: there is no such split, or it has no documents.
-        """
+        """The split of that name. Raises UltraMemError if there is none, or it has no documents."""
         if name not in self.splits:
             raise UltraMemError(f"{self.directory} has no split {name!r}; choose one of {', '.join(self.splits)}")
         if not self.splits[name].files:
@@ -145,14 +128,13 @@ class Manifest:
         return self.splits[name]
 
 
+_MANIFEST_VALUES = [field.name for field in fields(Manifest) if field.name not in ("directory", "splits")]
+
+
 class SplitWriter:
-    """Writes the documents of a split to `part-00000.npy`, `part-00001.npy` and so on.
+    """Writes the documents of a split to `part-00000.npy` and so on in a directory, created with the first document.
 
     Documents are not divided between files, so one longer than `shard_tokens` makes a longer file.
-
-    Args:
-        directory: directory of the files, created with the first document.
-        shard_tokens: maximum number of tokens per file.
     """
 
     def __init__(self, directory: Path, shard_tokens: int) -> None:
@@ -168,7 +150,8 @@ class SplitWriter:
         file = self._files[-1]
         end = file.tokens + len(tokens)
         self._tokens.write(tokens.data)
-        name, source = _one_line(document.name), _one_line(document.source)
+        # OLMo-core reads the table line by line.
+        name, source = (text.replace("\n", "\\n").replace("\r", "\\r") for text in (document.name, document.source))
         self._boundaries.writerow([file.tokens, end, name, source, document.location])
         self._files[-1] = replace(file, documents=file.documents + 1, tokens=end, bytes=file.bytes + document.num_bytes)
 
@@ -192,12 +175,13 @@ class SplitWriter:
 
 def save_manifest(manifest: Manifest) -> None:
     """Write `manifest.json` to the manifest's directory, completely or not at all."""
-    content = {
-        "format_version": FORMAT_VERSION,
-        **{name: getattr(manifest, name) for name in MANIFEST_VALUES},
-        "splits": {name: _split_to_json(split, manifest.directory) for name, split in manifest.splits.items()},
-    }
-    write_text(manifest.directory / MANIFEST_NAME, json.dumps(content, indent=2) + "\n")
+    root, splits = manifest.directory, {}
+    for name, split in manifest.splits.items():
+        files = [{"path": file.path.relative_to(root).as_posix(), **_counts(file)} for file in split.files]
+        splits[name] = {**_counts(split), "files": files}
+    values = {name: getattr(manifest, name) for name in _MANIFEST_VALUES}
+    content = {"format_version": FORMAT_VERSION, **values, "splits": splits}
+    write_text(root / MANIFEST_NAME, json.dumps(content, indent=2) + "\n")
 
 
 def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
@@ -228,14 +212,9 @@ def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
 
 
 def check_token_files(paths: Sequence[str | os.PathLike[str]], dtype: str, vocab_size: int) -> list[int]:
-    """Check token files without a manifest, and count the tokens in each.
+    """Check headerless little-endian token files without a manifest, and count the tokens in each.
 
-    Sizes are checked exactly, ids in evenly spaced samples of each file.
-
-    Args:
-        paths: headerless little-endian token files.
-        dtype: `uint16` or `uint32`.
-        vocab_size: every id must be below it.
+    Sizes are checked exactly, ids, which must be below `vocab_size`, in evenly spaced samples of each file.
 
     Raises:
         ConfigError: `dtype` is neither of the two.
@@ -246,16 +225,6 @@ def check_token_files(paths: Sequence[str | os.PathLike[str]], dtype: str, vocab
     if not paths:
         raise UltraMemError("no token file is given; give at least one")
     return [_check_plain_file(Path(path), dtype, vocab_size) for path in paths]
-
-
-def _one_line(text: str) -> str:
-    """Remove line breaks: OLMo-core reads the table line by line."""
-    return text.replace("\n", "\\n").replace("\r", "\\r")
-
-
-def _split_to_json(split: Split, directory: Path) -> dict[str, Any]:
-    files = [{"path": file.path.relative_to(directory).as_posix(), **_counts(file)} for file in split.files]
-    return {**_counts(split), "files": files}
 
 
 def _counts(counted: TokenFile | Split) -> dict[str, int]:
@@ -272,7 +241,7 @@ def _manifest_from_json(content: dict[str, Any], directory: Path) -> Manifest:
         files = (TokenFile(directory / file["path"], *(file[count] for count in COUNTS)) for file in split["files"])
         splits[name] = Split(name, tuple(files))
     values = {"near_duplicates": 0, **content}  # missing in older manifests
-    return Manifest(directory=directory, splits=splits, **{name: values[name] for name in MANIFEST_VALUES})
+    return Manifest(directory=directory, splits=splits, **{name: values[name] for name in _MANIFEST_VALUES})
 
 
 def _check_file(file: TokenFile, item_size: int) -> None:

@@ -61,24 +61,16 @@ class Sample:
 
 
 class TextGenerator:
-    """A model with the tokenizer of its training data.
+    """A model in evaluation mode with the tokenizer of its training data, and its run directory.
 
-    For every token all `context_length` tokens before it are computed again, as OLMo-core has a KV cache only with
-    FlashAttention. The transformers host is faster.
-
-    Args:
-        model: model in evaluation mode.
-        tokenizer: its tokenizer. Special tokens written out in a prompt are ordinary text, as in training.
-        context_length: maximum number of tokens that the model reads, such as its training sequence length.
-        run: run directory.
+    Special tokens written out in a prompt are ordinary text, as in training. For every token all `context_length`
+    tokens before it are computed again, as OLMo-core has a KV cache only with FlashAttention. The transformers host is
+    faster.
     """
 
     def __init__(self, model: MemoryTransformer, tokenizer: ChosenTokenizer, context_length: int, run: Path) -> None:
-        self.model = model
-        self.run = run
-        self.tokenizer = tokenizer
-        self.tokenizer.tokenizer.encode_special_tokens = True
-        self.context_length = context_length
+        self.model, self.tokenizer, self.context_length, self.run = model, tokenizer, context_length, run
+        tokenizer.tokenizer.encode_special_tokens = True
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], device: str = "auto") -> TextGenerator:
@@ -99,15 +91,10 @@ class TextGenerator:
     def stream(self, prompt: str, config: SamplingConfig) -> Iterator[str]:
         """Yield the continuation of a prompt, piece by piece, up to the end of the document or `max_new_tokens`.
 
-        A character of several tokens is yielded when it is complete, and left out if the text ends before. The same
-        arguments give the same text.
+        With an empty prompt the model starts a new document. A character of several tokens is yielded when it is
+        complete, and left out if the text ends before. The same arguments give the same text.
 
-        Args:
-            prompt: text to continue; if empty, the model starts a new document.
-            config: how to sample.
-
-        Raises:
-            UltraMemError: the model's output is not finite.
+        Raises UltraMemError if the model's output is not finite.
         """
         tokenizer, eos_token_id = self.tokenizer.tokenizer, self.tokenizer.eos_token_id
         tokens = tokenizer.encode(prompt, add_special_tokens=False).ids or [eos_token_id]
@@ -125,11 +112,7 @@ class TextGenerator:
 
     @torch.inference_mode()
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
-        """Logits (vocab_size,) of the next token, float32 on the CPU.
-
-        Raises:
-            UltraMemError: the logits are not finite.
-        """
+        """Logits (vocab_size,) of the next token, float32 on the CPU. Raises UltraMemError if they are not finite."""
         device = self.model.device
         context = torch.tensor([tokens[-self.context_length :]], device=device)
         with autocast(device):
@@ -160,11 +143,7 @@ def sample(
         top_p: total probability of the tokens to sample from, in (0, 1]; None for all.
         generator: random number generator on the device of the logits; None for PyTorch's default.
 
-    Returns:
-        (...), int64, token ids.
-
-    Raises:
-        ConfigError: a value is invalid.
+    Returns (...), int64, token ids. Raises ConfigError if a value is invalid.
     """
     _check_sampling(temperature, top_k, top_p)
     if temperature == 0:
@@ -185,11 +164,7 @@ def sample(
 
 
 def read_prompt(path: Path) -> str:
-    """Read a text file.
-
-    Raises:
-        UltraMemError: the file cannot be read, or is not UTF-8.
-    """
+    """Read a text file. Raises UltraMemError if it cannot be read, or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -206,18 +181,10 @@ def show_samples(
     device: str = "auto",
     save: bool = False,
 ) -> None:
-    """Continue prompts with a checkpoint and print the texts as they are generated.
+    """Continue prompts with a checkpoint, as `print_samples` does; without any, the model starts a new document.
 
-    Args:
-        path: run directory, for its latest complete checkpoint, or a checkpoint's own directory.
-        prompts: texts to continue; without any, the model starts a new document.
-        config: how to sample.
-        num_samples: number of samples per prompt; see `print_samples`.
-        device: `cpu`, `cuda`, or `auto` for CUDA if available.
-        save: whether to append the samples to the run's `samples.json`.
-
-    Raises:
-        ConfigError, UltraMemError: as in `TextGenerator` and `save_samples`.
+    `path` and `device` are those of `TextGenerator.from_checkpoint`. With `save` the samples are appended to the run's
+    `samples.json`. Errors are those of `TextGenerator` and `save_samples`.
     """
     generator = TextGenerator.from_checkpoint(path, device)
     samples = print_samples(generator, prompts or [""], config, num_samples)
@@ -248,8 +215,7 @@ def print_samples(
 def save_samples(run: Path, samples: Sequence[Sample]) -> Path:
     """Append to the run's `samples.json`, which `ultramem report` shows, and return its path.
 
-    Raises:
-        UltraMemError: the existing file is not a list, or the file cannot be written.
+    Raises UltraMemError if the existing file is not a list, or the file cannot be written.
     """
     path = run / SAMPLES_NAME
     earlier = []
@@ -265,11 +231,6 @@ def save_samples(run: Path, samples: Sequence[Sample]) -> Path:
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Check the arguments of `sample`.
-
-    Raises:
-        ConfigError: a value is invalid.
-    """
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ConfigError(f"temperature={temperature}: must be 0 (always the most probable token) or above")
     if top_k is not None and top_k < 1:

@@ -34,13 +34,9 @@ LARGEST_LOSS = 700.0  # the perplexity is still finite
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Token files to evaluate on.
+    """Token files to evaluate on, and the manifest that lists them, if any.
 
-    Attributes:
-        name: `train` or `heldout`, or `files` for files that are not the run's own.
-        files: token files.
-        dtype: `uint16` or `uint32`.
-        manifest: manifest that lists the files, or None.
+    The name is `train` or `heldout`, or `files` for files that are not the run's own; dtype is `uint16` or `uint32`.
     """
 
     name: str
@@ -48,45 +44,29 @@ class EvaluationData:
     dtype: str
     manifest: Manifest | None = None
 
-    def bits_per_byte(self, loss: float | None) -> float | None:
+    def bits_per_byte(self, loss: float) -> float | None:
         """Convert a mean loss in nats per token to bits per byte of text; None if the number of bytes is not known.
 
         The loss of end-of-text tokens counts as that of text. Tokens that were not predicted count with the mean loss.
         """
-        if loss is None or self.manifest is None:
+        if self.manifest is None:
             return None
         split = self.manifest.split(self.name)
         return loss / math.log(2) * split.tokens / split.bytes
 
-    def unigram_loss(self) -> float | None:
-        """Loss of the train split's unigram model on all tokens, in nats per token; None without a manifest."""
-        if self.manifest is None:
-            return None
-        train = self.manifest.split("train").paths
-        return unigram_loss(train, self.files, self.dtype, self.manifest.vocab_size)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(LossResult):
-    """Results of a checkpoint on token files, with the speed of the evaluation.
-
-    Attributes:
-        tokens_per_second: predicted tokens per second; not saved.
-        run: run directory; not saved.
-    """
+    """Results of a checkpoint on token files; not saved are the predicted tokens per second and the run directory."""
 
     tokens_per_second: float
     run: Path
 
     def save(self, path: Path | None = None) -> Path | None:
-        """Write a JSON file, by default the run's `evaluation.json`, which `ultramem report` shows.
+        """Write a JSON file, by default the run's `evaluation.json`, which `ultramem report` shows; return its path.
 
-        Returns:
-            the file; None if nothing was written because the run's own file already has the same checkpoint on all
-            tokens, and these results are on some of them.
-
-        Raises:
-            UltraMemError: the file cannot be written.
+        Nothing is written, and None returned, if the run's own file already has the same checkpoint on all tokens, and
+        these results are on some of them. Raises UltraMemError if the file cannot be written.
         """
         own = self.run / EVALUATION_NAME
         if path is None and not self.complete:
@@ -140,6 +120,10 @@ def evaluate(
     started = time.perf_counter()
     loss = mean_loss(model, sequences, batch_size or max(1, BATCH_TOKENS // length))
     seconds = time.perf_counter() - started
+    unigram_bits = None
+    if unigram and found.manifest is not None:
+        train = found.manifest.split("train").paths
+        unigram_bits = found.bits_per_byte(unigram_loss(train, found.files, found.dtype, found.manifest.vocab_size))
     return Evaluation(
         checkpoint=checkpoint.name,
         split=found.name,
@@ -147,7 +131,7 @@ def evaluate(
         loss=loss,
         perplexity=math.exp(loss),
         bits_per_byte=found.bits_per_byte(loss),
-        unigram_bits_per_byte=found.bits_per_byte(found.unigram_loss() if unigram else None),
+        unigram_bits_per_byte=unigram_bits,
         complete=sequences.complete,
         tokens_per_second=sequences.predicted_tokens / seconds,
         run=checkpoint.run,
@@ -156,15 +140,9 @@ def evaluate(
 
 @torch.inference_mode()
 def mean_loss(model: MemoryTransformer, sequences: TokenSequences, batch_size: int) -> float:
-    """Mean cross-entropy of the predicted tokens, in nats per token.
+    """Mean cross-entropy of a model in evaluation mode on the predicted tokens, in nats per token.
 
-    Args:
-        model: model in evaluation mode.
-        sequences: sequences of tokens.
-        batch_size: sequences per batch.
-
-    Raises:
-        UltraMemError: a token is not in the vocabulary, or the loss is not finite or too large for a perplexity.
+    Raises UltraMemError if a token is not in the vocabulary, or the loss is not finite or too large for a perplexity.
     """
     device, console = model.device, Console(stderr=True)
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -187,17 +165,11 @@ def mean_loss(model: MemoryTransformer, sequences: TokenSequences, batch_size: i
 def find_data(
     checkpoint: Checkpoint, paths: Sequence[Path] = (), split: str = "heldout", dtype: str | None = None
 ) -> EvaluationData:
-    """Find the data to evaluate a checkpoint on.
-
-    Args:
-        checkpoint: checkpoint, whose vocabulary must include that of the data.
-        paths: a directory written by `ultramem tokenize`, or token files; by default the data of the run.
-        split: `train` or `heldout`; not used for token files.
-        dtype: dtype of token files, `uint16` or `uint32`; by default that of the run's data.
+    """Find the data to evaluate a checkpoint on; the arguments are those of `evaluate`.
 
     Raises:
         ConfigError: `dtype` is invalid.
-        UltraMemError: a file is missing or damaged, or the vocabulary is too large.
+        UltraMemError: a file is missing or damaged, or its vocabulary is larger than that of the checkpoint.
     """
     trained_on, vocab_size = checkpoint.config.data, checkpoint.config.model.vocab_size
     directory = trained_on.directory
@@ -228,16 +200,8 @@ def find_data(
 def unigram_loss(train: Sequence[Path], heldout: Sequence[Path], dtype: str, vocab_size: int) -> float:
     """Cross-entropy of held-out tokens under the unigram model of the training tokens, in nats per token.
 
-    A token that occurs n times in N training tokens has the probability (n + 1) / (N + vocab_size).
-
-    Args:
-        train: token files to count.
-        heldout: token files to evaluate on, with all their tokens.
-        dtype: `uint16` or `uint32`.
-        vocab_size: vocabulary size; every id must be below it.
-
-    Raises:
-        UltraMemError: an id is too large.
+    A token that occurs n times in N training tokens has the probability (n + 1) / (N + vocab_size). All tokens of the
+    files are used. Raises UltraMemError if an id is not below `vocab_size`.
     """
     counts = count_tokens(train, dtype, vocab_size)
     heldout_counts = count_tokens(heldout, dtype, vocab_size)
@@ -248,8 +212,7 @@ def unigram_loss(train: Sequence[Path], heldout: Sequence[Path], dtype: str, voc
 def count_tokens(paths: Sequence[Path], dtype: str, vocab_size: int) -> NDArray[np.int64]:
     """Count the occurrences of each token in token files, (vocab_size,), int64.
 
-    Raises:
-        UltraMemError: an id is too large.
+    Raises UltraMemError if an id is too large.
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
     for path in paths:

@@ -37,8 +37,7 @@ TASKS = tuple(name for names in GROUPS.values() for name in names)
 def task_names(given: Iterable[str]) -> list[str]:
     """Names of tasks from names of tasks and groups, which may be comma-separated.
 
-    Raises:
-        ConfigError: a name is unknown, or there is none.
+    Raises ConfigError if a name is unknown, or there is none.
     """
     names = [name.strip() for text in given for name in text.split(",")]
     for name in names or [""]:
@@ -53,24 +52,16 @@ class Task(Protocol):
     @property
     def requests(self) -> Sequence[Request]:
         """Requests to score."""
-        ...
 
     def results(self, scores: Sequence[Score]) -> list[TaskResult]:
         """Results of the task and its parts from the scores of the requests, in their order."""
-        ...
 
 
 class TaskSuite:
-    """Several tasks for a tokenizer and context length.
+    """Several tasks, by name, for a tokenizer and the maximum number of tokens that the models read.
 
-    Args:
-        names: names of tasks, as from `task_names`.
-        tokenizer: tokenizer of the models.
-        context_length: maximum number of tokens that the models read.
-        max_questions: maximum number of questions per task, spread evenly, or per part of a memory task; None for all.
-
-    Raises:
-        UltraMemError: a package for a task is not installed, or the context is too short for a task.
+    A task has at most `max_questions` questions, spread evenly; a memory task at most so many in each part. Raises
+    UltraMemError if a package for a task is not installed, or the context is too short for a task.
     """
 
     def __init__(
@@ -98,27 +89,17 @@ class TaskSuite:
     ) -> list[TaskResult]:
         """Evaluate a model: the results of the tasks, then the means of complete groups.
 
-        Args:
-            model, batch_tokens, on_tokens, group: as in `score`.
-
-        Raises:
-            UltraMemError: the model's output is not finite.
+        Arguments and errors are those of `score`.
         """
         requests = [request for task in self.tasks for request in task.requests]
-        scores = iter(
-            score(
-                model,
-                requests,
-                context_length=self.context_length,
-                batch_tokens=batch_tokens,
-                on_tokens=on_tokens,
-                group=group,
-            )
+        length = self.context_length
+        scores = score(
+            model, requests, context_length=length, batch_tokens=batch_tokens, on_tokens=on_tokens, group=group
         )
-        results = []
+        remaining, results = iter(scores), []
         for task in self.tasks:
-            cut = fmean(len(r.input()) > len(r.input(self.context_length)) for r in task.requests)
-            found = task.results(list(islice(scores, len(task.requests))))
+            cut = fmean(len(r.input()) > len(r.input(length)) for r in task.requests)
+            found = task.results(list(islice(remaining, len(task.requests))))
             results += [replace(result, cut=cut) for result in found]
         return with_means(results)
 
@@ -132,15 +113,10 @@ def with_means(results: Sequence[TaskResult]) -> list[TaskResult]:
 
 @dataclass(frozen=True)
 class TaskEvaluation:
-    """Results of a checkpoint on tasks.
+    """Results of a checkpoint on tasks, then the means of complete groups.
 
-    Attributes:
-        checkpoint: name of the checkpoint, such as `step600`.
-        results: results of the tasks, then the means of complete groups.
-        context_length: maximum number of tokens that the model read.
-        tokens_per_second: tokens read per second, without padding; not saved.
-        run: run directory; not saved.
-        max_questions: as in `evaluate_tasks`.
+    `context_length` is the maximum number of tokens that the model read, `max_questions` that of `evaluate_tasks`. Not
+    saved are the tokens read per second, without padding, and the run directory.
     """
 
     checkpoint: str
@@ -153,10 +129,8 @@ class TaskEvaluation:
     def save(self, path: Path | None = None) -> Path:
         """Write the results to a JSON file, by default the run's `tasks.json`, which `ultramem report` shows.
 
-        Results in the run's file for other tasks of the same checkpoint, with the same settings, are kept.
-
-        Raises:
-            UltraMemError: the file cannot be written.
+        Results in the run's file for other tasks of the same checkpoint, with the same settings, are kept. Raises
+        UltraMemError if the file cannot be written.
         """
         settings = {name: getattr(self, name) for name in ("checkpoint", "context_length", "max_questions")}
         earlier = _saved_results(self.run / TASKS_NAME, settings) if path is None else []
