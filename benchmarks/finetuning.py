@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.utils import logging
 
 from benchmarks.measurement import DEFAULT_OUTPUT, console, environment, free_memory, number, write_json, write_plot
-from ultramem.data.made_up_words import made_up_words
+from ultramem.data.facts import made_up_words
 from ultramem.device import autocast, choose_device
 from ultramem.errors import UltraMemError
 from ultramem.finetuning.config import FinetuneConfig

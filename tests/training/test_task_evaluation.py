@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from ultramem.data.token_files import load_manifest, save_manifest
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.evaluation import evaluate_tasks, find_checkpoint
-from ultramem.evaluation.task_suite import TaskSuite
+from ultramem.evaluation.tasks import TaskSuite
 from ultramem.training import LoggingConfig, train
 
 TASKS = ("openbook_qa", "arc_easy")
@@ -145,7 +145,7 @@ def test_a_failure_in_the_last_evaluation_costs_no_steps(make, monkeypatch):
         raise MemoryError("no room")
 
     config = make(steps=7, checkpoint_interval=5)
-    monkeypatch.setattr("ultramem.evaluation.task_suite.TaskSuite.run", fail)
+    monkeypatch.setattr("ultramem.evaluation.tasks.TaskSuite.run", fail)
     with pytest.raises(MemoryError):
         train(config)
     assert find_checkpoint(config.trainer.directory).step == 7

@@ -21,7 +21,7 @@ from rich.markup import escape
 from ultramem.convert.initial_weights import load_weights
 from ultramem.data.tokenizers import load_model_tokenizer
 from ultramem.errors import ConfigError, UltraMemError, system_reason
-from ultramem.evaluation.task_suite import TaskSuite, task_names
+from ultramem.evaluation.tasks import TaskSuite, task_names
 from ultramem.hosts.olmo_core import ModelStatistics
 from ultramem.hosts.olmo_core.checkpoint import check_stored_model
 from ultramem.runs.checkpoints import MODEL_NAME

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ultramem.configuration.decoding import encode
 from ultramem.data.token_sequences import TokenSequences
 from ultramem.errors import UltraMemError
-from ultramem.evaluation.task_suite import TaskSuite
+from ultramem.evaluation.tasks import TaskSuite
 from ultramem.runs.config import RunConfig
 from ultramem.runs.layout import METRICS_NAME
 from ultramem.runs.tokens import TokenData

@@ -8,7 +8,7 @@ from pathlib import Path
 from olmo_core.distributed.utils import broadcast_object
 from olmo_core.train.callbacks import Callback, EvaluatorCallback
 
-from ultramem.evaluation.task_suite import TaskSuite
+from ultramem.evaluation.tasks import TaskSuite
 from ultramem.runs.directory import recorded_metrics
 from ultramem.runs.layout import HELD_OUT_METRICS, TASK_METRICS
 from ultramem.training.callbacks.checkpoints import Checkpoints
