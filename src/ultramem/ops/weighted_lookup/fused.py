@@ -12,10 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ultramem.ops.backend import autocast_dtype, can_run_kernels
-from ultramem.ops.kernels.launching import Launcher
-from ultramem.ops.kernels.numbered import find
-from ultramem.ops.kernels.operators import FusedOperator
-from ultramem.ops.kernels.sizes import next_power_of_2
+from ultramem.ops.kernels.launching import Launcher, next_power_of_2
+from ultramem.ops.kernels.operators import FusedOperator, find
 from ultramem.ops.weighted_lookup.reads import Products, Reads
 from ultramem.ops.weighted_lookup.table_gradient import table_gradients
 
@@ -60,10 +58,7 @@ def weighted_lookup(
 ) -> Tensor:
     """As the definition in `naive.py`, computed and returned in autocast's dtype where that is on.
 
-    Args:
-        reads: what is read.
-        values: (table_rows, value_dim).
-        pre_values: (table_rows, pre_value_dim), or None.
+    Args, beyond those of the definition:
         link: by which autograd knows that the lookup depends on the table. With it the table has no gradient from this
             lookup: what is known of it goes to the `ProductCollector`.
         numbers: (2,), int64, on the CPU, by which a `TableCopy` and a `ProductCollector` are found, or None.
