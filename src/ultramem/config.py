@@ -97,16 +97,13 @@ class MemoryConfig:
         check_finite(self)
         if self.kind not in KINDS:
             raise ConfigError(f"kind={self.kind!r}: must be one of {', '.join(KINDS)}")
-        for name, default in self._kind_defaults.items():
+        defaults = {**MemoryLayer.defaults, **self.layer_type.defaults}
+        for name, default in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         self._check_values()
-        self._check_unused()
+        self._check_unused(defaults)
         self.layer_type.check(self)
-
-    @property
-    def _kind_defaults(self) -> dict[str, Any]:
-        return {**MemoryLayer.defaults, **self.layer_type.defaults}
 
     @property
     def layer_type(self) -> type[MemoryLayer]:
@@ -132,10 +129,8 @@ class MemoryConfig:
         """
         if self.insertion == "all":
             return tuple((block, block) for block in range(num_blocks))
-        if self.insertion == "none":
-            return ()
         pairs = self._parse_insertion()
-        last = max(add for _, add in pairs)
+        last = max((add for _, add in pairs), default=-1)
         if last >= num_blocks:
             raise ConfigError(
                 f"insertion={self.insertion!r}: block {last} does not exist; the last of {num_blocks} blocks is "
@@ -213,10 +208,10 @@ class MemoryConfig:
                 )
         self._parse_insertion()
 
-    def _check_unused(self) -> None:
+    def _check_unused(self, defaults: dict[str, Any]) -> None:
         kind = self.layer_type
         for field in fields(self):
-            only = self._kind_defaults.get(field.name, field.default)
+            only = defaults.get(field.name, field.default)
             if field.name in kind.unused and getattr(self, field.name) != only:
                 others = [f"kind={name!r}" for name, other in KINDS.items() if field.name not in other.unused]
                 raise ConfigError(

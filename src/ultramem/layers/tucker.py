@@ -82,13 +82,10 @@ class TuckerMemory(MemoryLayer):
 
     def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """As in `MemoryLayer`; the weights are the scores of each core."""
-        config = self.config
-        normed_queries, normed_keys = self.normed_queries(queries), self.normed_keys()
-        scores, indices = tucker_topk(
-            normed_queries, normed_keys, self.cores, self.u, self.t, config.top_k, self.axis_top_k
-        )
+        queries, keys = self.normed_queries(queries), self.normed_keys()
+        scores, indices = tucker_topk(queries, keys, self.cores, self.u, self.t, self.config.top_k, self.axis_top_k)
         if self.training:
-            self.auxiliary_loss = self._auxiliary_loss(normed_queries, normed_keys)
+            self.auxiliary_loss = self._auxiliary_loss(queries, keys)
         return scores.flatten(1, 2), indices.flatten(1)
 
     def normed_queries(self, queries: Tensor) -> Tensor:
@@ -104,15 +101,10 @@ class TuckerMemory(MemoryLayer):
     def locate(self, indices: Tensor, scores: Tensor, x: Tensor) -> Reads:
         """As in `MemoryLayer`: the shuffle maps indices to virtual copies and table rows."""
         config, virtual = self.config, self.shuffle[indices]
-        in_window = virtual if config.virtual_copies == 1 else virtual % self.window_rows
-        return Reads(
-            self.table_rows(in_window),
-            scores,
-            None if self.pre_proj is None else self.pre_proj(x),
-            config.pre_activation,
-            virtual // self.window_rows if config.value_projectors == "per_block" else None,
-            config.virtual_copies,
-        )
+        rows = self.table_rows(virtual if config.virtual_copies == 1 else virtual % self.window_rows)
+        pre_input = None if self.pre_proj is None else self.pre_proj(x)
+        copies = virtual // self.window_rows if config.value_projectors == "per_block" else None
+        return Reads(rows, scores, pre_input, config.pre_activation, copies, config.virtual_copies)
 
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
         return self.output_proj(looked_up)
@@ -189,14 +181,11 @@ class TuckerMemory(MemoryLayer):
             rows = torch.randn(shape, generator=generator, device=device)
             return F.rms_norm(rows, shape[-1:], eps=config.norm_eps)
 
-        queries = unit_rows(2, self.num_queries // 2, 1, SIMULATED_TOKENS, config.key_dim)
-        keys = unit_rows(2, config.tucker_rank, config.heads, self.axis_keys, config.key_dim)
-        of_tokens = queries.squeeze(2).permute(2, 0, 1, 3).expand(-1, -1, config.tucker_rank, -1)
-        of_heads = keys.permute(2, 0, 3, 1, 4)
-        cores = _whole(self.cores).float()
-        chosen, _ = tucker_topk_by_definition(
-            of_tokens, of_heads, cores, self.u.float(), self.t.float(), config.top_k, self.axis_top_k
-        )
+        queries = unit_rows(2, self.num_queries // 2, SIMULATED_TOKENS, config.key_dim).permute(2, 0, 1, 3)
+        queries = queries.expand(-1, -1, config.tucker_rank, -1)
+        keys = unit_rows(2, config.tucker_rank, config.heads, self.axis_keys, config.key_dim).permute(2, 0, 3, 1, 4)
+        cores, u, t = _whole(self.cores).float(), self.u.float(), self.t.float()
+        chosen, _ = tucker_topk_by_definition(queries, keys, cores, u, t, config.top_k, self.axis_top_k)
         return float(chosen.mean()), float(chosen.square().mean())
 
     def _set_gains(self, gain: float) -> None:

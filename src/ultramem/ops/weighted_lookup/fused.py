@@ -66,19 +66,11 @@ def weighted_lookup(
     dtype = autocast_dtype(values)
     if link is not None:
         values, pre_values = values.detach(), None if pre_values is None else pre_values.detach()
-    result: Tensor = _weighted_lookup(
-        reads.rows.contiguous(),
-        reads.scores.float().contiguous(),
-        None if reads.pre_input is None else reads.pre_input.to(dtype).contiguous(),
-        reads.pre_activation,
-        None if reads.virtual_copies is None else reads.virtual_copies.contiguous(),
-        reads.sums,
-        values,
-        pre_values,
-        link,
-        numbers,
-        dtype,
-    )
+    rows, scores = reads.rows.contiguous(), reads.scores.float().contiguous()
+    pre_input = None if reads.pre_input is None else reads.pre_input.to(dtype).contiguous()
+    copies = None if reads.virtual_copies is None else reads.virtual_copies.contiguous()
+    prepared = rows, scores, pre_input, reads.pre_activation, copies, reads.sums
+    result: Tensor = _weighted_lookup(*prepared, values, pre_values, link, numbers, dtype)
     return result
 
 
@@ -339,13 +331,13 @@ def _gradients(backward: Callable[..., Any], ctx: Any, gradient: Tensor) -> tupl
 
 _weighted_lookup = FusedOperator(
     "weighted_lookup",
-    forward=_forward,
-    fake=_fake,
-    backward=_backward,
-    backward_fake=_backward_fake,
+    _forward,
+    _fake,
+    _backward,
+    _backward_fake,
+    _save,
+    _gradients,
     backward_operator=_backward_of_operator,
-    save=_save,
-    gradients=_gradients,
     # What it leaves with the table, a replayed graph of kernels would not leave there.
     backward_tags=(torch.Tag.cudagraph_unsafe,),
     schema=f"({_READS}, {_TABLE}, Tensor? link, Tensor? numbers, ScalarType dtype) -> Tensor",
