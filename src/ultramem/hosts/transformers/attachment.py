@@ -18,7 +18,7 @@ from ultramem.hosts.transformers.blocks import check_blocks, find_blocks
 from ultramem.hosts.transformers.modes import evaluation_mode
 from ultramem.layers import HostScheme, MemoryLayer
 from ultramem.memory import Memory
-from ultramem.tables.optimizer_steps import after_each_step
+from ultramem.tables.torch_internals import after_each_step
 
 IGNORED_LABEL = -100
 
