@@ -123,11 +123,7 @@ def _checked(dtype: str, max_shard_size: str) -> int:
 
 
 def _write(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast | None,
-    directory: Path,
-    dtype: str,
-    shard_bytes: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, directory: Path, dtype: str, shard_bytes: int
 ) -> None:
     transformers_logging.disable_progress_bar()
     if dtype != "float32":

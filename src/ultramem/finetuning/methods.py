@@ -8,14 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ultramem.device import autocast, has_fast_bfloat16
 from ultramem.errors import UltraMemError

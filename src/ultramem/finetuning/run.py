@@ -19,9 +19,13 @@ from ultramem.files.whole_files import write_json
 from ultramem.finetuning.config import FinetuneConfig
 from ultramem.finetuning.examples import make_examples, mean_loss, read_texts
 from ultramem.finetuning.methods import Finetuning, read_background
-from ultramem.finetuning.model_files import load_model_and_tokenizer
 from ultramem.hosts.transformers import detach_memory, save_memory
-from ultramem.hosts.transformers.files import MODEL_CONFIG_NAME, MODEL_CONTENTS, save_model_file
+from ultramem.hosts.transformers.files import (
+    MODEL_CONFIG_NAME,
+    MODEL_CONTENTS,
+    load_model_and_tokenizer,
+    save_model_file,
+)
 from ultramem.hosts.transformers.sparse_finetuning import find_tables
 
 MEMORY_NAME = "memory"

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +18,22 @@ from olmo_core.train import Trainer
 from rich.console import Console
 from rich.markup import escape
 
-from ultramem.convert.initial_weights import load_weights
+from ultramem.convert.initial_weights import load_weights, read_model_config
 from ultramem.data.tokenizers import load_model_tokenizer
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.evaluation.task_suite import TaskSuite, task_names
 from ultramem.hosts.olmo_core import ModelStatistics
 from ultramem.hosts.olmo_core.checkpoint import check_stored_model
+from ultramem.runs import config_files
 from ultramem.runs.checkpoints import MODEL_NAME
 from ultramem.runs.config import RunConfig
 from ultramem.runs.directory import RunDirectory
 from ultramem.runs.tokens import TokenData, check_token_data, open_token_data
-from ultramem.training.callbacks import DivergedError
-from ultramem.training.deterministic import deterministic_algorithms
+from ultramem.training.checkpoints import load_checkpoint
 from ultramem.training.processes import Processes, join_processes
-from ultramem.training.trainer import build_trainer, load_checkpoint
+from ultramem.training.reproducible import deterministic_algorithms
+from ultramem.training.stopping import DivergedError
+from ultramem.training.trainer import build_trainer
 
 # Warnings of PyTorch about what OLMo-core does on purpose, and of FSDP about views that are never changed in place.
 _KNOWN_WARNINGS = (
@@ -55,6 +57,21 @@ class RunResult:
     directory: Path
     step: int
     status: Literal["finished", "interrupted", "already finished"]
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file. If its model section does not describe a model, the model is that of the initial weights.
+
+    Args:
+        path: the file.
+        overrides: overrides such as `--optimizer.learning_rate=3e-4` or `model.memory=null`; values are YAML.
+
+    Raises:
+        ConfigError: the file is missing or not valid, or a key or value is invalid.
+        UltraMemError: the vocabulary size is that of the data, and the data is missing or damaged; or the model is
+            that of the initial weights, and they cannot be read.
+    """
+    return config_files.load_config(path, overrides, read_model_config)
 
 
 def train(

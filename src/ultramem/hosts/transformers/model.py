@@ -156,8 +156,6 @@ def _mark_initialised(memory: Memory) -> None:
         part._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
-def register() -> None:
-    """Register the models with the Auto classes."""
-    AutoConfig.register("ultramem", UltraMemConfig, exist_ok=True)
-    AutoModel.register(UltraMemConfig, UltraMemModel, exist_ok=True)
-    AutoModelForCausalLM.register(UltraMemConfig, UltraMemForCausalLM, exist_ok=True)
+AutoConfig.register("ultramem", UltraMemConfig, exist_ok=True)
+AutoModel.register(UltraMemConfig, UltraMemModel, exist_ok=True)
+AutoModelForCausalLM.register(UltraMemConfig, UltraMemForCausalLM, exist_ok=True)
