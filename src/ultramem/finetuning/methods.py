@@ -55,17 +55,10 @@ class Finetuning:
         self.steps = 0
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         self._adapted = add_lora(model, config.rank) if config.method == "lora" else None
-        self._sparse = (
-            None
-            if background is None
-            else SparseFinetuning(
-                model,
-                background,
-                rows=config.rows,
-                learning_rate=config.chosen_learning_rate,
-                optimizer=config.optimizer,
-            )
-        )
+        self._sparse: SparseFinetuning | None = None
+        if background is not None:
+            rate, kind = config.chosen_learning_rate, config.optimizer
+            self._sparse = SparseFinetuning(model, background, rows=config.rows, learning_rate=rate, optimizer=kind)
         self._trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
     def train(self, directory: Path, callbacks: Sequence[TrainerCallback] = ()) -> None:

@@ -34,12 +34,7 @@ RESULT_NAME = "finetuning.json"
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean cross-entropies in nats per token.
-
-    Attributes:
-        new: loss on the data.
-        heldout: loss on the held-out documents, or None.
-    """
+    """Mean cross-entropies in nats per token, on the new data and on the held-out documents if there are any."""
 
     new: float
     heldout: float | None
@@ -85,9 +80,7 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> FinetuneResu
 
     LoRA's matrices are merged into the weights. A memory that was attached is written to the directory's `memory/`.
 
-    Args:
-        config: configuration.
-        overwrite: whether to replace an existing model in the output directory.
+    With `overwrite` an existing model in the output directory is replaced.
 
     Raises:
         ConfigError: the device is not available.

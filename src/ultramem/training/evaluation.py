@@ -23,13 +23,7 @@ from ultramem.training.checkpoints import Checkpoints, timed_apart
 
 
 class HeldoutBatches:
-    """This process's share of the held-out sequences, in batches; all processes have the same number of batches.
-
-    Args:
-        sequences: sequences of all processes.
-        batch_size: sequences per batch.
-        group: processes that share the sequences.
-    """
+    """This process's share of the held-out sequences, in batches; all of the group have the same number of batches."""
 
     def __init__(self, sequences: TokenSequences, batch_size: int, group: dist.ProcessGroup | None) -> None:
         self.sequences, self.batch_size = sequences, batch_size
@@ -54,11 +48,7 @@ class HeldoutBatches:
 class HeldoutEvaluator(Evaluator):
     """Mean loss on held-out sequences: `CE loss` (nats per token), `perplexity`, and `bits per byte` if known.
 
-    Args:
-        batches: batches of sequences.
-        bytes_per_token: UTF-8 bytes of text per token, or None.
-        device: device of the model.
-        group: processes that share the sequences.
+    `bytes_per_token` is the number of UTF-8 bytes of text per token, if known.
     """
 
     def __init__(
@@ -106,14 +96,7 @@ class HeldoutCallback(EvaluatorCallback):
 
 @dataclass
 class TaskCallback(Callback):
-    """Evaluates the model on tasks; all processes share the work.
-
-    Attributes:
-        suite: tasks.
-        interval: steps between evaluations, besides that of the last step; None for the last step only.
-        last_step: last training step.
-        checkpoints: callback that saves the last checkpoint before its evaluation.
-    """
+    """Evaluates the model on tasks every `interval` steps and after the last one; all processes share the work."""
 
     suite: TaskSuite
     interval: int | None
@@ -121,7 +104,7 @@ class TaskCallback(Callback):
     checkpoints: Checkpoints
 
     def post_step(self) -> None:
-        """Evaluate every `interval` steps and after the last one."""
+        """Evaluate if it is time."""
         if self.step != self.last_step and (self.interval is None or self.step % self.interval):
             return
         if self.step == self.last_step:  # a failure from here on must not cost the steps

@@ -28,12 +28,7 @@ _LEFT_OUT = ("throughput/", "checkpoint/", "optim/LR (", "train/masked labels", 
 
 @dataclass
 class LayerMetrics(Callback):
-    """Reports what memory layers and mixtures of experts read; memory layers' reads are those of every fourth step.
-
-    Attributes:
-        model: the model.
-        interval: steps between reports.
-    """
+    """Reports what memory layers, in every fourth step, and mixtures of experts read, each `interval` steps."""
 
     model: MemoryTransformer
     interval: int = 100
@@ -64,11 +59,7 @@ class LayerMetrics(Callback):
 
 @dataclass
 class MetricsFile(Callback):
-    """Appends the metrics of each step to a file of JSON lines, from the first process.
-
-    Attributes:
-        path: path of the file.
-    """
+    """Appends the metrics of each step to a file of JSON lines, from the first process."""
 
     priority: ClassVar[int] = 10
     path: Path = field(default_factory=Path)
@@ -104,11 +95,7 @@ class MetricsFile(Callback):
 
 @dataclass
 class TensorBoard(Callback):
-    """Writes all metrics as TensorBoard events, in the first process.
-
-    Attributes:
-        directory: directory of the event files.
-    """
+    """Writes all metrics as TensorBoard events to a directory, in the first process."""
 
     directory: Path = field(default_factory=Path)
     _writer: SummaryWriter | None = None
@@ -145,12 +132,7 @@ class WeightsAndBiases(WandBCallback):
 
 @dataclass
 class ProgressReport(Callback):
-    """Shows progress in the first process: a live line on a terminal, else a line per report.
-
-    Attributes:
-        console: console to print to.
-        interval: steps between lines.
-    """
+    """Shows progress in the first process: a live line on a terminal, else a line each `interval` steps."""
 
     console: Console = field(default_factory=Console)
     interval: int = 10

@@ -50,11 +50,7 @@ def deterministic_algorithms() -> Iterator[None]:
 
 @dataclass
 class StepSeed(Callback):
-    """Seeds each step's random numbers (dropout) by the step's number, so that a resumed run draws the same ones.
-
-    Attributes:
-        seed: seed of the run.
-    """
+    """Seeds random numbers (dropout) by the run's seed and the step, so that a resumed run draws the same ones."""
 
     seed: int = 0
 

@@ -46,12 +46,9 @@ _KNOWN_WARNINGS = (
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a call of `train` ended.
+    """The run directory, the last step, which has a checkpoint, and how the call of `train` ended.
 
-    Attributes:
-        directory: run directory.
-        step: last step, which has a checkpoint.
-        status: `finished`, `interrupted` by a signal, or `already finished` before the call.
+    The status is `interrupted` after a signal, and `already finished` if the run was so before the call.
     """
 
     directory: Path
@@ -62,14 +59,11 @@ class RunResult:
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file. If its model section does not describe a model, the model is that of the initial weights.
 
-    Args:
-        path: the file.
-        overrides: overrides such as `--optimizer.learning_rate=3e-4` or `model.memory=null`; values are YAML.
+    Overrides are such as `--optimizer.learning_rate=3e-4` or `model.memory=null`; values are YAML.
 
     Raises:
         ConfigError: the file is missing or not valid, or a key or value is invalid.
-        UltraMemError: the vocabulary size is that of the data, and the data is missing or damaged; or the model is
-            that of the initial weights, and they cannot be read.
+        UltraMemError: what the configuration leaves to the data or the initial weights cannot be read from them.
     """
     return config_files.load_config(path, overrides, read_model_config)
 
@@ -97,7 +91,7 @@ def train(
     data = open_token_data(config.data)
     check_token_data(data, config)
     _check_wandb(config)
-    suite = _load_tasks(config, data)
+    suite = _load_tasks(config, data)  # so that errors come before anything is written
     directory = RunDirectory(config)
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(config))
@@ -127,7 +121,6 @@ def train(
 
 
 def _load_tasks(config: RunConfig, data: TokenData) -> TaskSuite | None:
-    """Load the tasks to evaluate on, so that errors come before anything is written."""
     trainer, interval = config.trainer, config.trainer.evaluate_tasks_interval
     if not trainer.evaluate_tasks:
         if interval is not None:
@@ -191,11 +184,9 @@ def _fit(trainer: Trainer, directory: RunDirectory) -> None:
         if described is None:
             raise
         latest = directory.latest_step()
-        left = (
-            "there is no checkpoint yet"
-            if latest is None
-            else f"the last good checkpoint is {directory.checkpoint(latest)}"
-        )
+        left = "there is no checkpoint yet"
+        if latest is not None:
+            left = f"the last good checkpoint is {directory.checkpoint(latest)}"
         raise UltraMemError(f"{described}; {left}") from error
 
 

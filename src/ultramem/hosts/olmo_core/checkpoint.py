@@ -14,9 +14,7 @@ from ultramem.hosts.olmo_core.config import ModelConfig
 def check_stored_model(directory: Path, config: ModelConfig) -> None:
     """Compare names and shapes in a distributed checkpoint with those of the model that `config` describes.
 
-    Args:
-        directory: the distributed checkpoint: `model_and_optim` of a checkpoint of OLMo-core's trainer.
-        config: configuration of the model.
+    The directory is `model_and_optim` of a checkpoint of OLMo-core's trainer.
 
     Raises:
         UltraMemError: they differ, or the checkpoint's metadata cannot be read.

@@ -158,12 +158,9 @@ class MemoryTransformer(Transformer):
     """OLMo-core's transformer with a `Memory`.
 
     Args:
-        memory: configuration of the memory; None for no memory.
+        memory: configuration of the memory; None for no memory. The attribute is the `Memory`, or None.
         memory_scheme: initialisation of the blocks, which `matched` memory layers follow.
         options: options of OLMo-core's `Transformer`.
-
-    Attributes:
-        memory: the `Memory`, or None.
     """
 
     memory: Memory | None

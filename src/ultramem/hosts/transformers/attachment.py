@@ -73,10 +73,7 @@ def attach_memory(
 
 
 def detach_memory(model: PreTrainedModel) -> Memory:
-    """Remove the memory from a model, which is then as before `attach_memory`.
-
-    Returns:
-        the memory.
+    """Remove the memory from a model, which is then as before `attach_memory`, and return it.
 
     Raises:
         UltraMemError: the model has no memory, or was built with it.
@@ -85,7 +82,8 @@ def detach_memory(model: PreTrainedModel) -> Memory:
     if connection is None:
         built = ": it was built with its own, which cannot be removed" if hasattr(model, "memory") else ""
         raise UltraMemError(f"{type(model).__name__} has no memory that was attached to it{built}")
-    connection.remove()
+    for handle in connection.handles:
+        handle.remove()
     memory: Memory = model.memory
     del model.memory, model._memory_connection
     return memory
@@ -185,12 +183,7 @@ def _observe(model: PreTrainedModel, block: nn.Module, shift: float) -> SimpleNa
 
 
 class Connection:
-    """Hooks on the feed-forwards of a model's blocks that read the memory and add its outputs.
-
-    Args:
-        memory: the model's memory.
-        blocks: the model's blocks.
-    """
+    """Hooks on the feed-forwards of a model's blocks that read the memory and add its outputs."""
 
     def __init__(self, memory: Memory, blocks: nn.ModuleList) -> None:
         self.memory = memory
@@ -208,11 +201,6 @@ class Connection:
             for number in sorted({*reads, *adds})
         ]
         after_each_step(self, _follow_step)
-
-    def remove(self) -> None:
-        """Remove the hooks."""
-        for handle in self.handles:
-            handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "outputs": {}}  # they have a graph, which cannot be copied

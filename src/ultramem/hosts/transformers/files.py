@@ -67,11 +67,7 @@ def load_model_file(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 def load_model_and_tokenizer(
     directory: Path, memory: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model, with parameters in float32, and its tokenizer.
-
-    Args:
-        directory: transformers directory.
-        memory: directory written by `save_memory`, whose memory is attached, or None.
+    """Load a model, with parameters in float32, and its tokenizer; attach the memory in `memory`, if given.
 
     Raises:
         UltraMemError: a file is missing or damaged, or the tokenizer does not fit or has no end-of-text token.

@@ -86,11 +86,7 @@ class _SavedWithCode(_NamedInItsDirectory):
 
 
 class UltraMemModel(_SavedWithCode, Qwen3Model):
-    """The decoder without its output layer.
-
-    Attributes:
-        memory: the `ultramem.Memory`.
-    """
+    """The decoder without its output layer; its `memory` is an `ultramem.Memory`."""
 
     config_class = UltraMemConfig
     config: UltraMemConfig
