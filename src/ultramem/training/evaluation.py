@@ -96,7 +96,7 @@ class HeldoutCallback(EvaluatorCallback):
 
 @dataclass
 class TaskCallback(Callback):
-    """Evaluates the model on tasks every `interval` steps and after the last one; all processes share the work."""
+    """Evaluates the model on tasks every `interval` steps, if given, and at the end; all processes share the work."""
 
     suite: TaskSuite
     interval: int | None

@@ -28,7 +28,10 @@ _LEFT_OUT = ("throughput/", "checkpoint/", "optim/LR (", "train/masked labels", 
 
 @dataclass
 class LayerMetrics(Callback):
-    """Reports what memory layers, in every fourth step, and mixtures of experts read, each `interval` steps."""
+    """Reports every `interval` steps what memory layers and mixtures of experts read.
+
+    Memory layers' reads are those of every fourth step.
+    """
 
     model: MemoryTransformer
     interval: int = 100

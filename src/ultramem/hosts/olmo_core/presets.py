@@ -36,17 +36,13 @@ _DENSE = {
     "small": ModelConfig(d_model=64, num_blocks=4, num_heads=2, feed_forward_size=192, vocab_size=4096),
 }
 
-# What the memories but UltraMemV2's have in common at each size.
-_READS: dict[str, dict[str, Any]] = {
-    "227m": {"heads": 2, "top_k": 80},
-    "medium": {"heads": 2, "top_k": 32, "init": "published"},
-    "small": {"heads": 2, "top_k": 16},
-}
+_INIT = {"227m": "matched", "1b": "matched", "medium": "published", "small": "published"}
+_TOP_K = {"227m": 80, "medium": 32, "small": 16}  # for each of two heads, of the memories but UltraMemV2's
 
 
 def _memory(size: str, feed_forward_size: int, kind: str, num_keys: int, **fields: Any) -> ModelConfig:
-    common = {"top_k": 32, "share_ratio": 0.5} if kind == "ultramem_v2" else _READS[size]
-    memory = MemoryConfig(kind, num_keys, **common | fields)
+    reads = {"top_k": 32, "share_ratio": 0.5} if kind == "ultramem_v2" else {"heads": 2, "top_k": _TOP_K[size]}
+    memory = MemoryConfig(kind, num_keys, **{"init": _INIT[size], **reads, **fields})
     return replace(_DENSE[size], feed_forward_size=feed_forward_size, memory=memory)
 
 
@@ -77,23 +73,15 @@ PRESETS: dict[str, ModelConfig] = {
         "medium", 1280, "ultramem", 430, key_dim=64, value_dim=256, insertion="1:2/3:4/5:6", value_lr_multiplier=8.0
     ),
     "ultramem_v2_medium": _memory(
-        "medium",
-        1096,
-        "ultramem_v2",
-        264,
-        key_dim=128,
-        value_dim=192,
-        pre_value_dim=64,
-        init="published",
-        value_lr=1e-3,
+        "medium", 1096, "ultramem_v2", 264, key_dim=128, value_dim=192, pre_value_dim=64, value_lr=1e-3
     ),
     "dense_small": _DENSE["small"],
     "olmoe_small": _experts("small", num_experts=144, top_k=9, hidden_size=16),
-    "pkm_small": _memory("small", 160, "pkm", 112, key_dim=16, value_dim=64, insertion="1:1/3:3"),
-    "memory_plus_small": _memory("small", 128, "memory_plus", 160, key_dim=16, value_dim=64, insertion="1:1/3:3"),
-    "ultramem_small": _memory(
-        "small", 112, "ultramem", 158, key_dim=8, value_dim=32, insertion="0:1/2:3", init="published"
+    "pkm_small": _memory("small", 160, "pkm", 112, key_dim=16, value_dim=64, insertion="1:1/3:3", init="matched"),
+    "memory_plus_small": _memory(
+        "small", 128, "memory_plus", 160, key_dim=16, value_dim=64, insertion="1:1/3:3", init="matched"
     ),
+    "ultramem_small": _memory("small", 112, "ultramem", 158, key_dim=8, value_dim=32, insertion="0:1/2:3"),
     "ultramem_v2_small": _memory(
         "small",
         112,
@@ -103,7 +91,6 @@ PRESETS: dict[str, ModelConfig] = {
         value_dim=64,
         axis_top_k=16,
         query_per_rank=False,
-        init="published",
         value_lr_multiplier=1.0,
     ),
 }
