@@ -96,6 +96,8 @@ def train(
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(config))
         stack.enter_context(_quiet_engine(verbose))
+        if config.trainer.compile:
+            torch.compiler.reset()  # what an earlier run of this process left would change what is compiled now
         if config.trainer.deterministic:
             stack.enter_context(deterministic_algorithms())
 
