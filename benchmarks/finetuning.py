@@ -32,7 +32,7 @@ from ultramem.errors import UltraMemError
 from ultramem.finetuning.config import FinetuneConfig
 from ultramem.finetuning.examples import make_examples, mean_loss, read_texts
 from ultramem.finetuning.methods import Finetuning, read_background
-from ultramem.finetuning.model_files import load_model_and_tokenizer
+from ultramem.hosts.transformers.files import load_model_and_tokenizer
 from ultramem.hosts.transformers.modes import evaluation_mode
 from ultramem.hosts.transformers.sparse_finetuning import Background
 

@@ -25,7 +25,9 @@ from ultramem.runs.checkpoints import load_model
 from ultramem.tables.gradient_accumulator import GradientAccumulator
 from ultramem.tables.trainable import TrainableTable
 from ultramem.training import LoggingConfig, OptimizerConfig, RunConfig, WandbConfig, load_config, train
-from ultramem.training.callbacks import HeldoutCallback, MetricsFile, StepSeed
+from ultramem.training.evaluation import HeldoutCallback
+from ultramem.training.metrics import MetricsFile
+from ultramem.training.reproducible import StepSeed
 
 
 def at_step(monkeypatch, step, action):
