@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, zeros
 from torch.optim import AdamW
 
-_SQUARES, _UPDATES = "row_squares", "row_updates"
+_SQUARES = "row_squares"
+_UPDATES = "step"  # AdamW wants each parameter to have one
 
 
 def update_rows(
@@ -61,11 +62,10 @@ class RowwiseAdamW(AdamW):
         self, params: Iterable[Any], *, row_beta: float = 0.95, row_eps: float = 1e-12, **options: Any
     ) -> None:
         super().__init__(params, **options)
+        own = {"rowwise": False, "row_beta": row_beta, "row_eps": row_eps}
+        self.defaults |= own
         for group in self.param_groups:
-            group.setdefault("rowwise", False)
-            if group["rowwise"]:
-                group.setdefault("row_beta", row_beta)
-                group.setdefault("row_eps", row_eps)
+            group |= own | group
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -107,8 +107,9 @@ class RowwiseAdamW(AdamW):
 
 
 def _per_row(parameter: Tensor) -> Tensor:
-    """Zeros (rows,) in float32, sharded as the parameter's rows are."""
+    """Zeros (rows,) in float32 or wider, sharded as the parameter's rows are."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
     if isinstance(parameter, DTensor):
-        placements = parameter.placements
-        return zeros(len(parameter), dtype=torch.float32, device_mesh=parameter.device_mesh, placements=placements)
-    return torch.zeros(len(parameter), device=parameter.device)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return zeros(len(parameter), dtype=dtype, device_mesh=mesh, placements=placements)
+    return torch.zeros(len(parameter), dtype=dtype, device=parameter.device)

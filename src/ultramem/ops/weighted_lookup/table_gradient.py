@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ultramem.ops.kernels.launching import Launcher, ceil_div, next_power_of_2
 from ultramem.ops.weighted_lookup.reads import Products
+from ultramem.ops.weighted_lookup.row_step import RowStep, within, write_row
 
 _CHUNK = 128
 
@@ -46,8 +47,7 @@ def table_gradients(
     ]
     accumulate = any(added is not None for added in (*sums, *buffers))
     for group in groups:
-        parts = [torch.cat(part) if len(part) > 1 else part[0] for part in zip(*map(_filled, group), strict=True)]
-        _add(Products(*parts), gradients, accumulate)
+        _sum(_joined(group), gradients, (None, None), accumulate=accumulate)
         accumulate = True
     return [
         None if gradient is None or table is None else gradient.to(table.dtype)
@@ -77,25 +77,53 @@ def _gradient_to_add_to(table: Tensor, total: Tensor | None, buffer: Tensor | No
     return gradient
 
 
-def _add(products: Products, gradients: list[Tensor | None], accumulate: bool) -> None:
+def step_by_products(products: list[Products], steps: Sequence[RowStep | None]) -> bool:
+    """Step values and pre-values by their gradient, which is made nowhere.
+
+    Args:
+        products: what the lookups know.
+        steps: of the values and the pre-values; None for those that learn nothing.
+
+    Returns:
+        whether it was done: not where lookups differ in shape, and read the same rows in several goes.
+    """
+    if len({tuple(_shapes(product)) for product in products}) > 1:
+        return False
+    _sum(_joined(products), [step and step.parameter for step in steps], steps, accumulate=False)
+    return True
+
+
+def _joined(products: list[Products]) -> Products:
+    """All that lookups of the same shapes know."""
+    return Products(
+        *(torch.cat(part) if len(part) > 1 else part[0] for part in zip(*map(_filled, products), strict=True))
+    )
+
+
+def _sum(
+    products: Products, tables: Sequence[Tensor | None], steps: Sequence[RowStep | None], *, accumulate: bool
+) -> None:
+    """Sum the products of each row, and write the sums to gradients, or step the tables by them if there are steps."""
     rows, copies, weights, value_gradients, pre_weights, pre_inputs = products
     assert copies is not None
     assert pre_inputs is not None
-    values, pre_values = gradients
+    values, pre_values = tables
     if not pre_inputs.numel():
         pre_values = None
-    present = [gradient for gradient in (values, pre_values) if gradient is not None]
+    present = [table for table in (values, pre_values) if table is not None]
     reads = rows.numel()
     if not reads or not present:
         return
     # Sorting 32-bit integers takes half the time.
     numbers = rows.flatten() if len(present[0]) > 2**31 - 1 else rows.flatten().to(torch.int32)
     sorted_rows, order = numbers.sort(stable=True)
-    cores = weights.shape[2]
     value_dim = 0 if values is None else values.shape[1]
     pre_value_dim = 0 if pre_values is None else pre_values.shape[1]
     chunks = ceil_div(reads, _CHUNK)
     partials = torch.empty(chunks, 2, value_dim + pre_value_dim, dtype=torch.float32, device=rows.device)
+    given = [step for step in steps if step is not None]
+    options = given[0].options() if given else (0, 0.0, 0.0, 0.0)
+    written = values, pre_values, partials, *_numbers(steps[0]), *_numbers(steps[1]), *options
     sizes = {
         "CHUNK": _CHUNK,
         "VALUE_DIM": value_dim,
@@ -103,19 +131,18 @@ def _add(products: Products, gradients: list[Tensor | None], accumulate: bool) -
         "BLOCK_V": next_power_of_2(max(value_dim, 1)),
         "BLOCK_P": next_power_of_2(max(pre_value_dim, 1)),
         "ACCUMULATE": accumulate,
+        "STEP": bool(given),
         "num_warps": 1 if max(value_dim, pre_value_dim) <= 1024 else 4,
     }
     _sum_chunk_kernel(
-        (chunks,), sorted_rows, order, weights, value_gradients, copies, pre_weights, pre_inputs, values, pre_values,
-        partials, reads, rows.shape[1], value_gradients.shape[1], CORES=cores, HAS_COPIES=copies.numel() > 0, **sizes,
+        (chunks,), sorted_rows, order, weights, value_gradients, copies, pre_weights, pre_inputs, reads, rows.shape[1],
+        value_gradients.shape[1], *written, CORES=weights.shape[2], HAS_COPIES=copies.numel() > 0, **sizes,
     )  # fmt: skip
-    _sum_border_kernel((chunks,), sorted_rows, partials, values, pre_values, reads, **sizes)
+    _sum_border_kernel((chunks,), sorted_rows, reads, *written, **sizes)
 
 
-@triton.jit
-def _within(columns, WIDTH: tl.constexpr, condition):
-    """`condition & (columns < WIDTH)`, which Triton 3.9's interpreter does not take for a mask."""
-    return (columns * 0 + condition.to(tl.int32) == 1) & (columns < WIDTH)
+def _numbers(step: RowStep | None) -> tuple[Tensor | None, ...]:
+    return (None,) * 4 if step is None else (step.squares, step.steps, step.means, step.copy)
 
 
 @triton.jit
@@ -133,7 +160,7 @@ def _contribution(
         start = token * gradient_width
         if HAS_COPIES:
             start += tl.load(copies + read, inside, 0) * VALUE_DIM
-        gradient = tl.load(value_gradients + start + value_columns, _within(value_columns, VALUE_DIM, inside), 0.0)
+        gradient = tl.load(value_gradients + start + value_columns, within(value_columns, VALUE_DIM, inside), 0.0)
         weight = tl.load(weights + read * CORES)
         weight_of_column = tl.zeros([BLOCK_V], tl.float32) + weight
         for core in tl.static_range(1, CORES):
@@ -142,42 +169,76 @@ def _contribution(
         value = gradient.to(tl.float32) * weight_of_column
     pre_value = tl.zeros([BLOCK_P], tl.float32)
     if PRE_DIM > 0:
-        pre_input = tl.load(pre_inputs + token * PRE_DIM + pre_columns, _within(pre_columns, PRE_DIM, inside), 0.0)
+        pre_input = tl.load(pre_inputs + token * PRE_DIM + pre_columns, within(pre_columns, PRE_DIM, inside), 0.0)
         pre_value = pre_input.to(tl.float32) * tl.load(pre_weights + read)
     return value, pre_value
 
 
 @triton.jit
-def _add_to_row(gradients, row, columns, total, write, DIM: tl.constexpr, ACCUMULATE: tl.constexpr):
+def _write_sum(
+    table, row, columns, total, write, squares, steps, means, copy, copy_stride, lr, log_beta, eps,
+    DIM: tl.constexpr, ACCUMULATE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Write a row's sum to the gradient, or step the row by it."""
     if DIM > 0:
-        places = gradients + row.to(tl.int64) * DIM + columns
-        mask = _within(columns, DIM, write)
-        if ACCUMULATE:
-            total += tl.load(places, mask, 0.0).to(tl.float32)
-        tl.store(places, total, mask)
+        if STEP:
+            write_row(
+                table, row, columns, total, write, squares, steps, means, copy, copy_stride, lr, log_beta, eps, DIM
+            )
+        else:
+            places = table + row.to(tl.int64) * DIM + columns
+            mask = within(columns, DIM, write)
+            if ACCUMULATE:
+                total += tl.load(places, mask, 0.0).to(tl.float32)
+            tl.store(places, total, mask)
 
 
 @triton.jit
 def _store_partial(partial, value_columns, pre_columns, value, pre_value, write,
                    VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr):  # fmt: skip
     if VALUE_DIM > 0:
-        tl.store(partial + value_columns, value, _within(value_columns, VALUE_DIM, write))
+        tl.store(partial + value_columns, value, within(value_columns, VALUE_DIM, write))
     if PRE_DIM > 0:
-        tl.store(partial + VALUE_DIM + pre_columns, pre_value, _within(pre_columns, PRE_DIM, write))
+        tl.store(partial + VALUE_DIM + pre_columns, pre_value, within(pre_columns, PRE_DIM, write))
+
+
+@triton.jit
+def _write_sums(
+    values, pre_values, row, value_columns, pre_columns, value, pre_value, write,
+    value_squares, value_steps, value_means, value_copy, pre_squares, pre_steps, pre_means, pre_copy,
+    copy_stride, lr, log_beta, eps, VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr, ACCUMULATE: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    _write_sum(
+        values, row, value_columns, value, write, value_squares, value_steps, value_means, value_copy, copy_stride, lr,
+        log_beta, eps,
+        VALUE_DIM, ACCUMULATE, STEP,
+    )  # fmt: skip
+    _write_sum(
+        pre_values, row, pre_columns, pre_value, write, pre_squares, pre_steps, pre_means, pre_copy, copy_stride, lr,
+        log_beta, eps,
+        PRE_DIM, ACCUMULATE, STEP,
+    )  # fmt: skip
 
 
 @triton.jit
 def _finish_read(
     position, rows, first_row, continued, value, pre_value, values, pre_values, partial, reads,
-    value_columns, pre_columns, VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr, ACCUMULATE: tl.constexpr,
+    value_columns, pre_columns, value_squares, value_steps, value_means, value_copy,
+    pre_squares, pre_steps, pre_means, pre_copy, copy_stride, lr, log_beta, eps,
+    VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr, ACCUMULATE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Where a run of equal rows ends, write its sum: to the row, or as a partial sum if it began before the chunk."""
     row = tl.load(rows + position, position < reads, -1)
     following = tl.load(rows + position + 1, position + 1 < reads, -1)
     ends = (position < reads) & (row != following)
     began_before = continued & (row == first_row)
-    _add_to_row(values, row, value_columns, value, ends & (began_before == 0), VALUE_DIM, ACCUMULATE)
-    _add_to_row(pre_values, row, pre_columns, pre_value, ends & (began_before == 0), PRE_DIM, ACCUMULATE)
+    _write_sums(
+        values, pre_values, row, value_columns, pre_columns, value, pre_value, ends & (began_before == 0),
+        value_squares, value_steps, value_means, value_copy, pre_squares, pre_steps, pre_means, pre_copy, copy_stride,
+        lr, log_beta, eps,
+        VALUE_DIM, PRE_DIM, ACCUMULATE, STEP,
+    )  # fmt: skip
     _store_partial(partial, value_columns, pre_columns, value, pre_value, ends & began_before, VALUE_DIM, PRE_DIM)
     return tl.where(ends, 0.0, value), tl.where(ends, 0.0, pre_value)
 
@@ -185,10 +246,12 @@ def _finish_read(
 @Launcher
 @triton.jit
 def _sum_chunk_kernel(
-    rows, order, weights, value_gradients, copies, pre_weights, pre_inputs, values, pre_values, partials,
-    reads, k, gradient_width, CORES: tl.constexpr, HAS_COPIES: tl.constexpr, CHUNK: tl.constexpr,
+    rows, order, weights, value_gradients, copies, pre_weights, pre_inputs, reads, k, gradient_width,
+    values, pre_values, partials, value_squares, value_steps, value_means, value_copy,
+    pre_squares, pre_steps, pre_means, pre_copy, copy_stride, lr, log_beta, eps,
+    CORES: tl.constexpr, HAS_COPIES: tl.constexpr, CHUNK: tl.constexpr,
     VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Sum a chunk of sorted reads.
 
@@ -221,20 +284,32 @@ def _sum_chunk_kernel(
             value_columns, pre_columns, CORES, HAS_COPIES, VALUE_DIM, PRE_DIM, BLOCK_V, BLOCK_P,
         )  # fmt: skip
         value, pre_value = _finish_read(
-            position, rows, first_row, continued, value + value_0, pre_value + pre_value_0, values, pre_values, partial,
-            reads, value_columns, pre_columns, VALUE_DIM, PRE_DIM, ACCUMULATE,
+            position, rows, first_row, continued, value + value_0, pre_value + pre_value_0, values, pre_values,
+            partial,
+            reads, value_columns, pre_columns, value_squares, value_steps, value_means, value_copy,
+            pre_squares, pre_steps, pre_means, pre_copy, copy_stride, lr, log_beta, eps, VALUE_DIM, PRE_DIM,
+            ACCUMULATE, STEP,
         )  # fmt: skip
         value, pre_value = _finish_read(
             position + 1, rows, first_row, continued, value + value_1, pre_value + pre_value_1, values, pre_values,
-            partial, reads, value_columns, pre_columns, VALUE_DIM, PRE_DIM, ACCUMULATE,
+            partial,
+            reads, value_columns, pre_columns, value_squares, value_steps, value_means, value_copy,
+            pre_squares, pre_steps, pre_means, pre_copy, copy_stride, lr, log_beta, eps, VALUE_DIM, PRE_DIM,
+            ACCUMULATE, STEP,
         )  # fmt: skip
         value, pre_value = _finish_read(
             position + 2, rows, first_row, continued, value + value_2, pre_value + pre_value_2, values, pre_values,
-            partial, reads, value_columns, pre_columns, VALUE_DIM, PRE_DIM, ACCUMULATE,
+            partial,
+            reads, value_columns, pre_columns, value_squares, value_steps, value_means, value_copy,
+            pre_squares, pre_steps, pre_means, pre_copy, copy_stride, lr, log_beta, eps, VALUE_DIM, PRE_DIM,
+            ACCUMULATE, STEP,
         )  # fmt: skip
         value, pre_value = _finish_read(
             position + 3, rows, first_row, continued, value + value_3, pre_value + pre_value_3, values, pre_values,
-            partial, reads, value_columns, pre_columns, VALUE_DIM, PRE_DIM, ACCUMULATE,
+            partial,
+            reads, value_columns, pre_columns, value_squares, value_steps, value_means, value_copy,
+            pre_squares, pre_steps, pre_means, pre_copy, copy_stride, lr, log_beta, eps, VALUE_DIM, PRE_DIM,
+            ACCUMULATE, STEP,
         )  # fmt: skip
     last = begin + CHUNK - 1
     row = tl.load(rows + last, last < reads, -1)
@@ -247,9 +322,10 @@ def _sum_chunk_kernel(
 @Launcher
 @triton.jit
 def _sum_border_kernel(
-    rows, partials, values, pre_values, reads, CHUNK: tl.constexpr,
+    rows, reads, values, pre_values, partials, value_squares, value_steps, value_means, value_copy,
+    pre_squares, pre_steps, pre_means, pre_copy, copy_stride, lr, log_beta, eps, CHUNK: tl.constexpr,
     VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Add up the partial sums of the run that begins in this chunk and goes on, if there is one."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -273,5 +349,9 @@ def _sum_border_kernel(
             value += tl.load(partial + value_columns, value_columns < VALUE_DIM, 0.0)
             pre_value += tl.load(partial + VALUE_DIM + pre_columns, pre_columns < PRE_DIM, 0.0)
             next_begin += CHUNK
-        _add_to_row(values, row, value_columns, value, goes_on, VALUE_DIM, ACCUMULATE)
-        _add_to_row(pre_values, row, pre_columns, pre_value, goes_on, PRE_DIM, ACCUMULATE)
+        _write_sums(
+            values, pre_values, row, value_columns, pre_columns, value, pre_value, goes_on,
+            value_squares, value_steps, value_means, value_copy, pre_squares, pre_steps, pre_means, pre_copy,
+            copy_stride, lr, log_beta, eps,
+            VALUE_DIM, PRE_DIM, ACCUMULATE, STEP,
+        )  # fmt: skip

@@ -1,0 +1,100 @@
+"""One step of the row-wise optimizer, with Triton kernels: for each row, as its gradient is known, or from gradients.
+
+The definition is `ultramem.tables.rowwise.update_rows`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ultramem.ops.kernels.launching import Launcher, ceil_div, next_power_of_2
+
+_ROWS = 4  # of a program
+
+
+class RowStep(NamedTuple):
+    """A table's values or pre-values, and what their step needs.
+
+    Attributes:
+        parameter: (rows, width), changed in place.
+        squares: (rows,), float32, decayed mean squares, changed in place.
+        steps: (rows,), float32, steps of each row so far, changed in place.
+        means: (rows,), float32, mean squares of this step's gradient; written where it is not zero.
+        copy: (rows, width), the copy that is computed in, rows at any distance, changed like the parameter; or None.
+        lr, beta, eps: of the optimizer.
+    """
+
+    parameter: Tensor
+    squares: Tensor
+    steps: Tensor
+    means: Tensor
+    copy: Tensor | None
+    lr: float
+    beta: float
+    eps: float
+
+    def options(self) -> tuple[int, float, float, float]:
+        """The last arguments of `write_row`: the distance of the copy's rows, and what the optimizer prescribes."""
+        stride = 0 if self.copy is None else self.copy.stride(0)
+        return stride, self.lr, math.log(self.beta) if self.beta else -math.inf, self.eps
+
+
+def step_rows(step: RowStep, gradient: Tensor) -> None:
+    """Step a parameter by its gradient (rows, width), contiguous."""
+    rows, width = step.parameter.shape
+    _step_rows_kernel(
+        (ceil_div(rows, _ROWS),), step.parameter, gradient, step.squares, step.steps, step.means, step.copy,
+        *step.options(), rows, ROWS=_ROWS, WIDTH=width,
+        BLOCK=next_power_of_2(width), num_warps=1 if width <= 1024 else 4,
+    )  # fmt: skip
+
+
+@triton.jit
+def within(columns, WIDTH: tl.constexpr, condition):
+    """`condition & (columns < WIDTH)`, which Triton 3.9's interpreter does not take for a mask."""
+    return (columns * 0 + condition.to(tl.int32) == 1) & (columns < WIDTH)
+
+
+@triton.jit
+def write_row(
+    parameter, row, columns, gradient, write, squares, steps, means, copy, copy_stride, lr, log_beta, eps,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Step a row by its gradient (columns,), in float32, which is zero beyond the width."""
+    mean = tl.sum(gradient * gradient) / WIDTH
+    if write & (mean > 0):
+        row = row.to(tl.int64)
+        step = tl.load(steps + row) + 1.0
+        square = tl.load(squares + row)
+        square += (1.0 - tl.exp(log_beta)) * (mean - square)
+        factor = lr / (tl.sqrt(square / (1.0 - tl.exp(step * log_beta))) + eps)
+        places = parameter + row * WIDTH + columns
+        value = tl.load(places, columns < WIDTH, 0.0).to(tl.float32) - factor * gradient
+        tl.store(places, value, columns < WIDTH)
+        if copy is not None:
+            tl.store(copy + row * copy_stride + columns, value, columns < WIDTH)
+        tl.store(steps + row, step)
+        tl.store(squares + row, square)
+        tl.store(means + row, mean)
+
+
+@Launcher
+@triton.jit
+def _step_rows_kernel(
+    parameter, gradients, squares, steps, means, copy, copy_stride, lr, log_beta, eps, rows,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, BLOCK)
+    for i in tl.static_range(ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + i
+        inside = row < rows
+        gradient = tl.load(gradients + row * WIDTH + columns, within(columns, WIDTH, inside), 0.0).to(tl.float32)
+        write_row(
+            parameter, row, columns, gradient, inside, squares, steps, means, copy, copy_stride, lr, log_beta, eps,
+            WIDTH,
+        )  # fmt: skip
