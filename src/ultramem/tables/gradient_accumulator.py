@@ -13,7 +13,13 @@ from torch.autograd.function import once_differentiable
 from ultramem.errors import UltraMemError
 from ultramem.ops.backend import HAS_KERNELS
 from ultramem.ops.weighted_lookup.reads import Products
-from ultramem.tables.torch_internals import NO_BACKWARD_PASS, current_backward_pass, keep_until_it_ends, take_gradient
+from ultramem.tables.torch_internals import (
+    NO_BACKWARD_PASS,
+    accumulates,
+    current_backward_pass,
+    keep_until_it_ends,
+    take_gradient,
+)
 
 if HAS_KERNELS:
     from ultramem.ops.weighted_lookup.table_gradient import table_gradients
@@ -32,12 +38,18 @@ class GradientAccumulator:
        and hands it on, to the parameters.
     4. What was left belongs to the backward pass, and goes with it, also if it fails.
 
+    An optimizer that steps a table by products needs no gradient: with `defers`, what a pass leaves is kept for it,
+    unless another pass has left something before, as with several micro-batches.
+
     Attributes:
         used: whether a backward pass has reached a lookup since this was last set to False.
+        defers: whether an optimizer takes the products.
+        deferred: the products of the last pass, for the optimizer.
     """
 
     def __init__(self) -> None:
-        self.used = False
+        self.used = self.defers = False
+        self.deferred: list[Products] = []
         self._passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
 
     def add_rows(self, which: int, table: Tensor, rows: Tensor, gradient: Tensor) -> None:
@@ -61,12 +73,22 @@ class GradientAccumulator:
         found = self._passes.pop(current_backward_pass(), None) or _Pass()
         sums, products = found.sums, found.products
         found.sums, found.products = [None, None], []  # the engine holds it for longer
-        if products:
-            return table_gradients(products, tables, sums, [take_gradient(node) for node in nodes])
+        if self.defers and self._can_defer(sums, tables, nodes):
+            self.deferred = products
+            return [None, None]
+        if products or self.deferred:
+            buffers = [take_gradient(node) for node in nodes]
+            products, self.deferred = self.deferred + products, []
+            return table_gradients(products, tables, sums, buffers)
         return [
             None if total is None or table is None else total.to(table.dtype)
             for total, table in zip(sums, tables, strict=True)
         ]
+
+    def _can_defer(self, sums: list[Tensor | None], tables: list[Tensor | None], nodes: list[Any]) -> bool:
+        learning = [node for table, node in zip(tables, nodes, strict=True) if table is not None]
+        nothing_yet = not self.deferred and sums == [None, None]
+        return nothing_yet and all(accumulates(node) and node.variable.grad is None for node in learning)
 
     def _current(self) -> _Pass:
         self.used = True

@@ -2,108 +2,154 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor, zeros
 from torch.optim import AdamW
 
+from ultramem.ops.backend import HAS_KERNELS, can_run_kernels, takes_kernels
+from ultramem.ops.weighted_lookup import naive
+from ultramem.ops.weighted_lookup.reads import RowStep
+from ultramem.tables.trainable import TrainableTable
+
+if HAS_KERNELS:
+    from ultramem.ops.weighted_lookup.row_step import step_rows
+    from ultramem.ops.weighted_lookup.table_gradient import step_by_products, table_gradients
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of kernels
+
 _SQUARES = "row_squares"
-_UPDATES = "step"  # AdamW wants each parameter to have one
-
-
-def update_rows(
-    rows: Tensor, gradients: Tensor, squares: Tensor, updates: Tensor, *, lr: float, beta: float, eps: float
-) -> None:
-    """One step of the row-wise optimizer, in place.
-
-    A row r with gradient g, of which not all elements are zero, and width D:
-
-        s_r ← β s_r + (1 − β) |g|² / D,  n_r ← n_r + 1,  row ← row − lr · g / (sqrt(s_r / (1 − β^n_r)) + eps)
-
-    Other rows, and their numbers, stay as they are. This is Adam (arXiv:1412.6980) without its first moment and with
-    one second moment for each row, as in row-wise AdaGrad, whose bias is corrected by the row's own updates.
-
-    Args:
-        rows: (rows, D), the parameter.
-        gradients: (rows, D), its gradient.
-        squares: (rows,), float32, the s_r.
-        updates: (rows,), float32, the n_r.
-        lr: learning rate.
-        beta: β, from 0 to below 1.
-        eps: added to the root.
-    """
-    means = torch.linalg.vector_norm(gradients, dim=1, dtype=squares.dtype).square() / gradients.shape[1]
-    read = means > 0
-    updates += read
-    squares.copy_(torch.where(read, squares.lerp(means, 1 - beta), squares))
-    corrected = squares / (1 - beta ** updates.clamp(min=1))
-    factors = torch.where(read, lr / (corrected.sqrt() + eps), 0).to(rows.dtype)
-    rows.addcmul_(gradients, factors.unsqueeze(1), value=-1)
+_STEPS = "step"  # AdamW wants each parameter to have one
 
 
 class RowwiseAdamW(AdamW):
-    """AdamW (arXiv:1711.05101), and the row-wise optimizer (`update_rows`) for the values of memory tables.
+    """AdamW (arXiv:1711.05101), and the row-wise optimizer (`step_rows` in
+    `ultramem.ops.weighted_lookup.naive`) for the values of memory tables.
 
     Groups with the entry `rowwise` set to True hold tables; `memory.parameter_groups` makes them. Of a table they
     need 8 bytes per row, where AdamW needs 8 bytes per element. A table has no weight decay, and its step does not
-    depend on the scale of its gradient, so that clipping has no effect on it.
+    depend on the scale of its gradient, so clipping is not for it.
 
     Args:
         params: parameters, or groups of them.
+        tables: tables whose gradient only this optimizer is to see. Where they have kernels and a step has a single
+            backward pass, the kernels that sum a row's gradient step the row too: the gradient is never made, and
+            `grad` stays None. Then begin a step with this optimizer's `zero_grad`, not the module's.
         row_beta: decay rate of a row's mean square.
         row_eps: added to a row's root mean square.
         options: as of `torch.optim.AdamW`.
     """
 
     def __init__(
-        self, params: Iterable[Any], *, row_beta: float = 0.95, row_eps: float = 1e-12, **options: Any
+        self,
+        params: Iterable[Any],
+        *,
+        tables: Sequence[TrainableTable] = (),
+        row_beta: float = 0.95,
+        row_eps: float = 1e-12,
+        **options: Any,
     ) -> None:
         super().__init__(params, **options)
         own = {"rowwise": False, "row_beta": row_beta, "row_eps": row_eps}
         self.defaults |= own
         for group in self.param_groups:
             group |= own | group
+        self.tables = tables
+        self._squared_norms: list[Tensor] = []
+        for table in tables:
+            table.defers_gradient = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of all groups."""
         loss = super().step(closure)
+        self._squared_norms = []
+        of_tables: set[int] = set()
+        for table in self.tables:
+            self._step_table(table)
+            of_tables |= {id(parameter) for parameter in table.parameters()}
         for group in self.param_groups:
-            if group["rowwise"]:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._step_rows(parameter, group)
+            for parameter in group["params"] if group["rowwise"] else ():
+                if id(parameter) not in of_tables and parameter.grad is not None:
+                    self._step_rows(self._row_step(parameter, group), _local(parameter.grad))
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in PyTorch, also of gradients that were never made."""
+        super().zero_grad(set_to_none)
+        for table in self.tables:
+            table.take_deferred()
+
+    def table_norm(self) -> Tensor:
+        """Norm of the gradient of this process's rows in the last step, before any clipping."""
+        return torch.stack(self._squared_norms).sum().sqrt() if self._squared_norms else torch.zeros(())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in PyTorch, which would convert the rows' numbers to a table's own dtype."""
+        """As in PyTorch, which would convert a row's mean square to a table's own dtype."""
         super().load_state_dict(state_dict)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         for parameter, number in zip(parameters, numbers, strict=True):
-            saved, state = state_dict["state"].get(number, {}), self.state.get(parameter, {})
-            for name in (_SQUARES, _UPDATES):
-                if name in saved:
-                    state[name] = saved[name].to(parameter.device)
+            if _SQUARES in (saved := state_dict["state"].get(number, {})):
+                self.state[parameter][_SQUARES] = saved[_SQUARES].to(parameter.device)
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
         return False if group["rowwise"] else super()._init_group(group, *lists)
 
-    def _step_rows(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _row_step(self, parameter: Tensor, group: dict[str, Any], copy: Tensor | None = None) -> RowStep:
         state = self.state[parameter]
-        for name in (_SQUARES, _UPDATES):
+        for name in (_SQUARES, _STEPS):
             if name not in state:
                 state[name] = _per_row(parameter)
-        tensors = parameter, parameter.grad, state[_SQUARES], state[_UPDATES]
-        update_rows(
-            *(tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors),
-            lr=group["lr"],
-            beta=group["row_beta"],
-            eps=group["row_eps"],
-        )
+        local, squares, steps = (_local(tensor) for tensor in (parameter, state[_SQUARES], state[_STEPS]))
+        means = torch.zeros_like(squares)
+        return RowStep(local, squares, steps, means, copy, group["lr"], group["row_beta"], group["row_eps"])
+
+    def _step_table(self, table: TrainableTable) -> None:
+        """Step a table by the products that its lookups have left, or by its gradient."""
+        groups = {id(p): group for group in self.param_groups if group["rowwise"] for p in group["params"]}
+        parts = table.values, table.pre_values
+        copies = table.copy_in_use.parts(*parts)
+        steps = [
+            None if part is None or id(part) not in groups else self._row_step(part, groups[id(part)], copy)
+            for part, copy in zip(parts, copies, strict=True)
+        ]
+        gradients = [
+            None if part is None or step is None else part.grad for part, step in zip(parts, steps, strict=True)
+        ]
+        products = table.take_deferred()
+        if products:
+            if gradients == [None, None] and step_by_products(products, steps):
+                for step in steps:
+                    if step is not None:
+                        self._stepped(step)
+            else:
+                gradients = table_gradients(products, [step and step.parameter for step in steps], buffers=gradients)
+        for step, gradient in zip(steps, gradients, strict=True):
+            if step is not None and gradient is not None:
+                self._step_rows(step, gradient)
+        if copies[0] is not None:
+            table.copy_in_use.written(*parts)
+
+    def _step_rows(self, step: RowStep, gradient: Tensor) -> None:
+        supported = HAS_KERNELS and can_run_kernels(step.parameter) and step.parameter.dtype in _DTYPES
+        if takes_kernels("step_rows", supported):
+            step_rows(step, gradient.contiguous())
+        else:
+            naive.step_rows(step, gradient)
+        self._stepped(step)
+
+    def _stepped(self, step: RowStep) -> None:
+        increment_version(step.parameter)
+        self._squared_norms.append(step.means.sum() * step.parameter.shape[1])
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _per_row(parameter: Tensor) -> Tensor:

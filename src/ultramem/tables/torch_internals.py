@@ -38,21 +38,31 @@ def describe_contents(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor._version
 
 
+def accumulates(node: Any) -> bool:
+    """Whether what `node` is given in this backward pass is added to a parameter's gradient, with no hook between.
+
+    Args:
+        node: of the autograd graph, to which the gradient of a table goes, or None.
+    """
+    parameter = getattr(node, "variable", None)
+    if parameter is None or parameter._backward_hooks:
+        return False
+    try:
+        executed: bool = torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # what is asked for is the gradient itself
+        return False
+    return executed
+
+
 def take_gradient(node: Any) -> Tensor | None:
-    """Take the gradient that a parameter has already, if what its `node` is given in this pass would be added to that.
+    """Take the gradient that a parameter has already, if what `node` is given in this pass would be added to that.
 
     So micro-batches add to one buffer, without another one of the table's size and a pass over both.
     """
-    parameter = getattr(node, "variable", None)
-    if parameter is None or parameter.grad is None or parameter._backward_hooks:
+    if not accumulates(node):
         return None
-    try:
-        if not torch._C._will_engine_execute_node(node):
-            return None
-    except RuntimeError:  # what is asked for is the gradient itself
-        return None
-    gradient: Tensor = parameter.grad
-    parameter.grad = None
+    gradient: Tensor | None = node.variable.grad
+    node.variable.grad = None
     return gradient
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ultramem.ops.backend import HAS_KERNELS, takes_kernels
 from ultramem.ops.kernels.operators import register
-from ultramem.ops.weighted_lookup.reads import Reads
+from ultramem.ops.weighted_lookup.reads import Products, Reads
 from ultramem.tables.computing_copy import ComputingCopy
 from ultramem.tables.filling import normal
 from ultramem.tables.gradient_accumulator import GradientAccumulator, TableLink, gather
@@ -79,6 +79,29 @@ class TrainableTable(Table):
     def refresh(self) -> None:
         """As of `Table`: the copy that is computed in."""
         self._copy.refresh(self.values, self.pre_values)
+
+    @property
+    def defers_gradient(self) -> bool:
+        """Whether kernels leave the gradient's products to an optimizer, which takes them with `take_deferred`.
+
+        It is to do so before the next step. `grad` then stays None after a single backward pass.
+        """
+        return self._accumulator.defers
+
+    @defers_gradient.setter
+    def defers_gradient(self, wanted: bool) -> None:
+        self._accumulator.defers = wanted
+        self._accumulator.deferred = []
+
+    def take_deferred(self) -> list[Products]:
+        """Products that are the gradient, in addition to `grad`; there are none afterwards."""
+        products, self._accumulator.deferred = self._accumulator.deferred, []
+        return products
+
+    @property
+    def copy_in_use(self) -> ComputingCopy:
+        """The copy that kernels read under autocast."""
+        return self._copy
 
     def _make_helpers(self) -> None:
         self._accumulator, self._copy = GradientAccumulator(), ComputingCopy()

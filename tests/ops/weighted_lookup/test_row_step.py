@@ -9,11 +9,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from ultramem.ops.weighted_lookup import table_gradient
-from ultramem.ops.weighted_lookup.reads import Products
-from ultramem.ops.weighted_lookup.row_step import RowStep, step_rows
+from ultramem.ops.weighted_lookup import naive, table_gradient
+from ultramem.ops.weighted_lookup.reads import Products, RowStep
+from ultramem.ops.weighted_lookup.row_step import step_rows
 from ultramem.ops.weighted_lookup.table_gradient import step_by_products
-from ultramem.tables.rowwise import update_rows
 
 pytestmark = pytest.mark.kernels
 
@@ -36,9 +35,9 @@ def random_steps(
 
 def stepped(step: RowStep, gradient: Tensor) -> list[Tensor]:
     """Parameter, squares and steps by the definition, in float64."""
-    state = [tensor.double() for tensor in (step.parameter, step.squares, step.steps)]
-    update_rows(state[0], gradient, *state[1:], **OPTIONS)
-    return state
+    wide = RowStep(*(tensor.double() for tensor in step[:4]), None, **OPTIONS)
+    naive.step_rows(wide, gradient)
+    return list(wide[:3])
 
 
 def check(step: RowStep, expected: list[Tensor], gradient: Tensor) -> None:

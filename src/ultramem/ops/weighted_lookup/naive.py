@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ultramem.ops.weighted_lookup.reads import Reads
+from ultramem.ops.weighted_lookup.reads import Reads, RowStep
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {None: lambda x: x, "gelu": F.gelu, "silu": F.silu}
 
@@ -39,3 +39,29 @@ def weighted_sum(reads: Reads, values: Tensor, pre_values: Tensor | None = None)
     sums = weights.flatten(2).transpose(1, 2).to(values.dtype) @ values
     slices = sums.unflatten(1, (-1, cores)).unflatten(-1, (cores, -1))
     return slices.diagonal(dim1=2, dim2=3).transpose(-1, -2).flatten(1)
+
+
+def step_rows(step: RowStep, gradient: Tensor) -> None:
+    """One step of the row-wise optimizer, in place.
+
+    A row r whose gradient g, of width D, is not zero:
+
+        s_r ← β s_r + (1 − β) |g|² / D,  n_r ← n_r + 1,  row ← row − lr · g / (sqrt(s_r / (1 − β^n_r)) + eps)
+
+    Other rows, and their numbers, stay as they are. This is Adam (arXiv:1412.6980) without its first moment and with
+    one second moment for each row, whose bias is corrected by the number of the row's own steps.
+
+    Args:
+        step: parameter, s_r (`squares`), n_r (`steps`), and the optimizer's options.
+        gradient: (rows, D).
+    """
+    means = torch.linalg.vector_norm(gradient, dim=1, dtype=step.squares.dtype).square() / gradient.shape[1]
+    read = means > 0
+    step.means.copy_(means)
+    step.steps.add_(read)
+    step.squares.copy_(torch.where(read, step.squares.lerp(means, 1 - step.beta), step.squares))
+    corrected = step.squares / (1 - step.beta ** step.steps.clamp(min=1))
+    factors = torch.where(read, step.lr / (corrected.sqrt() + step.eps), 0).to(step.parameter.dtype)
+    step.parameter.addcmul_(gradient, factors.unsqueeze(1), value=-1)
+    if step.copy is not None:
+        step.copy.copy_(step.parameter)

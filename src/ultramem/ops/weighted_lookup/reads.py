@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -56,3 +57,30 @@ class Products(NamedTuple):
     gradients: Tensor
     pre_weights: Tensor | None
     pre_inputs: Tensor | None
+
+
+class RowStep(NamedTuple):
+    """A table's values or pre-values, and what a step of the row-wise optimizer (`step_rows`) needs to know.
+
+    Attributes:
+        parameter: (rows, width), changed in place.
+        squares: (rows,), float32, decayed mean squares, changed in place.
+        steps: (rows,), float32, steps of each row so far, changed in place.
+        means: (rows,), float32, mean squares of this step's gradient; written where it is not zero.
+        copy: (rows, width), the copy that is computed in, rows at any distance, changed like the parameter; or None.
+        lr, beta, eps: of the optimizer.
+    """
+
+    parameter: Tensor
+    squares: Tensor
+    steps: Tensor
+    means: Tensor
+    copy: Tensor | None
+    lr: float
+    beta: float
+    eps: float
+
+    def options(self) -> tuple[int, float, float, float]:
+        """What kernels need besides the tensors: distance of the copy's rows, learning rate, log of beta, epsilon."""
+        stride = 0 if self.copy is None else self.copy.stride(0)
+        return stride, self.lr, math.log(self.beta) if self.beta else -math.inf, self.eps

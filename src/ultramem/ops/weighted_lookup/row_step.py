@@ -1,51 +1,22 @@
 """One step of the row-wise optimizer, with Triton kernels: for each row, as its gradient is known, or from gradients.
 
-The definition is `ultramem.tables.rowwise.update_rows`.
+The definition is `step_rows` in `naive.py`.
 """
 
 from __future__ import annotations
-
-import math
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ultramem.ops.kernels.launching import Launcher, ceil_div, next_power_of_2
+from ultramem.ops.weighted_lookup.reads import RowStep
 
 _ROWS = 4  # of a program
 
 
-class RowStep(NamedTuple):
-    """A table's values or pre-values, and what their step needs.
-
-    Attributes:
-        parameter: (rows, width), changed in place.
-        squares: (rows,), float32, decayed mean squares, changed in place.
-        steps: (rows,), float32, steps of each row so far, changed in place.
-        means: (rows,), float32, mean squares of this step's gradient; written where it is not zero.
-        copy: (rows, width), the copy that is computed in, rows at any distance, changed like the parameter; or None.
-        lr, beta, eps: of the optimizer.
-    """
-
-    parameter: Tensor
-    squares: Tensor
-    steps: Tensor
-    means: Tensor
-    copy: Tensor | None
-    lr: float
-    beta: float
-    eps: float
-
-    def options(self) -> tuple[int, float, float, float]:
-        """The last arguments of `write_row`: the distance of the copy's rows, and what the optimizer prescribes."""
-        stride = 0 if self.copy is None else self.copy.stride(0)
-        return stride, self.lr, math.log(self.beta) if self.beta else -math.inf, self.eps
-
-
 def step_rows(step: RowStep, gradient: Tensor) -> None:
-    """Step a parameter by its gradient (rows, width), contiguous."""
+    """As the definition in `naive.py`; the gradient is contiguous."""
     rows, width = step.parameter.shape
     _step_rows_kernel(
         (ceil_div(rows, _ROWS),), step.parameter, gradient, step.squares, step.steps, step.means, step.copy,

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ultramem.ops.kernels.launching import Launcher, ceil_div, next_power_of_2
-from ultramem.ops.weighted_lookup.reads import Products
-from ultramem.ops.weighted_lookup.row_step import RowStep, within, write_row
+from ultramem.ops.weighted_lookup.reads import Products, RowStep
+from ultramem.ops.weighted_lookup.row_step import within, write_row
 
 _CHUNK = 128
 
