@@ -16,6 +16,8 @@ ValueProjectors = Literal["single", "per_block"]
 Activation = Literal["gelu", "silu"]
 Initialization = Literal["matched", "published", "zero_output"]
 
+ROWWISE_LR = 5e-3
+
 
 @dataclass(frozen=True)
 class MemoryConfig:
@@ -61,6 +63,9 @@ class MemoryConfig:
         value_lr_multiplier: initial learning rate of the values, as a multiple of the model's.
         value_lr_decay: share of training over which this multiple falls linearly to 1.
         value_lr: constant learning rate of the values, instead of the two fields above. PKM, Memory+: 1e-3.
+        optimizer: `rowwise`: the values are trained at the rate `value_lr` with one number for each row
+            (`ultramem.tables.rowwise`); `adamw`: like other parameters, but at a rate of their own.
+        row_beta: decay rate of a row's mean square, for `rowwise`.
         norm_eps: epsilon of the query and key norms.
     """
 
@@ -90,6 +95,8 @@ class MemoryConfig:
     value_lr_multiplier: float = 4.0
     value_lr_decay: float = 1.0
     value_lr: float | None = None
+    optimizer: Literal["rowwise", "adamw"] = "adamw"
+    row_beta: float = 0.95
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -98,6 +105,8 @@ class MemoryConfig:
         if self.kind not in KINDS:
             raise ConfigError(f"kind={self.kind!r}: must be one of {', '.join(KINDS)}")
         defaults = {**MemoryLayer.defaults, **self.layer_type.defaults}
+        if self.optimizer == "rowwise":
+            defaults["value_lr"] = ROWWISE_LR
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
@@ -195,6 +204,7 @@ class MemoryConfig:
             check_least(least, **{name: getattr(self, name) for name in names})
         check_field(self, "norm_eps", self.norm_eps > 0, "above 0")
         check_field(self, "value_lr", self.value_lr is None or self.value_lr > 0, "above 0")
+        check_field(self, "row_beta", 0 <= self.row_beta < 1, "at least 0 and below 1")
         check_field(self, "share_ratio", 0 < self.share_ratio <= 1, "above 0 and at most 1")
         check_field(self, "output_dropout", 0 <= self.output_dropout < 1, "at least 0 and below 1")
         check_field(self, "value_lr_multiplier", self.value_lr_multiplier >= 0, "at least 0")

@@ -58,8 +58,13 @@ class RowwiseAdamW(AdamW):
         self.defaults |= own
         for group in self.param_groups:
             group |= own | group
-        self.tables = tables
+        self.tables: Sequence[TrainableTable] = ()
         self._squared_norms: list[Tensor] = []
+        self.take_over(tables)
+
+    def take_over(self, tables: Sequence[TrainableTable]) -> None:
+        """See the gradients of these tables alone, as described of the argument `tables`."""
+        self.tables = tables
         for table in tables:
             table.defers_gradient = True
 

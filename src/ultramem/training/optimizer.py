@@ -12,22 +12,42 @@ from ultramem.config import MemoryConfig
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.config import OptimizerConfig, ScheduleConfig
 from ultramem.runs.layout import LEARNING_RATES
+from ultramem.tables.rowwise import RowwiseAdamW
 
 GROUP_FLAG = "memory_values"  # marks a parameter group as values and pre-values of memory tables
 
 
-def optimizer_config(config: OptimizerConfig, model: MemoryTransformer) -> optim.AdamWConfig:
-    """OLMo-core's configuration of AdamW, with a parameter group for the tables' values if the model has any."""
-    values = [] if model.memory is None else [f"memory.{name}" for name in model.memory.value_parameters()]
-    decay = config.weight_decay if config.value_weight_decay is None else config.value_weight_decay
-    options = {GROUP_FLAG: True, "weight_decay": decay}
-    return optim.AdamWConfig(
+@dataclass
+class RowwiseAdamWConfig(optim.OptimConfig[RowwiseAdamW]):
+    """OLMo-core's configuration of `RowwiseAdamW`."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    fused: bool = True
+
+    @classmethod
+    def optimizer(cls) -> type[RowwiseAdamW]:
+        """The class that this describes."""
+        return RowwiseAdamW
+
+
+def optimizer_config(config: OptimizerConfig, model: MemoryTransformer) -> RowwiseAdamWConfig:
+    """Configuration of the optimizer, with a parameter group for the tables' values if the model has any."""
+    overrides = []
+    if model.memory is not None and model.memory.layers:
+        memory = model.memory.config
+        decay = config.weight_decay if config.value_weight_decay is None else config.value_weight_decay
+        options = {GROUP_FLAG: True, "weight_decay": decay}
+        options |= {"rowwise": memory.optimizer == "rowwise", "row_beta": memory.row_beta}
+        overrides = [optim.OptimGroupOverride([f"memory.{name}" for name in model.memory.value_parameters()], options)]
+    return RowwiseAdamWConfig(
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        fused=True,
-        group_overrides=[optim.OptimGroupOverride(values, options)] if values else None,
+        group_overrides=overrides or None,
     )
 
 

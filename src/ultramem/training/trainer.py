@@ -13,6 +13,7 @@ from olmo_core.train import Duration, LoadStrategy, Trainer, TrainerConfig
 from olmo_core.train.callbacks import Callback
 from olmo_core.train.train_module import TransformerActivationCheckpointingConfig, TransformerTrainModule
 from rich.console import Console
+from torch.distributed.tensor import DTensor
 
 from ultramem.configuration.decoding import encode
 from ultramem.data.token_sequences import TokenSequences
@@ -30,12 +31,39 @@ from ultramem.training.stopping import StopOnSignal, StopWhenDiverged
 
 
 class TrainModule(TransformerTrainModule):
-    """OLMo-core's module without the dry run before training, whose made-up batch would count in metrics."""
+    """OLMo-core's module without the dry run before training, whose made-up batch would count in metrics.
+
+    Clipping leaves out tables with the row-wise optimizer, whose step does not depend on the scale of the gradient.
+    """
 
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
         """As in OLMo-core."""
         if not dry_run:
             super().train_batch(batch)
+
+    def optim_step(self) -> None:
+        """As in OLMo-core, and record the norm of the gradient of tables with the row-wise optimizer."""
+        super().optim_step()
+        if self._rowwise:
+            norm = self.optim.table_norm()
+            if any(isinstance(parameter, DTensor) for parameter in self._rowwise):
+                norm = norm.square()
+                dist.all_reduce(norm, group=self.dp_process_group)
+                norm = norm.sqrt()
+            self.trainer.record_metric("table grad norm", norm, reduce_type=None, namespace="optim")
+
+    def _clip_grad_norm(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        gradients = [parameter.grad for parameter in self._rowwise]
+        for parameter in self._rowwise:
+            parameter.grad = None
+        norm = super()._clip_grad_norm(*arguments, **options)
+        for parameter, gradient in zip(self._rowwise, gradients, strict=True):
+            parameter.grad = gradient
+        return norm
+
+    @property
+    def _rowwise(self) -> list[torch.nn.Parameter]:
+        return [parameter for group in self.optim.param_groups if group["rowwise"] for parameter in group["params"]]
 
 
 def build_trainer(
@@ -59,6 +87,8 @@ def build_trainer(
         scheduler=build_scheduler(config.schedule, optimizer.learning_rate, trainer.total_steps, config.model.memory),
         device=processes.device,
     )
+    if processes.data_parallel is None and model.memory is not None and model.memory.config.optimizer == "rowwise":
+        module.optim.take_over(model.memory.tables)
     checkpoints = Checkpoints(save_interval=trainer.checkpoint_interval, max_checkpoints=trainer.keep_checkpoints)
     callbacks: dict[str, Callback] = {
         "checkpointer": checkpoints,

@@ -47,7 +47,9 @@ class Launcher:
 
 
 def _properties(argument: Any) -> Any:
-    return (argument.dtype, argument.data_ptr() & 15) if isinstance(argument, Tensor) else argument
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() & 15
+    return float if isinstance(argument, float) else argument  # kernels are not specialised for their values
 
 
 # Triton has the same two functions, for use inside kernels: several µs for a call.
