@@ -3,9 +3,8 @@
 from dataclasses import replace
 
 import pytest
-import torch
-
 from tests.training.test_run import assert_same_model, at_step, kill
+
 from ultramem.training import train
 
 
