@@ -37,9 +37,8 @@ def write_row(
     WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Step a row by its gradient (columns,), in float32, which is zero beyond the width."""
-    mean = tl.sum(gradient * gradient) / WIDTH
+    mean, row = tl.sum(gradient * gradient) / WIDTH, row.to(tl.int64)
     if write & (mean > 0):
-        row = row.to(tl.int64)
         step = tl.load(steps + row) + 1.0
         square = tl.load(squares + row)
         square += (1.0 - tl.exp(log_beta)) * (mean - square)
