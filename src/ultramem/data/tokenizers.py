@@ -13,12 +13,14 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ultramem.errors import ConfigError, UltraMemError, first_line
+from ultramem.files.checksums import check_files
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 SMALLEST_BPE = 256 + 2  # every byte and the two special tokens
 COMMON_EOS_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 COMMON_PAD_TOKENS = (PADDING, "<pad>", "[PAD]")
+_SETTINGS_NAME = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,12 @@ def load_tokenizer(
             tokenizer's files.
 
     Raises:
-        UltraMemError: the tokenizer is not found or cannot be read.
+        UltraMemError: the tokenizer is not found, is damaged or cannot be read.
         ConfigError: the end-of-text or padding token is unknown or not in the vocabulary.
     """
     file = _find_file(name)
+    if file is not None:
+        check_files(file.parent, [file.name, _SETTINGS_NAME], "copy it again")
     tokenizer = _read_file(file) if file else _fetch(name)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -199,7 +203,7 @@ def _fetch(name: str) -> Tokenizer:
 
 def _read_settings(file: Path | None) -> dict[str, str]:
     """Special tokens by role, from the `tokenizer_config.json` that transformers writes beside the tokenizer."""
-    beside = file.with_name("tokenizer_config.json") if file else None
+    beside = file.with_name(_SETTINGS_NAME) if file else None
     if beside is None or not beside.is_file():
         return {}
     try:
