@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ultramem.hosts.olmo_core import ModelStatistics, model_statistics
 from ultramem.runs.checkpoints import checkpoint_name, complete_steps, is_complete
 from ultramem.runs.config import RunConfig
 from ultramem.runs.config_files import load_config
+from ultramem.runs.contents import DataContents, file_content, recorded_contents
 from ultramem.runs.layout import (
     CONFIG_NAME,
     EVALUATION_NAME,
@@ -29,7 +31,7 @@ from ultramem.runs.layout import (
     TASKS_NAME,
     TOKENIZER_NAME,
 )
-from ultramem.runs.summary import EOS_TOKEN_ID, make_summary, read_summary
+from ultramem.runs.summary import DATA, EOS_TOKEN_ID, make_summary, read_summary
 from ultramem.runs.tokens import TokenData
 
 # Everything that a run, or a tool on it, may have written. The configuration is last: it tells which run it is.
@@ -49,6 +51,7 @@ CONTENTS = (
 )
 # What a resumed run may change: where things are, how they are computed, what is reported; not what is learned.
 CHANGEABLE = {
+    "data.verify",
     "trainer.directory",
     "trainer.micro_batch_size",
     "trainer.precision",
@@ -128,15 +131,26 @@ class RunDirectory:
         """Path of the checkpoint of a step, which need not exist."""
         return self.path / checkpoint_name(step)
 
-    def describe(self, data: TokenData, device: torch.device, world_size: int) -> ModelStatistics:
-        """Write `summary.json` and the tokenizer if they do not exist yet, and return the model's statistics."""
+    def describe(
+        self, data: TokenData, contents: DataContents, device: torch.device, world_size: int
+    ) -> ModelStatistics:
+        """Write `summary.json` and the tokenizer if they do not exist yet, and return the model's statistics.
+
+        Raises:
+            UltraMemError: the data's contents are not those that the run began with.
+        """
+        recorded = recorded_contents(self.path)
+        if recorded is not None:
+            contents.check_same(data, recorded)
         statistics = model_statistics(self.config.model, self.config.data.sequence_length)
         tokenizer = self.path / TOKENIZER_NAME
         if data.tokenizer is not None and not tokenizer.exists():
-            write_text(tokenizer, data.tokenizer.read_text(encoding="utf-8"))
+            write_text(tokenizer, data.tokenizer.read_bytes().decode())  # line ends as they are
+        elif data.tokenizer is not None and file_content(tokenizer).crc32 != file_content(data.tokenizer).crc32:
+            raise UltraMemError(f"{tokenizer} is not that of the data, {data.tokenizer}; restore the right one")
         earlier = read_summary(self.path)
-        if EOS_TOKEN_ID not in earlier:  # also of a run that version 0.1 began
-            summary = make_summary(self.config, data, statistics, device, world_size)
+        if not earlier.keys() >= {EOS_TOKEN_ID, DATA}:  # also of a run that version 0.1 began
+            summary = make_summary(self.config, data, statistics, device, world_size) | {DATA: asdict(contents)}
             write_text(self.path / SUMMARY_NAME, json.dumps(summary | earlier, indent=2) + "\n")
         return statistics
 

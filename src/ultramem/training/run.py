@@ -26,6 +26,7 @@ from ultramem.hosts.olmo_core import ModelStatistics
 from ultramem.hosts.olmo_core.checkpoint import check_stored_model
 from ultramem.runs.checkpoints import MODEL_NAME
 from ultramem.runs.config import RunConfig
+from ultramem.runs.contents import DataContents
 from ultramem.runs.directory import RunDirectory
 from ultramem.runs.tokens import TokenData, check_token_data, open_token_data
 from ultramem.training.callbacks import DivergedError
@@ -89,8 +90,9 @@ def train(
             stack.enter_context(deterministic_algorithms())
 
         def claim() -> tuple[int | None, ModelStatistics]:
+            contents = DataContents.of(data, config.data.verify)  # before anything is written
             stack.enter_context(directory.locked())
-            return directory.claim(overwrite), directory.describe(data, processes.device, processes.count)
+            return directory.claim(overwrite), directory.describe(data, contents, processes.device, processes.count)
 
         step, statistics = processes.on_first(claim)
         if step == config.trainer.total_steps:
