@@ -68,6 +68,8 @@ class Checkpoint:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
                 load_state_dict(directory, {"model": tensors})
+            if model.memory is not None:
+                model.memory.check_loaded()
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise UltraMemError(f"{directory} is damaged ({reason}); use an earlier checkpoint") from error
