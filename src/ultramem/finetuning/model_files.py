@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ultramem.errors import UltraMemError, first_line
 from ultramem.hosts.transformers import load_memory
-from ultramem.hosts.transformers.files import load_model_file
+from ultramem.hosts.transformers.files import TOKENIZER_FILES, check_model_files, load_model_file
 
 
 def load_model_and_tokenizer(
@@ -25,8 +25,9 @@ def load_model_and_tokenizer(
         UltraMemError: a file is missing or damaged, or the tokenizer does not fit or has no end-of-text token.
     """
     model = load_model_file(directory, torch.float32)
+    check_model_files(directory, TOKENIZER_FILES)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of transformers and tokenizers, of any kind
         reason = first_line(error)
         raise UltraMemError(f"the tokenizer in {directory} cannot be loaded ({reason}); put it there") from error

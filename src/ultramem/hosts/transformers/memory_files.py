@@ -14,16 +14,18 @@ from transformers import PreTrainedModel
 
 from ultramem.config import MemoryConfig
 from ultramem.errors import UltraMemError, system_reason
+from ultramem.files.checksums import Checksums, check_files
 from ultramem.files.whole_files import write_text
 from ultramem.hosts.transformers.attachment import attach_memory, detach_memory
 from ultramem.memory import Memory
 
 CONFIG_NAME = "memory_config.json"
 WEIGHTS_NAME = "memory.safetensors"
+_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
 
 
 def save_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
-    """Save only the memory, as `memory_config.json` and `memory.safetensors`.
+    """Save only the memory, as `memory_config.json` and `memory.safetensors`, with their checksums.
 
     Raises:
         UltraMemError: the model has no memory, or the directory cannot be written.
@@ -45,6 +47,9 @@ def save_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> No
         save_file(tensors, temporary, metadata={"format": "pt"})
         temporary.replace(path / WEIGHTS_NAME)
         write_text(path / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
+        others = Checksums.load(path)  # the directory may also hold a model
+        own = Checksums.compute(path, _NAMES)
+        Checksums(path, {**(others.files if others else {}), **own.files}).save()
     except (OSError, SafetensorError) as error:
         raise UltraMemError(f"{path} cannot be written ({error}); choose another directory") from error
 
@@ -57,6 +62,7 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
         UltraMemError: a file is missing or damaged, or the memory does not fit the model.
     """
     path = Path(directory)
+    check_files(path, _NAMES, "save the memory again")
     content = _read_config(path / CONFIG_NAME)
     hidden, blocks = model.config.get_text_config().hidden_size, model.config.get_text_config().num_hidden_layers
     if (content["d_model"], content["num_blocks"]) != (hidden, blocks):
@@ -80,7 +86,11 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
             f"{path / WEIGHTS_NAME} does not fit its {CONFIG_NAME}: {wrong} is missing or of another shape"
         )
     memory.to(dtype=tensors["layers.0.query_proj.weight"].dtype)
-    memory.load_state_dict(tensors)
+    try:
+        memory.load_state_dict(tensors)
+    except UltraMemError as error:
+        detach_memory(model)
+        raise UltraMemError(f"{path / WEIGHTS_NAME}: {error}") from error
     memory.refresh()
     return memory
 
