@@ -16,13 +16,13 @@ from rich.progress import track
 from ultramem.configuration.field_types import check_least
 from ultramem.data.token_sequences import IGNORED, TokenSequences
 from ultramem.device import autocast
-from ultramem.errors import UltraMemError
+from ultramem.errors import ConfigError, UltraMemError
 from ultramem.evaluation.data import find_data
-from ultramem.files.whole_files import read_json_object, write_json
+from ultramem.files.whole_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import EVALUATION_NAME
-from ultramem.runs.results import LossResult
+from ultramem.runs.results import LossResult, may_replace
 
 BATCH_TOKENS = 4096  # default for a batch; logits need memory in proportion to it
 LARGEST_LOSS = 700.0  # the perplexity is still finite
@@ -44,17 +44,15 @@ class Evaluation(LossResult):
         """Write a JSON file, by default the run's `evaluation.json`, which `ultramem report` shows.
 
         Returns:
-            the file; None if nothing was written because the run's own file already has the same checkpoint on all
-            tokens, and these results are on some of them.
+            the file; None if nothing was written because these results are not on the run's own held-out data, or the
+            run's own file already has the same checkpoint on all tokens, and these are on some of them.
 
         Raises:
             UltraMemError: the file cannot be written.
         """
         own = self.run / EVALUATION_NAME
-        if path is None and not self.complete:
-            earlier = read_json_object(own)
-            if earlier.get("checkpoint") == self.checkpoint and earlier.get("complete", True):
-                return None
+        if path is None and not (self.of_run and may_replace(own, self.checkpoint, self.complete)):
+            return None
         write_json(path or own, {field.name: getattr(self, field.name) for field in fields(LossResult)})
         return path or own
 
@@ -63,15 +61,17 @@ def evaluate(
     path: str | os.PathLike[str],
     data: Sequence[Path] = (),
     *,
-    split: str = "heldout",
+    split: str | None = None,
     dtype: str | None = None,
     max_tokens: int | None = None,
     batch_size: int | None = None,
     sequence_length: int | None = None,
     device: str = "auto",
-    unigram: bool = True,
+    unigram: bool | None = None,
 ) -> Evaluation:
     """Evaluate a checkpoint, with a progress bar on a terminal.
+
+    Token files are compared with their checksums first, unless the run's `data.verify` is off.
 
     The token files are cut into sequences that do not overlap and may span several documents. Each token of a sequence
     except the first is predicted once, from the tokens before it in the sequence.
@@ -79,22 +79,26 @@ def evaluate(
     Args:
         path: run directory, for its latest complete checkpoint, or a checkpoint's own directory.
         data: a directory written by `ultramem tokenize`, or token files; by default the data of the run.
-        split: `train` or `heldout`; not used for token files.
-        dtype: dtype of token files, `uint16` or `uint32`; by default that of the run's data.
+        split: `train` or `heldout`, by default the latter; not for `data` that is token files.
+        dtype: for `data` that is token files: `uint16` or `uint32`; by default that of the run's data.
         max_tokens: maximum number of tokens, rounded up to whole sequences, which are spread evenly over the split;
             None for all.
         batch_size: sequences per batch, by default about 4096 tokens; does not change the result.
         sequence_length: tokens per sequence; by default that of training.
         device: `cpu`, `cuda` (in bfloat16 if it has hardware support), or `auto` for CUDA if available.
-        unigram: whether to evaluate the unigram model of the train split too, which is read for it.
+        unigram: whether to evaluate the unigram model of the train split too, which is read for it; by default if the
+            split is known.
 
     Raises:
-        ConfigError: a value is invalid.
-        UltraMemError: the checkpoint or the data is missing or damaged, or the loss is not finite.
+        ConfigError: a value is invalid, or does not apply to the data.
+        UltraMemError: the checkpoint or the data is missing or damaged, the run's own data has changed, the data was
+            made with another tokenizer, or the loss is not finite.
     """
     checkpoint = find_checkpoint(path)
     config = checkpoint.config
     found = find_data(checkpoint, data, split, dtype)
+    if unigram and found.manifest is None:
+        raise ConfigError("unigram=True: needs a directory written by `ultramem tokenize`; leave it out")
     length = config.data.sequence_length if sequence_length is None else sequence_length
     sequences = TokenSequences(found.files, found.dtype, config.model.vocab_size, length, max_tokens)
     check_least(1, batch_size=batch_size)
@@ -109,8 +113,9 @@ def evaluate(
         loss=loss,
         perplexity=math.exp(loss),
         bits_per_byte=found.bits_per_byte(loss),
-        unigram_bits_per_byte=found.bits_per_byte(found.unigram_loss() if unigram else None),
+        unigram_bits_per_byte=found.bits_per_byte(None if unigram is False else found.unigram_loss()),
         complete=sequences.complete,
+        data=found.other,
         tokens_per_second=sequences.predicted_tokens / seconds,
         run=checkpoint.run,
     )

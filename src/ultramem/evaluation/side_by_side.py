@@ -14,7 +14,7 @@ from ultramem.evaluation.loss import Evaluation, evaluate
 from ultramem.evaluation.task_evaluation import TaskEvaluation, evaluate_tasks
 from ultramem.evaluation.task_suite import GROUPS
 from ultramem.runs.checkpoints import find_checkpoint
-from ultramem.runs.layout import EVALUATION_NAME
+from ultramem.runs.layout import EVALUATION_NAME, TASKS_NAME
 from ultramem.runs.results import TaskResult
 
 
@@ -26,8 +26,8 @@ def show_losses(
     Args:
         paths: paths of the checkpoints.
         data: as in `evaluate`.
-        output: JSON file to write, for a single checkpoint; by default each run's `evaluation.json`, for its held-out
-            split.
+        output: JSON file to write, for a single checkpoint; by default each run's `evaluation.json`, for its own
+            held-out data.
         options: options of `evaluate`.
 
     Raises:
@@ -39,10 +39,9 @@ def show_losses(
     for path in paths:
         evaluation = evaluate(path, data, **options)
         evaluations.append(evaluation)
-        if output or evaluation.split == "heldout":
-            own = f"{evaluation.run / EVALUATION_NAME} has {evaluation.checkpoint} on all tokens"
-            file = evaluation.save(output)
-            notes.append(f"written to {file}" if file else f"not written: {own}; choose another file with --output")
+        has_all = f"has {evaluation.checkpoint} on all tokens"
+        reason = has_all if evaluation.of_run else "is for the run's own held-out data"
+        notes.append(_note(evaluation.save(output), evaluation.run / EVALUATION_NAME, reason))
     print_losses(evaluations)
     for note in notes:
         print(note)
@@ -60,10 +59,19 @@ def show_tasks(paths: Sequence[Path], tasks: Sequence[str], *, output: Path | No
     Raises:
         ConfigError, UltraMemError: as in `evaluate_tasks`.
     """
-    saved = [(evaluation, evaluation.save(output)) for evaluation in evaluate_tasks(paths, tasks, **options)]
-    print_task_table([evaluation for evaluation, _ in saved])
-    for _, file in saved:
-        print(f"written to {file}")
+    evaluations, notes = [], []
+    for evaluation in evaluate_tasks(paths, tasks, **options):
+        evaluations.append(evaluation)
+        reason = f"has {evaluation.checkpoint} on all questions"
+        notes.append(_note(evaluation.save(output), evaluation.run / TASKS_NAME, reason))
+    print_task_table(evaluations)
+    for note in notes:
+        print(note)
+
+
+def _note(written: Path | None, own: Path, reason: str) -> str:
+    """Where results were written, or why the run's own file was left as it is."""
+    return f"written to {written}" if written else f"not written: {own} {reason}; choose another file with --output"
 
 
 def print_losses(evaluations: Sequence[Evaluation]) -> None:

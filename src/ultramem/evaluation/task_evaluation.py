@@ -18,7 +18,7 @@ from ultramem.evaluation.task_suite import GROUPS, TaskSuite, task_names, with_m
 from ultramem.files.whole_files import write_json
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
 from ultramem.runs.layout import TASKS_NAME
-from ultramem.runs.results import TaskResult
+from ultramem.runs.results import TaskResult, may_replace
 from ultramem.runs.tokenizer import find_tokenizer
 
 
@@ -42,14 +42,20 @@ class TaskEvaluation:
     run: Path
     max_questions: int | None = None
 
-    def save(self, path: Path | None = None) -> Path:
+    def save(self, path: Path | None = None) -> Path | None:
         """Write the results to a JSON file, by default the run's `tasks.json`, which `ultramem report` shows.
 
         Results in the run's file for other tasks of the same checkpoint, with the same settings, are kept.
 
+        Returns:
+            the file; None if nothing was written because the run's own file already has the same checkpoint on all
+            questions, and these results are on some of them.
+
         Raises:
             UltraMemError: the file cannot be written.
         """
+        if path is None and not may_replace(self.run / TASKS_NAME, self.checkpoint, self.max_questions is None):
+            return None
         settings = {name: getattr(self, name) for name in ("checkpoint", "context_length", "max_questions")}
         earlier = _saved_results(self.run / TASKS_NAME, settings) if path is None else []
         new = {_task(result) for result in self.results}

@@ -148,7 +148,7 @@ class Run:
         summary: content of `summary.json`.
         metrics: metrics by step, ascending; a step that was repeated after a resume has its last report.
         unreadable_lines: number of incomplete lines of `metrics.jsonl`, which a crash left, without the last line.
-        evaluation: content of `evaluation.json`, None without that file.
+        evaluation: content of `evaluation.json`, None without that file or if it is not on the run's own held-out data.
         tasks: content of `tasks.json`, None without that file.
         samples: content of `samples.json`, empty without that file.
     """
@@ -177,14 +177,15 @@ class Run:
                     "`ultramem train`"
                 )
         metrics, unreadable_lines = _read_metrics(path / METRICS_NAME)
-        evaluation, tasks, samples = (path / name for name in (EVALUATION_NAME, TASKS_NAME, SAMPLES_NAME))
+        losses, tasks, samples = (path / name for name in (EVALUATION_NAME, TASKS_NAME, SAMPLES_NAME))
+        evaluation = _parse(losses, LossResult.parse) if losses.is_file() else None
         return cls(
             path=path,
             config=(path / CONFIG_NAME).read_text(encoding="utf-8", errors="replace"),
             summary=_parse(path / SUMMARY_NAME, Summary.parse),
             metrics=metrics,
             unreadable_lines=unreadable_lines,
-            evaluation=_parse(evaluation, LossResult.parse) if evaluation.is_file() else None,
+            evaluation=evaluation if evaluation is not None and evaluation.of_run else None,
             tasks=_parse(tasks, Tasks.parse) if tasks.is_file() else None,
             samples=_parse(samples, lambda entries: [ReportedSample.parse(entry) for entry in entries])
             if samples.is_file()

@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from ultramem.files.whole_files import read_json_object
+
+
+def may_replace(path: Path, checkpoint: str, complete: bool) -> bool:
+    """Whether results may replace those in a run's file: on a part of the data, never those of the checkpoint on all.
+
+    Args:
+        path: `evaluation.json` or `tasks.json`.
+        checkpoint: name of the checkpoint.
+        complete: whether the results are on all tokens or questions.
+    """
+    earlier = read_json_object(path)
+    # Tasks have a limit instead; version 0.1 does not say whether losses are on all tokens.
+    earlier_complete = earlier.get("complete", earlier.get("max_questions") is None)
+    return complete or earlier.get("checkpoint") != checkpoint or not earlier_complete
 
 
 @dataclass(frozen=True)
@@ -19,6 +36,7 @@ class LossResult:
         bits_per_byte: bits per byte of text, including the loss of end-of-text tokens; None without a manifest.
         unigram_bits_per_byte: bits per byte of the train split's unigram model, or None.
         complete: whether all tokens of the files were used.
+        data: the directory or token files, if they are not the run's own.
     """
 
     checkpoint: str
@@ -29,11 +47,17 @@ class LossResult:
     bits_per_byte: float | None
     unigram_bits_per_byte: float | None
     complete: bool = True
+    data: str | None = None
+
+    @property
+    def of_run(self) -> bool:
+        """Whether they are on the run's own held-out data, and not on any other."""
+        return self.split == "heldout" and self.data is None
 
     @staticmethod
     def parse(content: dict[str, Any]) -> LossResult:
         """Parse the content of the file."""
-        bits, unigram = content.get("bits_per_byte"), content.get("unigram_bits_per_byte")
+        data, bits, unigram = content.get("data"), content.get("bits_per_byte"), content.get("unigram_bits_per_byte")
         return LossResult(
             checkpoint=str(content["checkpoint"]),
             split=str(content["split"]),
@@ -43,6 +67,7 @@ class LossResult:
             bits_per_byte=None if bits is None else float(bits),
             unigram_bits_per_byte=None if unigram is None else float(unigram),
             complete=bool(content.get("complete", True)),  # version 0.1 does not say
+            data=None if data is None else str(data),
         )
 
 
