@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from ultramem.cli import app
 from ultramem.data.tokenize import TokenizeConfig, tokenize
 from ultramem.errors import UltraMemError
-from ultramem.finetuning.model_files import load_model_and_tokenizer
+from ultramem.hosts.transformers.files import load_model_and_tokenizer
 from ultramem.runs.config import DataConfig
 from ultramem.runs.contents import DataContents
 from ultramem.runs.tokens import open_token_data

@@ -10,7 +10,7 @@ import pytest
 
 from ultramem.cli import main
 from ultramem.data.token_files import load_manifest
-from ultramem.training.callbacks import StepSeed
+from ultramem.training.reproducible import StepSeed
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 
 from ultramem.data.token_files import load_manifest
 from ultramem.errors import ConfigError, UltraMemError
+from ultramem.evaluation import evaluate
 from ultramem.evaluation.data import EvaluationData, find_data
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.contents import DataContents
@@ -117,9 +118,9 @@ def test_damage_is_found_unless_verify_is_off(run: Any) -> None:
 def test_the_unigram_model_is_of_checked_tokens(run: Any) -> None:
     load_manifest(run.data).save_checksums()
     change_token(run.data, "train")
-    found = find(run)
+    evaluate(run.path, unigram=False)
     with pytest.raises(UltraMemError, match=r"train/part-00000.npy is damaged: it differs from its checksum"):
-        found.unigram_loss()
+        evaluate(run.path)
 
 
 def test_options_that_do_not_apply(run: Any) -> None:

@@ -10,7 +10,6 @@ from typing import cast
 
 from ultramem.data.token_files import Manifest, check_token_files, load_manifest
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.evaluation.unigram import unigram_loss
 from ultramem.runs.checkpoints import Checkpoint
 from ultramem.runs.config import DataConfig
 from ultramem.runs.contents import (
@@ -45,24 +44,15 @@ class EvaluationData:
     other: str | None = None
     verify: bool = True
 
-    def bits_per_byte(self, loss: float | None) -> float | None:
+    def bits_per_byte(self, loss: float) -> float | None:
         """Convert a mean loss in nats per token to bits per byte of text; None if the number of bytes is not known.
 
         The loss of end-of-text tokens counts as that of text. Tokens that were not predicted count with the mean loss.
         """
-        if loss is None or self.manifest is None:
+        if self.manifest is None:
             return None
         split = self.manifest.split(self.name)
         return loss / math.log(2) * split.tokens / split.bytes
-
-    def unigram_loss(self) -> float | None:
-        """Loss of the train split's unigram model on all tokens, in nats per token; None without a manifest."""
-        if self.manifest is None:
-            return None
-        train = self.manifest.split("train").paths
-        if self.verify:
-            self.manifest.check(train)
-        return unigram_loss(train, self.files, self.dtype, self.manifest.vocab_size)
 
 
 def find_data(

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
@@ -25,30 +27,22 @@ from ultramem.runs.layout import EVALUATION_NAME
 from ultramem.runs.results import LossResult, may_replace
 
 BATCH_TOKENS = 4096  # default for a batch; logits need memory in proportion to it
+CHUNK_TOKENS = 2**20  # counted at a time
 LARGEST_LOSS = 700.0  # the perplexity is still finite
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(LossResult):
-    """Results of a checkpoint on token files, with the speed of the evaluation.
-
-    Attributes:
-        tokens_per_second: predicted tokens per second; not saved.
-        run: run directory; not saved.
-    """
+    """Results of a checkpoint on token files; not saved are the predicted tokens per second and the run directory."""
 
     tokens_per_second: float
     run: Path
 
     def save(self, path: Path | None = None) -> Path | None:
-        """Write a JSON file, by default the run's `evaluation.json`, which `ultramem report` shows.
+        """Write a JSON file, by default the run's `evaluation.json`, which `ultramem report` shows; return its path.
 
-        Returns:
-            the file; None if nothing was written because these results are not on the run's own held-out data, or the
-            run's own file already has the same checkpoint on all tokens, and these are on some of them.
-
-        Raises:
-            UltraMemError: the file cannot be written.
+        Nothing is written, and None returned, if these results are not on the run's own held-out data, or its file has
+        the same checkpoint on all tokens, and these are on some. Raises UltraMemError if the file cannot be written.
         """
         own = self.run / EVALUATION_NAME
         if path is None and not (self.of_run and may_replace(own, self.checkpoint, self.complete)):
@@ -106,6 +100,12 @@ def evaluate(
     started = time.perf_counter()
     loss = mean_loss(model, sequences, batch_size or max(1, BATCH_TOKENS // length))
     seconds = time.perf_counter() - started
+    unigram_bits = None
+    if unigram is not False and found.manifest is not None:
+        train = found.manifest.split("train").paths
+        if found.verify:
+            found.manifest.check(train)
+        unigram_bits = found.bits_per_byte(unigram_loss(train, found.files, found.dtype, found.manifest.vocab_size))
     return Evaluation(
         checkpoint=checkpoint.name,
         split=found.name,
@@ -113,7 +113,7 @@ def evaluate(
         loss=loss,
         perplexity=math.exp(loss),
         bits_per_byte=found.bits_per_byte(loss),
-        unigram_bits_per_byte=found.bits_per_byte(None if unigram is False else found.unigram_loss()),
+        unigram_bits_per_byte=unigram_bits,
         complete=sequences.complete,
         data=found.other,
         tokens_per_second=sequences.predicted_tokens / seconds,
@@ -123,15 +123,9 @@ def evaluate(
 
 @torch.inference_mode()
 def mean_loss(model: MemoryTransformer, sequences: TokenSequences, batch_size: int) -> float:
-    """Mean cross-entropy of the predicted tokens, in nats per token.
+    """Mean cross-entropy of a model in evaluation mode on the predicted tokens, in nats per token.
 
-    Args:
-        model: model in evaluation mode.
-        sequences: sequences of tokens.
-        batch_size: sequences per batch.
-
-    Raises:
-        UltraMemError: a token is not in the vocabulary, or the loss is not finite or too large for a perplexity.
+    Raises UltraMemError if a token is not in the vocabulary, or the loss is not finite or too large for a perplexity.
     """
     device, console = model.device, Console(stderr=True)
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -149,3 +143,34 @@ def mean_loss(model: MemoryTransformer, sequences: TokenSequences, batch_size: i
     if not loss <= LARGEST_LOSS:
         raise UltraMemError(f"the loss is {loss}, as the training diverged; use an earlier checkpoint")
     return loss
+
+
+def unigram_loss(train: Sequence[Path], heldout: Sequence[Path], dtype: str, vocab_size: int) -> float:
+    """Cross-entropy of held-out tokens under the unigram model of the training tokens, in nats per token.
+
+    A token that occurs n times in N training tokens has the probability (n + 1) / (N + vocab_size). All tokens of the
+    files are used. Raises UltraMemError if an id is not below `vocab_size`.
+    """
+    counts = count_tokens(train, dtype, vocab_size)
+    heldout_counts = count_tokens(heldout, dtype, vocab_size)
+    log_probabilities = np.log(counts + 1) - np.log(counts.sum() + vocab_size)
+    return float(-(heldout_counts * log_probabilities).sum() / heldout_counts.sum())
+
+
+def count_tokens(paths: Sequence[Path], dtype: str, vocab_size: int) -> NDArray[np.int64]:
+    """Count the occurrences of each token in token files, (vocab_size,), int64.
+
+    Raises UltraMemError if an id is too large.
+    """
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for path in paths:
+        tokens = np.memmap(path, mode="r", dtype=np.dtype(dtype).newbyteorder("<"))
+        for start in range(0, len(tokens), CHUNK_TOKENS):
+            found = np.bincount(tokens[start : start + CHUNK_TOKENS], minlength=vocab_size)
+            if len(found) > vocab_size:
+                raise UltraMemError(
+                    f"token file {path} has id {len(found) - 1}, but the vocabulary has {vocab_size} tokens; "
+                    "tokenize again with --overwrite"
+                )
+            counts += found
+    return counts
