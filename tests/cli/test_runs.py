@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ultramem.cli import main
+from ultramem.configuration.decoding import decode
 from ultramem.evaluation import evaluate
 from ultramem.report.run import ReportedSample
 from ultramem.runs.results import LossResult
@@ -27,7 +28,7 @@ def test_evaluate(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     content = json.loads((run.path / "evaluation.json").read_text())
     expected = evaluate(run.path)
     assert content["loss"] == expected.loss
-    assert LossResult.parse(content).unigram_bits_per_byte == expected.unigram_bits_per_byte
+    assert decode(LossResult, content).unigram_bits_per_byte == expected.unigram_bits_per_byte
     printed = capsys.readouterr().out
     for number in (expected.loss, expected.bits_per_byte, expected.unigram_bits_per_byte):
         assert f"{number:.4f}" in printed
@@ -93,7 +94,7 @@ def test_generate(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert call(monkeypatch, "generate", run.path, "import", *options) == 0
     (sample,) = json.loads((run.path / "samples.json").read_text(encoding="utf-8"))
     assert capsys.readouterr().out.startswith(f"{sample['text']}\n")
-    assert ReportedSample.parse(sample).settings == {"temperature": 1.2, "top-k": 9, "top-p": 0.9, "seed": 4}
+    assert decode(ReportedSample, sample).settings == {"temperature": 1.2, "top-k": 9, "top-p": 0.9, "seed": 4}
 
 
 def test_generate_several(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

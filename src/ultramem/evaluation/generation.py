@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,11 +13,12 @@ import typer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from ultramem.configuration.field_types import check_least, check_types
+from ultramem.configuration.field_types import check_range, check_types
 from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.device import autocast
 from ultramem.errors import UltraMemError, system_reason
 from ultramem.evaluation.sampling import check_sampling, sample
+from ultramem.files.json_files import read_json
 from ultramem.files.whole_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import find_checkpoint
@@ -47,8 +47,9 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_sampling(self.temperature, self.top_k, self.top_p)
-        check_least(0, seed=self.seed)
-        check_least(1, max_new_tokens=self.max_new_tokens)
+        check_range(self, "temperature", most=100)
+        check_range(self, "seed", least=0)
+        check_range(self, "max_new_tokens", least=1)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class TextGenerator:
             UltraMemError: the model's output is not finite.
         """
         tokenizer, eos_token_id = self.tokenizer.tokenizer, self.tokenizer.eos_token_id
-        tokens = tokenizer.encode(prompt, add_special_tokens=False).ids or [eos_token_id]
+        tokens = self.tokenizer.encode([prompt])[0].ids or [eos_token_id]
         decoder = DecodeStream(ids=tokens)
         # Tokens are drawn on the CPU, so that they do not depend on the model's device.
         generator = torch.Generator().manual_seed(config.seed)
@@ -210,10 +211,7 @@ def save_samples(run: Path, samples: Sequence[Sample]) -> Path:
     path = run / SAMPLES_NAME
     earlier = []
     if path.is_file():
-        try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UltraMemError(f"{path} is not valid JSON ({error}); fix or remove it") from error
+        earlier = read_json(path, "fix or remove it")
         if not isinstance(earlier, list):
             raise UltraMemError(f"{path} is not a list of samples; remove it")
     write_json(path, earlier + [{"prompt": s.prompt, "text": s.text, **asdict(s.config)} for s in samples])

@@ -18,7 +18,8 @@ from ultramem.data.token_sequences import IGNORED, TokenSequences
 from ultramem.device import autocast
 from ultramem.errors import UltraMemError
 from ultramem.evaluation.data import find_data
-from ultramem.files.whole_files import read_json_object, write_json
+from ultramem.files.json_files import read_json_object
+from ultramem.files.whole_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import EVALUATION_NAME
@@ -92,12 +93,12 @@ def evaluate(
         ConfigError: a value is invalid.
         UltraMemError: the checkpoint or the data is missing or damaged, or the loss is not finite.
     """
+    check_least(1, max_tokens=max_tokens, batch_size=batch_size, sequence_length=sequence_length)
     checkpoint = find_checkpoint(path)
     config = checkpoint.config
     found = find_data(checkpoint, data, split, dtype)
     length = config.data.sequence_length if sequence_length is None else sequence_length
     sequences = TokenSequences(found.files, found.dtype, config.model.vocab_size, length, max_tokens)
-    check_least(1, batch_size=batch_size)
     model = checkpoint.load_model(device)
     started = time.perf_counter()
     loss = mean_loss(model, sequences, batch_size or max(1, BATCH_TOKENS // length))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from ultramem.configuration.decoding import decode
 from ultramem.configuration.field_types import check_least
 from ultramem.evaluation.scoring import BATCH_TOKENS
 from ultramem.evaluation.task_suite import GROUPS, TaskSuite, task_names, with_means
+from ultramem.files.json_files import read_json_object
 from ultramem.files.whole_files import write_json
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
 from ultramem.runs.layout import TASKS_NAME
@@ -121,8 +122,8 @@ def _task(result: TaskResult) -> str:
 def _saved_results(path: Path, settings: Mapping[str, object]) -> list[TaskResult]:
     """Results in a file if it has these settings; none if it is missing or not valid."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
         same = all(content[name] == value for name, value in settings.items())
-        return [TaskResult.parse(result) for result in content["results"] if same]
-    except (OSError, ValueError, TypeError, KeyError):
+        return [decode(TaskResult, result) for result in content["results"] if same]
+    except (ValueError, TypeError, KeyError):
         return []

@@ -1,4 +1,4 @@
-"""Atomic writes of text and JSON files, and reads of optional JSON files."""
+"""Atomic writes of text and JSON files."""
 
 from __future__ import annotations
 
@@ -36,12 +36,3 @@ def write_json(path: Path, content: Any) -> None:
         write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UltraMemError(f"{path} cannot be written: {system_reason(error)}") from error
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file; empty if the file is missing or not valid."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ultramem.errors import UltraMemError, first_line
+from ultramem.data.tokenizers import plain_errors
+from ultramem.errors import UltraMemError
 from ultramem.hosts.transformers import load_memory
 from ultramem.hosts.transformers.files import load_model_file
 
@@ -25,11 +26,8 @@ def load_model_and_tokenizer(
         UltraMemError: a file is missing or damaged, or the tokenizer does not fit or has no end-of-text token.
     """
     model = load_model_file(directory, torch.float32)
-    try:
+    with plain_errors(f"the tokenizer in {directory} cannot be loaded", "put it there"):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # of transformers and tokenizers, of any kind
-        reason = first_line(error)
-        raise UltraMemError(f"the tokenizer in {directory} cannot be loaded ({reason}); put it there") from error
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UltraMemError(

@@ -6,14 +6,16 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from ultramem.config import MemoryConfig
-from ultramem.errors import UltraMemError, system_reason
+from ultramem.configuration.decoding import decode, dotted_keys
+from ultramem.configuration.field_types import check_types
+from ultramem.errors import ConfigError, UltraMemError
+from ultramem.files.json_files import damaged, read_json
 from ultramem.files.whole_files import write_text
 from ultramem.hosts.transformers.attachment import attach_memory, detach_memory
 from ultramem.memory import Memory
@@ -53,23 +55,21 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
     """Attach a memory that `save_memory` wrote, in its own dtype.
 
     Raises:
-        ConfigError: the stored configuration is not valid.
         UltraMemError: a file is missing or damaged, or the memory does not fit the model.
     """
     path = Path(directory)
-    content = _read_config(path / CONFIG_NAME)
+    stored = _read_config(path / CONFIG_NAME)
     hidden, blocks = model.config.get_text_config().hidden_size, model.config.get_text_config().num_hidden_layers
-    if (content["d_model"], content["num_blocks"]) != (hidden, blocks):
+    if (stored.d_model, stored.num_blocks) != (hidden, blocks):
         raise UltraMemError(
-            f"{path} is the memory of a model with {content['num_blocks']} blocks of width {content['d_model']} "
-            f"({content['base_model']}); {type(model).__name__} here has {blocks} of width {hidden}"
+            f"{path} is the memory of a model with {stored.num_blocks} blocks of width {stored.d_model} "
+            f"({stored.base_model}); {type(model).__name__} here has {blocks} of width {hidden}"
         )
     try:
-        config = MemoryConfig(**content["memory"])
         tensors = load_file(path / WEIGHTS_NAME)
-    except (OSError, SafetensorError, TypeError) as error:
+    except (OSError, SafetensorError) as error:
         raise UltraMemError(f"{path} is damaged or incomplete ({error}); save the memory again") from error
-    memory = attach_memory(model, config)
+    memory = attach_memory(model, stored.memory)
     # Integers instead of floating-point numbers, or the reverse, count as another shape.
     expected = {name: (*tensor.shape, tensor.is_floating_point()) for name, tensor in memory.state_dict().items()}
     found = {name: (*tensor.shape, tensor.is_floating_point()) for name, tensor in tensors.items()}
@@ -85,17 +85,23 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
     return memory
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """The content of `memory_config.json`."""
+
+    memory: MemoryConfig
+    d_model: int
+    num_blocks: int
+    base_model: str
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+def _read_config(path: Path) -> _Stored:
+    remedy = "give a directory written by save_memory, or save the memory again"
+    content = read_json(path, remedy)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UltraMemError(
-            f"{path} cannot be read ({system_reason(error)}); give a directory written by save_memory"
-        ) from error
-    except ValueError as error:
-        raise UltraMemError(f"{path} is not valid JSON ({error}); save the memory again") from error
-    needed = ("memory", "d_model", "num_blocks", "base_model")
-    missing = [name for name in needed if not isinstance(content, dict) or name not in content]
-    if missing:
-        raise UltraMemError(f"{path}: {missing[0]} is missing; save the memory again")
-    return content
+        return decode(_Stored, content, [*dotted_keys(_Stored)])
+    except ConfigError as error:
+        raise damaged(path, error, remedy) from error
