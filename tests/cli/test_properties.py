@@ -32,13 +32,19 @@ COMMANDS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "export": (["RUN", "OUT"], ["max-shard-size"], ["dtype"]),
     "finetune": (
         ["RUN", "TEXT", "--output", "OUT", "--background", "TEXT"],
-        ["rows", "rank", "steps", "epochs", "batch-size", "sequence-length", "learning-rate", "background-batches", "seed"],
+        [
+            *("rows", "rank", "steps", "epochs", "batch-size", "sequence-length", "learning-rate", "seed"),
+            "background-batches",
+        ],
         ["method", "optimizer", "device", "text-field", "include"],
     ),
     "import-olmo": (["RUN", "OUT"], ["max-shard-size"], ["dtype"]),
     "import-flags": (
         ["--model.mem_knum=12"],
-        ["model.d_model", "model.n_layers", "model.mem_knn", "model.mem_share_ratio", "max_duration", "global_train_batch_size", "scheduler.t_warmup", "scheduler.t_max", "optimizer.eps", "seed", "save_interval"],
+        [
+            *("model.d_model", "model.n_layers", "model.mem_knn", "model.mem_share_ratio", "max_duration", "seed"),
+            *("global_train_batch_size", "scheduler.t_warmup", "scheduler.t_max", "optimizer.eps", "save_interval"),
+        ],
         ["model.mem_insert_way", "scheduler.units", "optimizer.betas", "precision", "run_name"],
     ),
 }

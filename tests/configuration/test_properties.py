@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hostile import allowed, damaged, nested, numbers, texts, values
 from ultramem.configuration.decoding import decode, dotted_keys
 from ultramem.configuration.overrides import apply_overrides
-from ultramem.configuration.yaml_text import DEEPEST, LARGEST_TEXT, dump_yaml, parse_yaml
+from ultramem.configuration.yaml_text import DEEPEST, LARGEST_TEXT, MOST_VALUES, dump_yaml, parse_yaml
 from ultramem.errors import ConfigError
 from ultramem.runs.config import RunConfig
 
@@ -106,6 +106,7 @@ def test_a_value_of_python(key: str, value: Any) -> None:
         ('"a\\nb": x', 1, "a key must be text"),
         ("[" * (DEEPEST + 1), 1, f"sections and lists are nested more than {DEEPEST} deep"),
         ("- " * (DEEPEST + 1), 1, f"sections and lists are nested more than {DEEPEST} deep"),
+        ("- a\n" * MOST_VALUES, MOST_VALUES, f"there are more than {MOST_VALUES} keys and values"),
         ("a: 1\n---\nb: 2", 2, "found another document"),
         ("a: 1\nb: x\0", 2, "special characters are not allowed"),
         ('a: "\\0"', 1, "control characters"),

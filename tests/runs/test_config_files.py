@@ -151,7 +151,6 @@ def test_relative_paths_start_at_the_working_directory(write, monkeypatch, tmp_p
         ("--optimizer.max_grad_norm=1e200", "optimizer.max_grad_norm=1e+200: must be 0 or from 1e-30"),
         ("--optimizer.weight_decay=1e30", "optimizer.weight_decay=1e+30: must be at least 0 and at most 100"),
         ("--trainer.steps=true", "trainer.steps=True: must be a whole number"),
-        ("--trainer.compile=1", "trainer.compile=1: must be true or false"),
         ("--trainer.steps=1e200", "trainer.steps=1e+200: must be a whole number"),
         ("--trainer.steps=4294967296", "trainer.steps=4294967296: must be at least 1 and at most 2147483647"),
         (

@@ -14,6 +14,7 @@ from ultramem.configuration.field_types import is_64_bit
 from ultramem.errors import ConfigError, first_line, system_reason
 
 LARGEST_TEXT = 2**20  # in bytes; a run's configuration has one or two thousand
+MOST_VALUES = 20_000  # keys count too; more take seconds
 DEEPEST = 20  # sections and lists within each other; a run's configuration has four
 _TEXT = "tag:yaml.org,2002:str"
 
@@ -26,7 +27,7 @@ class _Loader(yaml.SafeLoader):
     """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
-    depth = 0
+    values = depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
@@ -38,6 +39,9 @@ class _Loader(yaml.SafeLoader):
             raise _refused(event, "control characters are not supported; leave them out")
         if self.depth == DEEPEST:
             raise _refused(event, f"sections and lists are nested more than {DEEPEST} deep; remove some")
+        if self.values == MOST_VALUES:
+            raise _refused(event, f"there are more than {MOST_VALUES} keys and values; remove some")
+        self.values += 1
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -49,7 +53,7 @@ class _Loader(yaml.SafeLoader):
             if key.tag != _TEXT or key.value == "<<" or not key.value.isprintable():
                 raise _refused(key, "a key must be text on one line and not <<; quote it if it looks like another type")
             if key.value in lines:
-                raise _refused(key, f"the key {key.value} is already in line {lines[key.value]}; leave out one of them")
+                raise _refused(key, f"the key {key.value[:100]} is already in line {lines[key.value]}; leave one out")
             lines[key.value] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
