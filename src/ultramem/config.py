@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ultramem.configuration.field_types import check_range, check_types, shown
 from ultramem.errors import ConfigError
-from ultramem.layers.kinds import KINDS
+from ultramem.layers import KINDS
 from ultramem.layers.memory_layer import MemoryLayer
 from ultramem.tables.layout import TableLayout
 
@@ -99,16 +99,13 @@ class MemoryConfig:
         check_types(self)
         if self.kind not in KINDS:
             raise ConfigError(f"kind={self.kind!r}: must be one of {', '.join(KINDS)}")
-        for name, default in self._kind_defaults.items():
+        defaults = {**MemoryLayer.defaults, **self.layer_type.defaults}
+        for name, default in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         self._check_values()
-        self._check_unused()
+        self._check_unused(defaults)
         self.layer_type.check(self)
-
-    @property
-    def _kind_defaults(self) -> dict[str, Any]:
-        return {**MemoryLayer.defaults, **self.layer_type.defaults}
 
     @property
     def layer_type(self) -> type[MemoryLayer]:
@@ -134,10 +131,8 @@ class MemoryConfig:
         """
         if self.insertion == "all":
             return tuple((block, block) for block in range(num_blocks))
-        if self.insertion == "none":
-            return ()
         pairs = self._parse_insertion()
-        last = max(add for _, add in pairs)
+        last = max((add for _, add in pairs), default=-1)
         if last >= num_blocks:
             raise ConfigError(
                 f"insertion={shown(self.insertion)}: block {last} does not exist; the last of {num_blocks} blocks is "
@@ -191,11 +186,7 @@ class MemoryConfig:
         """Learning rate of the values at a step, as a multiple of the model's; 1 if `value_lr` sets it.
 
         UltraMem (arXiv:2411.12364): `1 + (m - 1) * max(0, 1 - step / (steps * d))` with m `value_lr_multiplier` and d
-        `value_lr_decay`.
-
-        Args:
-            step: training step, from 0.
-            steps: number of steps of the whole training.
+        `value_lr_decay`. Steps count from 0; the whole training has `steps`.
         """
         if self.value_lr is not None:
             return 1.0
@@ -220,10 +211,10 @@ class MemoryConfig:
                 )
         self._parse_insertion()
 
-    def _check_unused(self) -> None:
+    def _check_unused(self, defaults: dict[str, Any]) -> None:
         kind = self.layer_type
         for field in fields(self):
-            only = self._kind_defaults.get(field.name, field.default)
+            only = defaults.get(field.name, field.default)
             if field.name in kind.unused and getattr(self, field.name) != only:
                 others = [f"kind={name!r}" for name, other in KINDS.items() if field.name not in other.unused]
                 raise ConfigError(

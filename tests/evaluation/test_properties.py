@@ -14,7 +14,7 @@ from hostile import allowed, damaged, json_files, numbers, values
 from ultramem.data.tokenizers import load_tokenizer
 from ultramem.evaluation import SamplingConfig, evaluate
 from ultramem.evaluation.generation import Sample, TextGenerator, save_samples
-from ultramem.evaluation.task_evaluation import TaskEvaluation
+from ultramem.evaluation.tasks import TaskEvaluation
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.results import TaskResult
 from ultramem.runs.tokenizer import find_tokenizer

@@ -14,24 +14,26 @@ from numpy.typing import NDArray
 from ultramem.configuration.decoding import decode
 from ultramem.configuration.field_types import check_range, check_types, field_types
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.files.json_files import damaged, parse_json, read_json
+from ultramem.files.json_files import damaged, read_json
 from ultramem.runs.layout import CONFIG_NAME, EVALUATION_NAME, METRICS_NAME, SAMPLES_NAME, SUMMARY_NAME, TASKS_NAME
-from ultramem.runs.results import LossResult, TaskResult
+from ultramem.runs.results import LossResult, TaskResult, parse_report
 
 Array = NDArray[np.float64]
 T = TypeVar("T")
 
+_PROVENANCE = {
+    "started": "Started",
+    "device": "Device",
+    "world_size": "Processes",
+    "torch": "PyTorch",
+    "git": "Git revision",
+}
 _LAYER_METRIC = re.compile(r"(?P<group>[^/]+)/(?P<axis>layer|block) (?P<index>[0-9]{1,9})/(?P<name>.+)")
 
 
 @dataclass(frozen=True)
 class Series:
-    """A metric over the run.
-
-    Attributes:
-        steps: (n,), steps of the reports, ascending.
-        values: (n,), values of the metric.
-    """
+    """A metric over the run: the steps of its reports, (n,), ascending, and its values, (n,)."""
 
     steps: Array
     values: Array
@@ -115,15 +117,6 @@ class Summary:
         return {label: value for name, label in _PROVENANCE.items() if (value := getattr(self, name)) is not None}
 
 
-_PROVENANCE = {
-    "started": "Started",
-    "device": "Device",
-    "world_size": "Processes",
-    "torch": "PyTorch",
-    "git": "Git revision",
-}
-
-
 @dataclass(frozen=True)
 class Tasks:
     """The content of `tasks.json`."""
@@ -199,8 +192,7 @@ class Run:
     def read(cls, path: Path) -> Run:
         """Read the directory at `path`.
 
-        Raises:
-            UltraMemError: the directory is not a run, has no metrics yet, or has an invalid file.
+        Raises UltraMemError if the directory is not a run, has no metrics yet, or has an invalid file.
         """
         path = path.resolve()
         for name in (CONFIG_NAME, SUMMARY_NAME):
@@ -258,25 +250,13 @@ def _layer_series(group: str, axis: str, name: str, points: list[tuple[int, int,
 def _read_metrics(path: Path) -> tuple[dict[int, dict[str, float]], int]:
     """Metrics by ascending step, and the number of unreadable lines before the last."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    reports = [_parse_report(line) for line in lines]
+    reports = [parse_report(line) for line in lines]
     metrics = dict(report for report in reports if report is not None)
     if not any(metrics.values()):
         raise UltraMemError(
             f"{path.parent} has no metrics yet, as the run has just started; try again after its first report"
         )
     return dict(sorted(metrics.items())), reports[:-1].count(None)
-
-
-def _parse_report(line: str) -> tuple[int, dict[str, float]] | None:
-    """Step and metrics of one line of `metrics.jsonl`; None if it is unreadable."""
-    try:
-        report = parse_json(line)
-        step, metrics = report["step"], report["metrics"].items()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    if type(step) is not int or step < 0:
-        return None
-    return step, {name: float(value) for name, value in metrics if type(value) in (int, float)}
 
 
 def _load(kind: type[T], path: Path, field: str | None = None) -> T:

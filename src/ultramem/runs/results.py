@@ -1,10 +1,11 @@
-"""Results of evaluations in the run directory: losses in `evaluation.json`, tasks in `tasks.json`."""
+"""Results in the run directory: losses in `evaluation.json`, tasks in `tasks.json`, metrics in `metrics.jsonl`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ultramem.configuration.field_types import check_range, check_types
+from ultramem.files.json_files import parse_json
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,15 @@ class TaskResult:
     def __post_init__(self) -> None:
         check_types(self)
         check_range(self, "questions", least=0)
+
+
+def parse_report(line: str) -> tuple[int, dict[str, float]] | None:
+    """Step and metrics of one line of `metrics.jsonl`; None if it is unreadable."""
+    try:
+        report = parse_json(line)
+        step, metrics = report["step"], report["metrics"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if type(step) is not int or step < 0:
+        return None
+    return step, {name: float(value) for name, value in metrics if type(value) in (int, float)}

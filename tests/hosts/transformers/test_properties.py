@@ -10,7 +10,7 @@ from hypothesis import given
 
 from hostile import allowed, json_files
 from ultramem import MemoryConfig
-from ultramem.hosts.transformers.memory_files import _read_config
+from ultramem.hosts.transformers.files import _read_memory_config
 
 CONTENT = {"memory": dataclasses.asdict(MemoryConfig()), "d_model": 32, "num_blocks": 3, "base_model": "llama"}
 
@@ -20,4 +20,4 @@ def test_any_configuration(tmp_path_factory: pytest.TempPathFactory, content: by
     path = Path(tmp_path_factory.getbasetemp()) / "memory_config.json"
     path.write_bytes(content)
     with allowed():
-        assert _read_config(path).memory.num_keys > 0
+        assert _read_memory_config(path).memory.num_keys > 0
