@@ -152,7 +152,8 @@ def _required(right: bool, value: Any, name: str, what: str) -> Any:
 
 def shown(value: Any) -> str:
     """A value as errors show it, shortened."""
-    if isinstance(value, int) and value.bit_length() > 256:  # Python writes no more than 4300 digits
-        return f"a number of {value.bit_length()} bits"
-    text = repr(list(value) if isinstance(value, tuple) else value)  # as YAML has it
+    try:
+        text = repr(list(value) if isinstance(value, tuple) else value)  # as YAML has it
+    except ValueError:  # Python writes no more than 4300 digits
+        return "..."
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."

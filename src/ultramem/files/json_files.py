@@ -57,7 +57,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def damaged(path: Path, reason: Exception, remedy: str) -> UltraMemError:
     """The error for a file whose content is not what it must be."""
-    words = f"{reason} is missing" if isinstance(reason, KeyError) else first_line(reason)
+    words = first_line(reason)
+    if isinstance(reason, KeyError):
+        words = f"{reason} is missing"
+    elif isinstance(reason, TypeError | AttributeError):
+        words = "a list or an object is something else"
     return UltraMemError(f"{path} is damaged ({words}); {remedy}")
 
 
