@@ -6,18 +6,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from olmo_core.train import Duration, LoadStrategy, Trainer, TrainerConfig
 from olmo_core.train.callbacks import Callback
 from olmo_core.train.train_module import TransformerActivationCheckpointingConfig, TransformerTrainModule
 from rich.console import Console
-from torch.distributed.checkpoint.api import CheckpointException
 
 from ultramem.configuration.decoding import encode
 from ultramem.data.token_sequences import TokenSequences
-from ultramem.errors import UltraMemError
+from ultramem.errors import UltraMemError, first_line
 from ultramem.evaluation.task_suite import TaskSuite
+from ultramem.files.checksums import DamagedFileError
+from ultramem.hosts.olmo_core import ModelConfig
+from ultramem.hosts.olmo_core.checkpoint import check_stored_model
 from ultramem.runs.config import RunConfig
 from ultramem.runs.layout import METRICS_NAME
 from ultramem.runs.tokens import TokenData
@@ -34,14 +35,11 @@ from ultramem.training.callbacks import (
     TensorBoard,
     WeightsAndBiases,
 )
+from ultramem.training.checkpointer import CheckpointerConfig
 from ultramem.training.data_loader import build_data_loader
-from ultramem.training.environment import environment_variable
 from ultramem.training.heldout import HeldoutBatches, HeldoutEvaluator
 from ultramem.training.optimizer import build_scheduler, optimizer_config
-from ultramem.training.processes import Processes
-
-# OLMo-core's state of a run has NumPy's random state besides plain values and tensors.
-_STATE_TYPES: list[Any] = [np.empty(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.UInt32DType]
+from ultramem.training.processes import Processes, in_all
 
 
 class TrainModule(TransformerTrainModule):
@@ -74,7 +72,11 @@ def build_trainer(
         scheduler=build_scheduler(config.schedule, optimizer.learning_rate, trainer.total_steps, config.model.memory),
         device=processes.device,
     )
-    checkpoints = Checkpoints(save_interval=trainer.checkpoint_interval, max_checkpoints=trainer.keep_checkpoints)
+    checkpoints = Checkpoints(
+        save_interval=trainer.checkpoint_interval,
+        max_checkpoints=trainer.keep_checkpoints,
+        save_async=trainer.async_checkpoints,
+    )
     callbacks: dict[str, Callback] = {
         "checkpointer": checkpoints,
         "layer_metrics": LayerMetrics(module.model, trainer.memory_metrics_interval),
@@ -95,6 +97,7 @@ def build_trainer(
         callbacks["wandb"] = _wandb(config)
     return TrainerConfig(
         save_folder=str(trainer.directory),
+        checkpointer=CheckpointerConfig(),
         load_strategy=LoadStrategy.never,  # `train` has found the checkpoint already
         device=str(processes.device),
         max_duration=Duration.steps(trainer.total_steps),
@@ -130,20 +133,21 @@ def _wandb(config: RunConfig) -> WeightsAndBiases:
     )
 
 
-def load_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
-    """Load a checkpoint; only plain types of the trainer state are unpickled."""
+def load_checkpoint(trainer: Trainer, checkpoint: Path, model: ModelConfig) -> None:
+    """Load a checkpoint; all processes together, which raise the same error.
+
+    Raises:
+        UltraMemError: the model or the data differ, or a file cannot be read; a `DamagedFileError` if it is damaged or
+            holds more than data.
+    """
+    in_all(lambda: check_stored_model(checkpoint, model))
     try:
-        # Every `torch.load`, also OLMo-core's, must refuse pickles that hold more than data.
-        weights_only = environment_variable("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
-        with weights_only, torch.serialization.safe_globals(_STATE_TYPES):
-            trainer.load_checkpoint(checkpoint, load_trainer_state=True, load_optim_state=True)
-    except (Exception, CheckpointException) as error:
+        trainer.load_checkpoint(checkpoint, load_trainer_state=True, load_optim_state=True)
+    except (UltraMemError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         if "fingerprint" in str(error):
             raise UltraMemError(
                 f"the training data has changed since {checkpoint} was written; restore it, or start another run"
             ) from error
-        lines = (str(error).strip() or type(error).__name__).splitlines()
-        reason = lines[-1 if isinstance(error, CheckpointException) else 0]  # the former begins with a traceback
-        raise UltraMemError(
-            f"{checkpoint} is damaged ({reason}); remove that directory to resume from the checkpoint before it"
-        ) from error
+        raise DamagedFileError(f"{checkpoint} is damaged ({first_line(error)})") from error

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,7 @@ class Checkpoints(CheckpointerCallback):
     """Writes periodic checkpoints: after a failure never an incomplete one, and none of a run that has diverged."""
 
     def __post_init__(self) -> None:
-        self.save_async, self.pre_train_checkpoint = False, False
+        self.pre_train_checkpoint = False
         self.remove = CheckpointRemovalStrategy.never  # for ephemeral checkpoints, which are not used
         super().__post_init__()
 
@@ -38,20 +42,43 @@ class Checkpoints(CheckpointerCallback):
         found = sorted(self.checkpointer.find_checkpoints(self.save_folder))
         self._checkpoints = [path for step, path in found if step <= self.step]
 
+    def on_error(self, exc: BaseException) -> None:
+        """Let a checkpoint that is being written be finished."""
+        del exc
+        if self._future is not None:
+            concurrent.futures.wait([self._future])
+
     def _save_checkpoint(self, save_async: bool | None = None, ephemeral: bool = False) -> str:
+        self._await_last_checkpoint()
+        directory = Path(self.save_folder) / self.checkpointer.checkpoint_dirname(self.step)
+        with timed_apart(self), self._written(directory):
+            if not (self.save_async if save_async is None else save_async):
+                return super()._save_checkpoint(False, ephemeral)
+            # Not by the trainer's method, whose metric of the duration belongs to another step in each process.
+            self.trainer._log_metrics()  # raises an error if the run has diverged
+            state = self.trainer.state_dict()
+            self._future = self.checkpointer.save_async(str(directory), self.trainer.train_module, state, ephemeral)
+            self._latest_checkpoint_step, self._latest_checkpoint_path = self.step, str(directory)
+            return str(directory)
+
+    def _await_last_checkpoint(self, blocking: bool = True) -> Future[None] | None:
+        with self._written(Path(self._latest_checkpoint_path)):
+            return super()._await_last_checkpoint(blocking)
+
+    @contextmanager
+    def _written(self, directory: Path) -> Iterator[None]:
+        """Explain an error while a checkpoint is written, and remove what there is of it."""
         try:
-            with timed_apart(self):
-                return super()._save_checkpoint(save_async, ephemeral)
+            yield
         except (Exception, CheckpointException) as error:  # a CheckpointException is not an Exception
-            cause = _cause(error)
+            cause = None if isinstance(error, UltraMemError) else _cause(error)
             if cause is None:
                 raise
-            directory = Path(self.save_folder) / self.checkpointer.checkpoint_dirname(self.step)
             for unfinished in (directory, directory.with_name(f"{directory.name}-tmp")):
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise UltraMemError(
-                f"the checkpoint of step {self.step} cannot be written to {directory} ({cause}); free some space and "
-                "run the same command again"
+                f"the checkpoint of {directory.name.replace('step', 'step ')} cannot be written to {directory} "
+                f"({cause}); free some space and run the same command again"
             ) from error
 
 
