@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 import torch
+
 from hostile_checkpoints import HOSTILE, ONLY_FOR_TRAINING, sign
 from tiny_run import CONFIG, write_data
-
 from ultramem.cli import main
 from ultramem.training import load_config, train
 

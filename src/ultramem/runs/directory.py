@@ -137,12 +137,12 @@ class RunDirectory:
             name: its directory's name, such as `step400`.
 
         Raises:
-            ConfigError: there is no such checkpoint, or it is not complete.
+            UltraMemError: there is no such checkpoint, or it is not complete.
         """
         named = {checkpoint_name(step): step for step in complete_steps(self.path)}
         if name not in named:
             valid = f"one of {', '.join(named)}" if named else "left out, as there is no complete checkpoint"
-            raise ConfigError(f"--from-checkpoint={name}: must be {valid} in {self.path}")
+            raise UltraMemError(f"--from-checkpoint={name}: must be {valid} in {self.path}")
         return named[name]
 
     def put_aside(self, step: int, ending: str) -> list[str]:

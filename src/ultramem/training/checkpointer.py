@@ -85,15 +85,19 @@ class Checkpointer(train.Checkpointer):
             UltraMemError: a file cannot be read; a `DamagedFileError` if it is damaged or holds more than data.
         """
         del load_trainer_state, reset_optimizer_states_on_load
-        reader, state = in_all(lambda: (CheckpointReader(Path(dir)), _load_trainer_state(Path(dir))))
+        reader, state = in_all(lambda: (CheckpointReader(Path(dir)), read_trainer_state(Path(dir))))
         tensors = train_module.state_dict_to_load(reader.read_metadata(), optim=load_optim_state)
         reader.load(tensors, self.process_group)
         train_module.load_state_dict(tensors)
         return state
 
 
-def _load_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """This process's state, or that of the first one if there were fewer."""
+def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """Read the trainer's state in this process, or in the first one if there were fewer when it was written.
+
+    Raises:
+        UltraMemError: the file cannot be read; a `DamagedFileError` if it is damaged or holds more than data.
+    """
     files, own = CheckpointFiles.open(checkpoint), f"train/rank{get_rank()}.pt"
     with torch.serialization.safe_globals(_STATE_TYPES):
         return files.load(own if files.has(own) else "train/rank0.pt")

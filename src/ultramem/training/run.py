@@ -81,10 +81,10 @@ def train(
         console: console for progress; by default standard output.
 
     Raises:
-        ConfigError: the configuration does not fit the machine, the data or the number of processes, or there is no
-            such checkpoint.
-        UltraMemError: the data is missing or damaged, the directory holds another run, a checkpoint cannot be written
-            or read, or the loss or gradient is not finite. Complete checkpoints are always kept.
+        ConfigError: the configuration does not fit the machine, the data or the number of processes.
+        UltraMemError: the data is missing or damaged, the directory holds another run or not that checkpoint, a
+            checkpoint cannot be written or read, or the loss or gradient is not finite. Complete checkpoints are always
+            kept.
     """
     console = console or Console(highlight=False, soft_wrap=True)
     if overwrite and from_checkpoint is not None:

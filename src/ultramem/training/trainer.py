@@ -16,7 +16,6 @@ from ultramem.configuration.decoding import encode
 from ultramem.data.token_sequences import TokenSequences
 from ultramem.errors import UltraMemError, first_line
 from ultramem.evaluation.task_suite import TaskSuite
-from ultramem.files.checksums import DamagedFileError
 from ultramem.hosts.olmo_core import ModelConfig
 from ultramem.hosts.olmo_core.checkpoint import check_stored_model
 from ultramem.runs.config import RunConfig
@@ -150,4 +149,6 @@ def load_checkpoint(trainer: Trainer, checkpoint: Path, model: ModelConfig) -> N
             raise UltraMemError(
                 f"the training data has changed since {checkpoint} was written; restore it, or start another run"
             ) from error
-        raise DamagedFileError(f"{checkpoint} is damaged ({first_line(error)})") from error
+        raise UltraMemError(
+            f"{checkpoint} cannot be loaded ({first_line(error)}); choose an earlier one with --from-checkpoint"
+        ) from error

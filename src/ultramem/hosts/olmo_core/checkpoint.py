@@ -142,7 +142,7 @@ class CheckpointReader(RemoteFileSystemReader):
             cause = next(iter(error.failures.values()))[0]
             if isinstance(cause, UltraMemError | MemoryError | torch.OutOfMemoryError):
                 raise cause from error
-            raise DamagedFileError(f"{self.path} is damaged ({first_line(cause)})") from error
+            raise UltraMemError(f"{self.path} cannot be loaded ({first_line(cause)})") from error
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
         """Read, check and load items; called by PyTorch."""

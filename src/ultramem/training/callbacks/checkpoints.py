@@ -50,6 +50,7 @@ class Checkpoints(CheckpointerCallback):
 
     def _save_checkpoint(self, save_async: bool | None = None, ephemeral: bool = False) -> str:
         self._await_last_checkpoint()
+        self._remove_old_checkpoints()
         directory = Path(self.save_folder) / self.checkpointer.checkpoint_dirname(self.step)
         with timed_apart(self), self._written(directory):
             if not (self.save_async if save_async is None else save_async):
