@@ -160,10 +160,10 @@ class RunDirectory:
         moved = [path.rename(_free_name(path, ending)) for path in later]
         metrics = self.path / METRICS_NAME
         if ending == "unused" and metrics.is_file():
-            lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if not _is_later(line, step)]
             if len(kept) < len(lines):
-                moved.append(metrics.rename(_free_name(metrics, ending)))
+                moved.append(shutil.copyfile(metrics, _free_name(metrics, ending)))
                 write_text(metrics, "".join(kept))
         return [path.name for path in moved]
 
@@ -230,6 +230,13 @@ def _flat(content: dict[str, Any], path: str = "") -> dict[str, Any]:
 def _free_name(path: Path, ending: str) -> Path:
     numbered = (path.with_name(f"{path.name}.{ending}{number}") for number in ("", *range(2, 10**6)))
     return next(name for name in numbered if not name.exists())
+
+
+def _is_later(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] > step
+    except (ValueError, KeyError, TypeError):  # a damaged line stays where it is
+        return False
 
 
 def _cut_torn_line(path: Path) -> None:
