@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from ultramem.cli import main
-from ultramem.training.callbacks import StepSeed
+from ultramem.training.reproducible import StepSeed
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_earlier_checkpoint(command, tmp_path):
     assert "kept as step12.unused, metrics.jsonl.unused\nresuming from step 8\n" in output
     assert output.splitlines()[-1] == f"finished at step 12: {tmp_path / 'run'}"
     status, _, errors = command("--from-checkpoint=step4")
-    message = f"error: --from-checkpoint=step4: must be one of step8, step12 in {tmp_path / 'run'}\n"
+    message = f"error: --from-checkpoint=step4: must be one of step8, step10, step12 in {tmp_path / 'run'}\n"
     assert (status, errors) == (1, message)
     assert command("--from-checkpoint=step8", "--overwrite")[2].startswith("error: --from-checkpoint=step8: does not")
 

@@ -150,12 +150,11 @@ class CheckpointReader(RemoteFileSystemReader):
             if item.type == LoadItemType.BYTE_IO:
                 planner.load_bytes(item, value)
                 continue
-            part = zip(item.storage_offsets, item.lengths, strict=True)
-            source = value[tuple(slice(offset, offset + length) for offset, length in part)]
+            part = [slice(start, start + size) for start, size in zip(item.storage_offsets, item.lengths, strict=True)]
             target = planner.resolve_tensor(item).detach()
-            if source.shape != target.shape:
-                raise DamagedFileError(f"{self.path} is damaged: {item.storage_index.fqn} has the shape {source.shape}")
-            target.copy_(source)
+            if value.dim() != len(part) or value[tuple(part)].shape != target.shape:
+                raise DamagedFileError(f"{self.path} is damaged: {item.storage_index.fqn} has another shape")
+            target.copy_(value[tuple(part)])
             planner.commit_tensor(item, target)
         done: torch.futures.Future[None] = torch.futures.Future()
         done.set_result(None)
@@ -202,8 +201,7 @@ def check_stored_model(checkpoint: Path, config: ModelConfig) -> None:
     stored = CheckpointReader(checkpoint).read_metadata().state_dict_metadata
     model_part = {name.removeprefix("model."): entry for name, entry in stored.items() if name.startswith("model.")}
     shapes = {name: getattr(entry, "size", ()) for name, entry in model_part.items()}
-    model = config.build("meta").state_dict()
-    difference = _first_difference({name: tensor.shape for name, tensor in model.items()}, shapes)
+    difference = _first_difference(config.build("meta").state_dict(), shapes)
     if difference:
         raise UltraMemError(
             f"{checkpoint / MODEL_NAME} does not fit the run's configuration: {difference}; restore the configuration "
@@ -225,11 +223,11 @@ def write_checksums(checkpoint: Path) -> None:
     Checksums.compute(checkpoint, [path for path in paths if path != CHECKSUMS_NAME], pieces).save()
 
 
-def _first_difference(expected: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]) -> str | None:
-    for name, shape in expected.items():
+def _first_difference(expected: dict[str, Tensor], stored: dict[str, tuple[int, ...]]) -> str | None:
+    for name, tensor in expected.items():
         if name not in stored:
             return f"it lacks {name}"
-        if shape != stored[name]:
-            return f"{name} has the shape {tuple(stored[name])}, not {tuple(shape)}"
+        if tensor.shape != stored[name]:
+            return f"{name} has the shape {tuple(stored[name])}, not {tuple(tensor.shape)}"
     surplus = stored.keys() - expected.keys()
     return f"it also has {min(surplus)}" if surplus else None

@@ -1,4 +1,4 @@
-"""Checkpoints of a run."""
+"""Writing and loading the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -13,14 +13,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from olmo_core.train.callbacks import CheckpointerCallback
+import torch
+from olmo_core.train import Trainer
+from olmo_core.train.callbacks import Callback, CheckpointerCallback, SpeedMonitorCallback
 from olmo_core.train.callbacks.checkpointer import CheckpointRemovalStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ultramem.errors import UltraMemError
-from ultramem.training.callbacks.timing import timed_apart
+from ultramem.errors import UltraMemError, first_line
+from ultramem.hosts.olmo_core import ModelConfig
+from ultramem.hosts.olmo_core.checkpoint import check_stored_model
+from ultramem.training.processes import in_all
 
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE)
+
+
+@contextmanager
+def timed_apart(callback: Callback) -> Iterator[None]:
+    """Exclude the time inside from the reported speed of training."""
+    yield
+    for other in callback.trainer.callbacks.values():
+        if isinstance(other, SpeedMonitorCallback):
+            other.reset()
 
 
 @dataclass
@@ -72,8 +85,11 @@ class Checkpoints(CheckpointerCallback):
         try:
             yield
         except (Exception, CheckpointException) as error:  # a CheckpointException is not an Exception
-            cause = None if isinstance(error, UltraMemError) else _cause(error)
-            if cause is None:
+            # OLMo-core and PyTorch wrap the system's error in their own. PyTorch's writer hides the reason,
+            # most often a full disk.
+            unknown = os.strerror(errno.ENOSPC) if "PytorchStreamWriter" in str(error) else None
+            cause = next((reason for reason in map(os.strerror, _WRITE_ERRORS) if reason in str(error)), unknown)
+            if cause is None or isinstance(error, UltraMemError):
                 raise
             for unfinished in (directory, directory.with_name(f"{directory.name}-tmp")):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -83,11 +99,23 @@ class Checkpoints(CheckpointerCallback):
             ) from error
 
 
-def _cause(error: BaseException) -> str | None:
-    """Why writing failed; None if the file system was not the cause.
+def load_checkpoint(trainer: Trainer, checkpoint: Path, model: ModelConfig) -> None:
+    """Load a checkpoint; all processes together, which raise the same error.
 
-    Found in the text of the error, as OLMo-core and PyTorch wrap the system's error in their own.
+    Raises:
+        UltraMemError: the model or the data differ, or a file cannot be read; a `DamagedFileError` if it is damaged or
+            holds more than data.
     """
-    # PyTorch's writer does not give the reason; this is by far the most frequent one.
-    unknown = os.strerror(errno.ENOSPC) if "PytorchStreamWriter" in str(error) else None
-    return next((reason for reason in map(os.strerror, _WRITE_ERRORS) if reason in str(error)), unknown)
+    in_all(lambda: check_stored_model(checkpoint, model))
+    try:
+        trainer.load_checkpoint(checkpoint, load_trainer_state=True, load_optim_state=True)
+    except (UltraMemError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "fingerprint" in str(error):
+            raise UltraMemError(
+                f"the training data has changed since {checkpoint} was written; restore it, or start another run"
+            ) from error
+        raise UltraMemError(
+            f"{checkpoint} cannot be loaded ({first_line(error)}); choose an earlier one with --from-checkpoint"
+        ) from error

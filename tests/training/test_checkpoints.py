@@ -22,8 +22,8 @@ from ultramem.errors import ConfigError, UltraMemError
 from ultramem.files.checksums import Checksums, DamagedFileError
 from ultramem.hosts.olmo_core.checkpoint import CheckpointReader
 from ultramem.training import train
-from ultramem.training.callbacks import StepSeed
 from ultramem.training.checkpointer import Checkpointer, read_trainer_state
+from ultramem.training.reproducible import StepSeed
 
 FLIPS = int(os.environ.get("BIT_FLIPS", 100))
 
