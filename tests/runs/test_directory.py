@@ -50,7 +50,9 @@ def test_torn_line_is_cut(run):
 
 
 def test_what_may_change(run):
-    trainer = replace(run.config.trainer, checkpoint_interval=7, precision="bfloat16", micro_batch_size=16)
+    trainer = replace(
+        run.config.trainer, checkpoint_interval=7, async_checkpoints=True, precision="bfloat16", micro_batch_size=16
+    )
     changed = replace(run.config, trainer=trainer, logging=LoggingConfig(tensorboard=True))
     assert RunDirectory(changed).claim(overwrite=False) is None
     assert "checkpoint_interval: 7" in (run.path / "config.yaml").read_text()

@@ -18,6 +18,14 @@ def train(
         Path, typer.Argument(help="YAML file with the run's configuration.", metavar="CONFIG [--KEY=VALUE]...")
     ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run in the directory.")] = False,
+    from_checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Resume from this checkpoint instead of the latest one. Later ones, and the metrics so far, are kept "
+            "under names that end in .unused.",
+            metavar="stepN",
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show OLMo-core's log.")] = False,
 ) -> None:
     """Train a model, or resume an interrupted run.
@@ -29,7 +37,8 @@ def train(
     from ultramem.training import load_config
     from ultramem.training import train as run
 
-    result = run(load_config(config, context.args), overwrite=overwrite, verbose=verbose)
+    settings = load_config(config, context.args)
+    result = run(settings, overwrite=overwrite, from_checkpoint=from_checkpoint, verbose=verbose)
     if int(os.environ.get("RANK", 0)) == 0:
         hints = {
             "interrupted": "; run the same command again to resume",

@@ -120,7 +120,10 @@ class TextGenerator:
             logits = self.model(context, logits_to_keep=1)
         logits = logits[0, -1, : self.tokenizer.vocab_size].float().cpu()  # the embedding may have more rows
         if not logits.isfinite().all():
-            raise UltraMemError("the model's output is not finite, as its training diverged; use an earlier checkpoint")
+            raise UltraMemError(
+                "the model's output is not finite, as its training diverged; use an earlier checkpoint: RUN/stepN, and "
+                "for training --from-checkpoint stepN"
+            )
         return logits
 
 

@@ -161,7 +161,10 @@ def mean_loss(model: MemoryTransformer, sequences: TokenSequences, batch_size: i
         total += output.ce_loss.double().sum()
     loss = float(total) / sequences.predicted_tokens
     if not loss <= LARGEST_LOSS:
-        raise UltraMemError(f"the loss is {loss}, as the training diverged; use an earlier checkpoint")
+        raise UltraMemError(
+            f"the loss is {loss}, as the training diverged; use an earlier checkpoint: RUN/stepN, and for training "
+            "--from-checkpoint stepN"
+        )
     return loss
 
 

@@ -143,6 +143,8 @@ class TrainerConfig:
             them.
         checkpoint_interval: steps between checkpoints; there is always one at the end.
         keep_checkpoints: number of checkpoints to keep, besides the last one of a run; null for all.
+        async_checkpoints: whether to go on training while a checkpoint is written. Takes a copy of parameters and
+            optimizer state in the CPU's memory meanwhile.
         metrics_interval: steps between progress reports. Metrics of every step are written.
         memory_metrics_interval: steps between reports of what each memory layer or mixture of experts reads.
         evaluate_interval: steps between evaluations on held-out data; null for none.
@@ -169,6 +171,7 @@ class TrainerConfig:
     activation_checkpointing: bool = False
     checkpoint_interval: int = 1000
     keep_checkpoints: int | None = 2
+    async_checkpoints: bool = False
     metrics_interval: int = 10
     memory_metrics_interval: int = 100
     evaluate_interval: int | None = 1000

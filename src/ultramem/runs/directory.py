@@ -39,6 +39,7 @@ from ultramem.runs.tokens import TokenData
 CONTENTS = (
     "step[0-9]*",
     METRICS_NAME,
+    f"{METRICS_NAME}.unused*",
     SUMMARY_NAME,
     TOKENIZER_NAME,
     "data_order",
@@ -62,6 +63,7 @@ CHANGEABLE = {
     "trainer.activation_checkpointing",
     "trainer.checkpoint_interval",
     "trainer.keep_checkpoints",
+    "trainer.async_checkpoints",
     "trainer.metrics_interval",
     "trainer.memory_metrics_interval",
     "trainer.evaluate_interval",
@@ -126,6 +128,47 @@ class RunDirectory:
     def latest_step(self) -> int | None:
         """Step of the latest complete checkpoint."""
         return max(complete_steps(self.path), default=None)
+
+    def step_before(self, step: int) -> int | None:
+        """Step of the complete checkpoint before that of a step."""
+        return max((earlier for earlier in complete_steps(self.path) if earlier < step), default=None)
+
+    def step_of(self, name: str) -> int:
+        """Step of a complete checkpoint.
+
+        Args:
+            name: its directory's name, such as `step400`.
+
+        Raises:
+            UltraMemError: there is no such checkpoint, or it is not complete.
+        """
+        named = {checkpoint_name(step): step for step in complete_steps(self.path)}
+        if name not in named:
+            valid = f"one of {', '.join(named)}" if named else "left out, as there is no complete checkpoint"
+            raise UltraMemError(f"--from-checkpoint={name}: must be {valid} in {self.path}")
+        return named[name]
+
+    def put_aside(self, step: int, ending: str) -> list[str]:
+        """Rename the checkpoints after a step, so that training can write theirs again.
+
+        Args:
+            step: step from which training goes on.
+            ending: `damaged`, or `unused` if the user chose an earlier checkpoint. Then the metrics of later steps are
+                put aside too.
+
+        Returns:
+            the new names.
+        """
+        later = [self.checkpoint(other) for other in complete_steps(self.path) if other > step]
+        moved = [path.rename(_free_name(path, ending)) for path in later]
+        metrics = self.path / METRICS_NAME
+        if ending == "unused" and metrics.is_file():
+            lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if not _is_later(line, step)]
+            if len(kept) < len(lines):
+                moved.append(shutil.copyfile(metrics, _free_name(metrics, ending)))
+                write_text(metrics, "".join(kept))
+        return [path.name for path in moved]
 
     def checkpoint(self, step: int) -> Path:
         """Path of the checkpoint of a step, which need not exist."""
@@ -208,6 +251,18 @@ def _flat(content: dict[str, Any], path: str = "") -> dict[str, Any]:
         key = f"{path}{name}"
         flat |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
     return flat
+
+
+def _free_name(path: Path, ending: str) -> Path:
+    numbered = (path.with_name(f"{path.name}.{ending}{number}") for number in ("", *range(2, 10**6)))
+    return next(name for name in numbered if not name.exists())
+
+
+def _is_later(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] > step
+    except (ValueError, KeyError, TypeError):  # a damaged line stays where it is
+        return False
 
 
 def _cut_torn_line(path: Path) -> None:
