@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.files.whole_files import write_text
+from ultramem.files.directories import Product
+from ultramem.files.whole_files import read_json_object, write_text
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -37,6 +39,11 @@ MANIFEST_VALUES = (
     "arguments",
 )
 SAMPLED_BLOCKS, SAMPLED_TOKENS = 16, 2**16
+TOKEN_DIRECTORY = Product(
+    MANIFEST_NAME,
+    lambda directory: read_json_object(directory / MANIFEST_NAME).keys() >= {"format_version", "dtype", "splits"},
+    re.compile(r"manifest\.json|tokenizer\.json|(train|heldout)/(part-[0-9]{5,}\.(npy|csv\.gz))?"),
+)
 
 
 @dataclass(frozen=True)

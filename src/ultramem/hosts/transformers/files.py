@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ultramem.errors import UltraMemError, first_line
+from ultramem.files.checksums import CHECKSUMS_NAME
+from ultramem.files.directories import Product
+from ultramem.files.whole_files import read_json_object
 
 MODEL_CONFIG_NAME = "config.json"  # marks a directory as a model's
-# Files of a model's directory; one with other files is never replaced.
-MODEL_CONTENTS = ("*.json", "*.safetensors", "*.jinja", "modeling_ultramem.py", "README.md", "memory")
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether the model in a directory was written by a command of ours, and not, say, downloaded."""
+    if "model_type" not in read_json_object(directory / MODEL_CONFIG_NAME):
+        return False
+    card = directory / "README.md"
+    of_ours = (CHECKSUMS_NAME, "modeling_ultramem.py", "finetuning.json")  # the last two also in version 0.1
+    return any((directory / name).is_file() for name in of_ours) or (
+        card.is_file() and b"\n- ultramem\n" in card.read_bytes()
+    )
+
+
+MODEL_DIRECTORY = Product(
+    MODEL_CONFIG_NAME,
+    _is_ours,
+    re.compile(
+        r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|finetuning)\.json"
+        r"|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json|merges\.txt|tokenizer\.model"
+        r"|chat_template\.jinja|modeling_ultramem\.py|README\.md|memory/(memory_config\.json|memory\.safetensors)?"
+    ),
+)
 
 
 def load_config_file(directory: Path) -> PreTrainedConfig:
@@ -46,18 +69,6 @@ def load_model_file(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     if wrong:
         raise UltraMemError(f"{directory} is damaged: {min(wrong)} is missing or of another shape; write it again")
     return model
-
-
-def save_model_file(model: PreTrainedModel, directory: Path, **options: Any) -> None:
-    """Call `save_pretrained`.
-
-    Raises:
-        UltraMemError: the directory cannot be written.
-    """
-    try:
-        model.save_pretrained(directory, **options)
-    except (OSError, SafetensorError) as error:
-        raise UltraMemError(f"{directory} cannot be written ({error}); choose another directory") from error
 
 
 def _plain_errors(directory: Path, load: Any) -> Any:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ultramem.config import MemoryConfig
 from ultramem.errors import UltraMemError, system_reason
-from ultramem.files.whole_files import write_text
+from ultramem.files.whole_files import whole_file, write_text
 from ultramem.hosts.transformers.attachment import attach_memory, detach_memory
 from ultramem.memory import Memory
 
@@ -39,11 +39,10 @@ def save_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> No
         "base_model": model.name_or_path or type(model).__name__,
     }
     tensors = {name: tensor.detach().contiguous() for name, tensor in memory.state_dict().items()}
-    temporary = path / f"{WEIGHTS_NAME}.partial"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.replace(path / WEIGHTS_NAME)
+        with whole_file(path / WEIGHTS_NAME) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
         write_text(path / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise UltraMemError(f"{path} cannot be written ({error}); choose another directory") from error
