@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from ultramem.files.whole_files import read_json_object
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,9 @@ class TaskResult:
         return TaskResult(
             name=str(content["name"]), metric=str(content["metric"]), questions=int(content["questions"]), **shares
         )
+
+
+def holds_results(path: Path) -> bool:
+    """Whether a file holds results of an evaluation."""
+    content = read_json_object(path)
+    return "checkpoint" in content and ("loss" in content or "results" in content)
