@@ -22,7 +22,6 @@ from ultramem.convert.initial_weights import load_weights
 from ultramem.data.tokenizers import load_model_tokenizer
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.evaluation.task_suite import TaskSuite, task_names
-from ultramem.hosts.olmo_core import ModelStatistics
 from ultramem.hosts.olmo_core.checkpoint import check_stored_model
 from ultramem.runs.checkpoints import MODEL_NAME
 from ultramem.runs.config import RunConfig
@@ -88,22 +87,31 @@ def train(
         if config.trainer.deterministic:
             stack.enter_context(deterministic_algorithms())
 
-        def claim() -> tuple[int | None, ModelStatistics]:
+        def check() -> int | None:
             stack.enter_context(directory.locked())
-            return directory.claim(overwrite), directory.describe(data, processes.device, processes.count)
+            return directory.check(overwrite)
 
-        step, statistics = processes.on_first(claim)
+        step = processes.on_first(check)
         if step == config.trainer.total_steps:
             return RunResult(directory.path, step, "already finished")
         if step is not None:
             check_stored_model(directory.checkpoint(step) / MODEL_NAME, config.model)
         if processes.rank == 0:
-            _announce(console, config, statistics, data, processes, step)
+            _announce(console, directory, data, processes, step)
         trainer = build_trainer(config, data, suite, processes, console)
         if step is not None:
             load_checkpoint(trainer, directory.checkpoint(step))
         elif config.trainer.initial_weights is not None:
             load_weights(trainer.train_module.model, config.trainer.initial_weights, config.model)
+
+        def claim() -> None:
+            directory.claim(overwrite)
+            directory.describe(data, processes.device, processes.count)
+            if overwrite and (others := directory.others()):
+                more = "" if len(others) <= 5 else f" and {len(others) - 5} more"
+                console.print(f"kept, as ultramem did not write it: {escape(', '.join(others[:5]))}{more}")
+
+        processes.on_first(claim)  # at the last moment: from here on, only training itself can fail
         _fit(trainer, directory)
         finished = trainer.global_step >= config.trainer.total_steps
         return RunResult(directory.path, trainer.global_step, "finished" if finished else "interrupted")
@@ -141,13 +149,9 @@ def _check_wandb(config: RunConfig) -> None:
 
 
 def _announce(
-    console: Console,
-    config: RunConfig,
-    statistics: ModelStatistics,
-    data: TokenData,
-    processes: Processes,
-    step: int | None,
+    console: Console, directory: RunDirectory, data: TokenData, processes: Processes, step: int | None
 ) -> None:
+    config, statistics = directory.config, directory.statistics
     count = "" if processes.count == 1 else f", {processes.count} processes"
     console.print(
         f"{config.model.system}: {statistics.active / 1e6:,.1f} M active of {statistics.total / 1e6:,.1f} M "
@@ -191,9 +195,9 @@ def _describe(error: Exception) -> str | None:
         return f"{error}; start a new run with a lower optimizer.learning_rate"
     if isinstance(error, UltraMemError):
         return str(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        reason = system_reason(error)
-        return f"{error.filename} cannot be written ({reason}); free some space and run the same command again"
+    if isinstance(error, OSError):
+        name, reason = error.filename or "a file", system_reason(error)
+        return f"{name} cannot be written ({reason}); free some space and run the same command again"
     return None
 
 

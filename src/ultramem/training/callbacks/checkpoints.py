@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from olmo_core.distributed.utils import get_fs_local_rank, get_rank
 from olmo_core.train.callbacks import CheckpointerCallback
 from olmo_core.train.callbacks.checkpointer import CheckpointRemovalStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ultramem.errors import UltraMemError
+from ultramem.runs.checkpoints import checkpoint_name, complete_steps, others_in_checkpoint, remove_checkpoint
 from ultramem.training.callbacks.timing import timed_apart
 
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE)
@@ -35,20 +37,29 @@ class Checkpoints(CheckpointerCallback):
     def pre_train(self) -> None:
         """Count existing checkpoints among those to keep."""
         super().pre_train()
-        found = sorted(self.checkpointer.find_checkpoints(self.save_folder))
-        self._checkpoints = [path for step, path in found if step <= self.step]
+        run = Path(self.save_folder)
+        self._checkpoints = [str(run / checkpoint_name(step)) for step in complete_steps(run) if step <= self.step]
+
+    def _remove_checkpoint(self, path: str) -> None:
+        if get_fs_local_rank() == 0 and not others_in_checkpoint(Path(path)):  # else a user keeps files there
+            super()._remove_checkpoint(path)
 
     def _save_checkpoint(self, save_async: bool | None = None, ephemeral: bool = False) -> str:
+        directory = Path(self.save_folder) / self.checkpointer.checkpoint_dirname(self.step)
+        places = directory, directory.with_name(f"{directory.name}-tmp")
+        for place in filter(Path.exists, places if get_rank() == 0 else ()):
+            if others_in_checkpoint(place):
+                raise UltraMemError(f"{place} is in the way of a checkpoint; rename it and run the same command again")
         try:
             with timed_apart(self):
                 return super()._save_checkpoint(save_async, ephemeral)
         except (Exception, CheckpointException) as error:  # a CheckpointException is not an Exception
             cause = _cause(error)
-            if cause is None:
+            if cause is None or isinstance(error, UltraMemError):  # the latter is of another file, such as the metrics
                 raise
-            directory = Path(self.save_folder) / self.checkpointer.checkpoint_dirname(self.step)
-            for unfinished in (directory, directory.with_name(f"{directory.name}-tmp")):
-                shutil.rmtree(unfinished, ignore_errors=True)
+            for unfinished in filter(Path.exists, places):
+                with contextlib.suppress(OSError):
+                    remove_checkpoint(unfinished)
             raise UltraMemError(
                 f"the checkpoint of step {self.step} cannot be written to {directory} ({cause}); free some space and "
                 "run the same command again"
