@@ -12,6 +12,7 @@ from typing import ClassVar
 from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train.callbacks import Callback
 
+from ultramem.files.whole_files import cannot_write
 from ultramem.runs.layout import THROUGHPUT, TOKENS
 
 # Metrics of OLMo-core that are redundant or meaningless.
@@ -54,5 +55,5 @@ class MetricsFile(Callback):
         self._last = step, earlier | finite
         line = {"step": step, "time": round(self._times.get(step, time.time()), 3), "metrics": self._last[1]}
         self._times = {noted: noted_at for noted, noted_at in self._times.items() if noted >= step}
-        with self.path.open("a", encoding="utf-8") as file:
+        with cannot_write(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -9,6 +9,7 @@ from olmo_core.train.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ultramem.files.whole_files import cannot_write
 from ultramem.runs.layout import HELD_OUT, LEARNING_RATES, TASK_METRICS, THROUGHPUT, TRAIN_LOSS
 
 
@@ -49,6 +50,10 @@ class ProgressReport(Callback):
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Show loss, tokens per second and learning rate; results of evaluations on lines of their own."""
+        with cannot_write("standard output"):
+            self._show_metrics(step, metrics)
+
+    def _show_metrics(self, step: int, metrics: dict[str, float]) -> None:
         if TRAIN_LOSS in metrics:
             self._speed = metrics.get(THROUGHPUT, self._speed)
             parts = [f"loss {metrics[TRAIN_LOSS]:.4f}"]
