@@ -222,6 +222,21 @@ def test_checksums_name_what_is_ours(tmp_path: Path) -> None:
     assert entries(output) == ["manifest.json"]
 
 
+def test_a_part_may_have_checksums_of_its_own(tmp_path: Path) -> None:
+    output = tmp_path / "tokens"
+    make(output, "old")
+    for part in ("deep", "mine"):
+        (output / part).mkdir()
+        (output / part / "1.npy").touch()
+        Checksums.compute(output / part, ["1.npy"]).save()
+    Checksums.compute(output, ["manifest.json"]).save()
+    with pytest.raises(UltraMemError, match=r"also holds mine/, which would be lost"):
+        make(output, overwrite=True)
+    shutil.rmtree(output / "mine")
+    make(output, overwrite=True)
+    assert entries(output) == ["manifest.json"]
+
+
 def test_what_came_while_it_was_written_stays(tmp_path: Path) -> None:
     output = tmp_path / "tokens"
     make(output, "old")

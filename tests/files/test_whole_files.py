@@ -111,6 +111,12 @@ def test_an_output_that_cannot_be_written_is_found_out_before(
     assert len(list(tmp_path.iterdir())) == (make is not make_nothing)
 
 
+@pytest.mark.parametrize("path", ["", "/", "..", "/dev/null"])
+def test_places_without_a_name_and_devices(path: str) -> None:
+    with pytest.raises(UltraMemError, match=r"cannot be written \((Is a directory|not a regular file)\)"):
+        check_output(Path(path))
+
+
 def test_a_directory_that_must_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path, *arguments: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))

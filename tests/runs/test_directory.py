@@ -129,23 +129,15 @@ def test_what_is_not_in_the_way(run):
         run.claim(overwrite=True)
 
 
-def test_a_finished_run_is_left_as_it_is(run):
-    checkpoint(run, run.config.trainer.total_steps)
-    (run.path / "step20-tmp").mkdir()
-    (run.path / "step25").mkdir()
-    (run.path / "step25" / "plot.png").touch()
-    before = contents(run.path)
-    assert run.check(overwrite=False) == run.config.trainer.total_steps
-    assert contents(run.path) == before
-
-
 def test_checking_changes_nothing(run):
     checkpoint(run, 10)
     (run.path / "step20-tmp").mkdir()
     (run.path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
     before = contents(run.path)
-    assert run.check(overwrite=False) == 10
-    assert run.check(overwrite=True) is None
+    assert run.find_step(overwrite=False) == 10
+    assert run.find_step(overwrite=True) is None
+    for overwrite in (False, True):
+        run.check_room(overwrite)
     assert contents(run.path) == before
 
 
@@ -266,28 +258,28 @@ def test_a_directory_in_the_place_of_a_file(run, name):
     (run.path / name).unlink(missing_ok=True)
     (run.path / name).mkdir()
     with pytest.raises(UltraMemError):
-        run.check(overwrite=False)
+        run.check_room(overwrite=False)
 
 
 def test_a_file_in_the_place_of_a_directory(run):
     (run.path / "data_order").touch()
     (run.path / "tensorboard").touch()
     with pytest.raises(UltraMemError, match=r"data_order is where a directory goes; rename it"):
-        run.check(overwrite=False)
+        run.check_room(overwrite=False)
     (run.path / "data_order").unlink()
-    run.check(overwrite=False)
+    run.check_room(overwrite=False)
     with pytest.raises(UltraMemError, match=r"tensorboard is where a directory goes"):
-        RunDirectory(replace(run.config, logging=LoggingConfig(tensorboard=True))).check(overwrite=False)
+        RunDirectory(replace(run.config, logging=LoggingConfig(tensorboard=True))).check_room(overwrite=False)
 
 
 def test_too_little_space_for_a_checkpoint(run, monkeypatch):
     needed = 12 * run.statistics.total
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     with pytest.raises(UltraMemError, match=r"GB free, but a checkpoint of [\d,]+ parameters needs \S+ GB; free some"):
-        run.check(overwrite=False)
+        run.check_room(overwrite=False)
     checkpoint(run, 5)
     (run.checkpoint(5) / "model_and_optim" / ".metadata").write_text("1")
-    run.check(overwrite=True)  # with what will be removed
+    run.check_room(overwrite=True)  # with what will be removed
 
 
 def test_files_of_a_checkpoint_weigh_about_what_is_reckoned(make_config):

@@ -12,12 +12,11 @@ from rich.table import Column, Table
 
 from ultramem.errors import UltraMemError
 from ultramem.evaluation.loss import Evaluation, evaluate
-from ultramem.evaluation.task_evaluation import TaskEvaluation, evaluate_tasks
-from ultramem.evaluation.task_suite import GROUPS
+from ultramem.evaluation.tasks import GROUPS, TaskEvaluation, evaluate_tasks
 from ultramem.files.whole_files import check_output
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import EVALUATION_NAME, TASKS_NAME
-from ultramem.runs.results import TaskResult, holds_results
+from ultramem.runs.results import holds_results
 
 
 def show_losses(
@@ -25,16 +24,9 @@ def show_losses(
 ) -> None:
     """Evaluate checkpoints on token files, and print a table and the paths of the results.
 
-    Args:
-        paths: paths of the checkpoints.
-        data: as in `evaluate`.
-        output: JSON file to write, for a single checkpoint; by default each run's `evaluation.json`, for its held-out
-            split.
-        options: options of `evaluate`.
-
-    Raises:
-        ConfigError, UltraMemError: as in `evaluate`; errors in `paths` and files that cannot be written come before any
-            evaluation. If a file cannot be written at the end, the table is printed all the same.
+    `output` is a JSON file to write, for a single checkpoint; by default each run's `evaluation.json`, for its held-out
+    split. Data, options and errors are those of `evaluate`. Errors in `paths` and files that cannot be written come
+    before any evaluation; if a file cannot be written at the end, the table is printed all the same.
     """
     for path in paths:
         checkpoint = find_checkpoint(path)
@@ -60,14 +52,8 @@ def show_losses(
 def show_tasks(paths: Sequence[Path], tasks: Sequence[str], *, output: Path | None = None, **options: Any) -> None:
     """Evaluate checkpoints on tasks, and print a table and the paths of the results.
 
-    Args:
-        paths: paths of the checkpoints.
-        tasks: names of tasks or groups of tasks.
-        output: JSON file to write, for a single checkpoint; by default each run's `tasks.json`.
-        options: options of `evaluate_tasks`.
-
-    Raises:
-        ConfigError, UltraMemError: as in `evaluate_tasks`, and for files as in `show_losses`.
+    `output` is a JSON file to write, for a single checkpoint; by default each run's `tasks.json`. Tasks, options and
+    errors are those of `evaluate_tasks`, and for files as in `show_losses`.
     """
     for path in paths:
         check_output(output or find_checkpoint(path).run / TASKS_NAME, holds_results)
@@ -115,7 +101,8 @@ def print_task_table(evaluations: Sequence[TaskEvaluation]) -> None:
     columns = [{result.name: result for result in evaluation.results} for evaluation in evaluations]
     tasks = {name: result for column in reversed(columns) for name, result in column.items()}
     for result in sorted(tasks.values(), key=lambda result: result.name in GROUPS):
-        figures = (_figure(column.get(result.name)) for column in columns)
+        own = (column.get(result.name) for column in columns)
+        figures = (f"{100 * one.value:.1f} ± {100 * one.standard_error:.1f}" if one else "" for one in own)
         if result.name in GROUPS:
             table.add_section()
         label = f"{result.name} (mean)" if result.name in GROUPS else result.name
@@ -133,12 +120,7 @@ def print_task_table(evaluations: Sequence[TaskEvaluation]) -> None:
     for name, evaluation in zip(names, evaluations, strict=True):
         cut = [f"{r.name} {100 * r.cut:.3g} %" for r in evaluation.results if r.cut and r.name not in GROUPS]
         if cut:
-            limit = evaluation.context_length
-            console.print(f"{name}: contexts cut on the left to {limit} tokens: {', '.join(cut)}")
-
-
-def _figure(result: TaskResult | None) -> str:
-    return "" if result is None else f"{100 * result.value:.1f} ± {100 * result.standard_error:.1f}"
+            console.print(f"{name}: contexts cut on the left to {evaluation.context_length} tokens: {', '.join(cut)}")
 
 
 def _column_names(evaluations: Sequence[Evaluation] | Sequence[TaskEvaluation]) -> list[str]:

@@ -37,11 +37,14 @@ class Product:
 
     def others_in(self, directory: Path) -> list[str]:
         """Names of what we did not write in a finished directory."""
-        checksums = Checksums.load(directory)
-        if checksums is None:
+        ours = _listed(directory)
+        if ours is None:
             return others_in(directory, self.names.fullmatch)
-        above = {f"{parent}/" for name in checksums.files for parent in PurePosixPath(name).parents}
-        return others_in(directory, {CHECKSUMS_NAME, *checksums.files, *above}.__contains__)
+        for part in filter(Path.is_dir, directory.iterdir()):
+            name = f"{part.name}/"
+            if self.names.fullmatch(name) and (listed := _listed(part)) is not None:
+                ours |= {name, *(name + below for below in listed)}
+        return others_in(directory, ours.__contains__)
 
 
 @contextmanager
@@ -182,6 +185,15 @@ def _remove(partial: Path) -> None:
     with suppress(OSError):
         (partial / MARK_NAME).unlink()
         partial.rmdir()  # unless it holds more
+
+
+def _listed(directory: Path) -> set[str] | None:
+    """Names in a directory's checksums, and those of the directories that hold them; None without checksums."""
+    checksums = Checksums.load(directory)
+    if checksums is None:
+        return None
+    above = {f"{parent}/" for name in checksums.files for parent in PurePosixPath(name).parents}
+    return {CHECKSUMS_NAME, *checksums.files, *above}
 
 
 def _system_reason(error: BaseException) -> str | None:

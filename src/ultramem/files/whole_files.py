@@ -102,7 +102,7 @@ def _temporary_file(path: Path) -> Iterator[tuple[Path, Path]]:
         OSError: also in place of one raised inside; it names `path`.
     """
     place = Path(os.path.realpath(path))
-    temporary = place.with_name(f".ultramem-{secrets.token_hex(8)}.partial")
+    temporary = place.parent / f".ultramem-{secrets.token_hex(8)}.partial"
     try:
         _check_replaceable(place)
         with temporary.open("xb"):

@@ -36,10 +36,12 @@ from ultramem.runs.config_files import load_config
 from ultramem.runs.layout import (
     CONFIG_NAME,
     EVALUATION_NAME,
+    HELD_OUT_METRICS,
     METRICS_NAME,
     REPORT_NAME,
     SAMPLES_NAME,
     SUMMARY_NAME,
+    TASK_METRICS,
     TASKS_NAME,
     TOKENIZER_NAME,
 )
@@ -112,25 +114,30 @@ class RunDirectory:
         """Costs of the model."""
         return model_statistics(self.config.model, self.config.data.sequence_length)
 
-    def check(self, overwrite: bool) -> int | None:
-        """Check that the directory is free, holds this run or one to replace, and can be written. Nothing is changed.
+    def find_step(self, overwrite: bool) -> int | None:
+        """Check that the directory is free, or holds this run or one to replace, and find the step to go on from.
 
         Args:
             overwrite: whether to replace any run in it, including this one.
 
         Returns:
-            the step of the latest complete checkpoint, to go on from; None for a run that starts.
+            the step of the latest complete checkpoint; None for a run that starts.
 
         Raises:
-            UltraMemError: the directory holds another run's files, something is in the way of a file or a checkpoint,
-                or there is too little space for one.
+            UltraMemError: the directory holds another run's files.
+        """
+        if overwrite and self._holds_run():
+            return None
+        self._check_owner()
+        return self.latest_step()
+
+    def check_room(self, overwrite: bool) -> None:
+        """Check that all files of the run can be written.
+
+        Raises:
+            UltraMemError: something is in the way of a file or a checkpoint, or there is too little space for one.
         """
         replaces = overwrite and self._holds_run()
-        if not replaces:
-            self._check_owner()
-        step = None if replaces else self.latest_step()
-        if step == self.config.trainer.total_steps:
-            return step
         self._unneeded(replaces)
         for name in (CONFIG_NAME, SUMMARY_NAME, METRICS_NAME):
             check_output(self.path / name)
@@ -139,14 +146,20 @@ class RunDirectory:
             if needed and os.path.lexists(self.path / name) and not (self.path / name).is_dir():
                 raise UltraMemError(f"{self.path / name} is where a directory goes; rename it")
         self._check_space(replaces)
-        return step
 
     def claim(self, overwrite: bool) -> int | None:
-        """Check the directory as `check` does, remove the run to replace or what a killed run left, and take it.
+        """Check all this again, remove the run to replace or what a killed run left, and write the configuration.
 
-        What we did not write is never removed.
+        What we did not write is never removed. Until here, nothing is changed.
+
+        Returns:
+            as `find_step`.
+
+        Raises:
+            UltraMemError: as `find_step` and `check_room`.
         """
-        step = self.check(overwrite)
+        step = self.find_step(overwrite)
+        self.check_room(overwrite)
         if overwrite and self._holds_run():
             remove_ours(self.path, CONTENTS.fullmatch)
             for name in (SUMMARY_NAME, CONFIG_NAME):  # last: until then it can be seen that this is a run
@@ -182,6 +195,20 @@ class RunDirectory:
         if EOS_TOKEN_ID not in earlier:  # also of a run that version 0.1 began
             summary = make_summary(self.config, data, self.statistics, device, world_size)
             write_text(self.path / SUMMARY_NAME, json.dumps(summary | earlier, indent=2) + "\n")
+
+    def is_finished(self, step: int | None, has_heldout: bool) -> bool:
+        """Whether a step is the last one, and the evaluations that are due after it are in the metrics.
+
+        Args:
+            step: step of the latest checkpoint.
+            has_heldout: whether the run has held-out data.
+        """
+        if step is None or step != self.config.trainer.total_steps:
+            return False
+        trainer, recorded = self.config.trainer, recorded_metrics(self.path / METRICS_NAME, step)
+        due = {HELD_OUT_METRICS: has_heldout and trainer.evaluate_interval is not None}
+        due[TASK_METRICS] = bool(trainer.evaluate_tasks)
+        return all(any(name.startswith(prefix) for name in recorded) for prefix, wanted in due.items() if wanted)
 
     def _check_owner(self) -> None:
         remedy = "choose another directory with --trainer.directory=..."
@@ -252,6 +279,15 @@ class RunDirectory:
                 f"{self.path} has {free / 1e9:.3g} GB free, but a checkpoint of {self.statistics.total:,} parameters "
                 f"needs {needed / 1e9:.3g} GB; free some space or choose another directory with --trainer.directory=..."
             )
+
+
+def recorded_metrics(metrics_file: Path, step: int) -> dict[str, float]:
+    """The metrics of a step in a run's `metrics.jsonl`, of which the last line counts; empty if there are none."""
+    if not metrics_file.is_file():
+        return {}
+    with metrics_file.open(encoding="utf-8") as file:
+        lines = [line for line in file if line.startswith(f'{{"step": {step},') and line.endswith("\n")]
+    return json.loads(lines[-1])["metrics"] if lines else {}
 
 
 def _changeable(key: str) -> bool:

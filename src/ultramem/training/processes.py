@@ -76,7 +76,8 @@ def join_processes(config: RunConfig) -> Iterator[Processes]:
             init_distributed("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     try:
-        yield Processes(get_rank(), count, device, _autocast(trainer, device), data_parallel)
+        bfloat16 = has_fast_bfloat16(device) if trainer.precision == "auto" else trainer.precision == "bfloat16"
+        yield Processes(get_rank(), count, device, torch.bfloat16 if bfloat16 else None, data_parallel)
     finally:
         parallel._WORLD_MESH = None  # OLMo-core refuses to make a second one, which a notebook's next run needs
         if joins:
@@ -91,12 +92,6 @@ def _device(trainer: TrainerConfig) -> torch.device:
     if trainer.compile and device.type == "cpu":
         raise ConfigError("trainer.compile=True: needs a CUDA device; leave it out")
     return device
-
-
-def _autocast(trainer: TrainerConfig, device: torch.device) -> torch.dtype | None:
-    if trainer.precision == "auto":
-        return torch.bfloat16 if has_fast_bfloat16(device) else None
-    return torch.bfloat16 if trainer.precision == "bfloat16" else None
 
 
 def _data_parallel(trainer: TrainerConfig, count: int, launched: bool) -> TransformerDataParallelConfig | None:

@@ -1,24 +1,39 @@
-"""Checkpoints of a run."""
+"""Writing and loading the checkpoints of a run."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from olmo_core.distributed.utils import get_fs_local_rank, get_rank
-from olmo_core.train.callbacks import CheckpointerCallback
+from olmo_core.train import Trainer
+from olmo_core.train.callbacks import Callback, CheckpointerCallback, SpeedMonitorCallback
 from olmo_core.train.callbacks.checkpointer import CheckpointRemovalStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ultramem.errors import UltraMemError
 from ultramem.runs.checkpoints import checkpoint_name, complete_steps, others_in_checkpoint, remove_checkpoint
-from ultramem.training.callbacks.timing import timed_apart
+from ultramem.training.reproducible import environment_variable
 
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE)
+# OLMo-core's state of a run has NumPy's random state besides plain values and tensors.
+_STATE_TYPES: list[Any] = [np.empty(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.UInt32DType]
+
+
+@contextmanager
+def timed_apart(callback: Callback) -> Iterator[None]:
+    """Exclude the time inside from the reported speed of training."""
+    yield
+    for other in callback.trainer.callbacks.values():
+        if isinstance(other, SpeedMonitorCallback):
+            other.reset()
 
 
 @dataclass
@@ -53,12 +68,17 @@ class Checkpoints(CheckpointerCallback):
         try:
             with timed_apart(self):
                 return super()._save_checkpoint(save_async, ephemeral)
+        except UltraMemError:
+            raise  # of another file, such as the metrics
         except (Exception, CheckpointException) as error:  # a CheckpointException is not an Exception
-            cause = _cause(error)
-            if cause is None or isinstance(error, UltraMemError):  # the latter is of another file, such as the metrics
+            # OLMo-core and PyTorch wrap the system's error in their own. PyTorch's writer hides the reason,
+            # most often a full disk.
+            unknown = os.strerror(errno.ENOSPC) if "PytorchStreamWriter" in str(error) else None
+            cause = next((reason for reason in map(os.strerror, _WRITE_ERRORS) if reason in str(error)), unknown)
+            if cause is None:
                 raise
             for unfinished in filter(Path.exists, places):
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     remove_checkpoint(unfinished)
             raise UltraMemError(
                 f"the checkpoint of step {self.step} cannot be written to {directory} ({cause}); free some space and "
@@ -66,11 +86,20 @@ class Checkpoints(CheckpointerCallback):
             ) from error
 
 
-def _cause(error: BaseException) -> str | None:
-    """Why writing failed; None if the file system was not the cause.
-
-    Found in the text of the error, as OLMo-core and PyTorch wrap the system's error in their own.
-    """
-    # PyTorch's writer does not give the reason; this is by far the most frequent one.
-    unknown = os.strerror(errno.ENOSPC) if "PytorchStreamWriter" in str(error) else None
-    return next((reason for reason in map(os.strerror, _WRITE_ERRORS) if reason in str(error)), unknown)
+def load_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
+    """Load a checkpoint; only plain types of the trainer state are unpickled."""
+    try:
+        # Every `torch.load`, also OLMo-core's, must refuse pickles that hold more than data.
+        weights_only = environment_variable("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+        with weights_only, torch.serialization.safe_globals(_STATE_TYPES):
+            trainer.load_checkpoint(checkpoint, load_trainer_state=True, load_optim_state=True)
+    except (Exception, CheckpointException) as error:
+        if "fingerprint" in str(error):
+            raise UltraMemError(
+                f"the training data has changed since {checkpoint} was written; restore it, or start another run"
+            ) from error
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        reason = lines[-1 if isinstance(error, CheckpointException) else 0]  # the former begins with a traceback
+        raise UltraMemError(
+            f"{checkpoint} is damaged ({reason}); remove that directory to resume from the checkpoint before it"
+        ) from error
