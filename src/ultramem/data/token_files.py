@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
@@ -22,7 +23,8 @@ import numpy as np
 from ultramem.configuration.field_types import check_field, check_range, check_types
 from ultramem.data.documents import Document
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.files.json_files import damaged, path_inside, read_json
+from ultramem.files.directories import Product
+from ultramem.files.json_files import damaged, path_inside, read_json, read_json_object
 from ultramem.files.whole_files import write_text
 
 MANIFEST_NAME = "manifest.json"
@@ -31,6 +33,11 @@ FORMAT_VERSION = 1
 ITEM_SIZES = {"uint16": 2, "uint32": 4}
 COUNTS = ("documents", "tokens", "bytes")
 SAMPLED_BLOCKS, SAMPLED_TOKENS = 16, 2**16
+TOKEN_DIRECTORY = Product(
+    MANIFEST_NAME,
+    lambda directory: read_json_object(directory / MANIFEST_NAME).keys() >= {"format_version", "dtype", "splits"},
+    re.compile(r"manifest\.json|tokenizer\.json|(train|heldout)/(part-[0-9]{5,}\.(npy|csv\.gz))?"),
+)
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,17 @@ from rich.table import Column, Table
 from ultramem.configuration.field_types import check_field, check_range, check_types
 from ultramem.data.documents import BrokenRecordError, Document, find_sources, read_documents
 from ultramem.data.near_duplicates import near_duplicates
-from ultramem.data.token_files import MANIFEST_NAME, TOKENIZER_NAME, Manifest, SplitWriter, load_manifest, save_manifest
+from ultramem.data.token_files import (
+    TOKEN_DIRECTORY,
+    TOKENIZER_NAME,
+    Manifest,
+    SplitWriter,
+    load_manifest,
+    save_manifest,
+)
 from ultramem.data.tokenizers import SMALLEST_BPE, ChosenTokenizer, Encoder, load_tokenizer, train_bpe
 from ultramem.data.worker_processes import map_documents
-from ultramem.errors import ConfigError, UltraMemError, system_reason
+from ultramem.errors import ConfigError, UltraMemError
 from ultramem.files.directories import partial_directory
 
 BPE_SAMPLE_BYTES = 32 * 2**20  # a larger sample takes more time and memory, but hardly changes the vocabulary
@@ -173,24 +180,18 @@ def tokenize(config: TokenizeConfig) -> Manifest:
     """
     corpus = Corpus(config)
     output = config.output.absolute()
-    try:
-        with (
-            _sigterm_interrupts(),
-            partial_directory(output, config.overwrite, MANIFEST_NAME) as directory,
-            _progress_display() as display,
-        ):
-            if config.near_duplicates is not None:
-                searching = display.add_task("looking for near-duplicates", total=None, documents=0)
-                corpus.left_out = near_duplicates(corpus, config.near_duplicates, config.processes)
-                display.remove_task(searching)
-            tokenizer = _choose_tokenizer(config, corpus, display)
-            tokenizer.tokenizer.save(str(directory / TOKENIZER_NAME))
-            _write_splits(config, corpus, tokenizer, directory, display)
-    except OSError as error:
-        raise UltraMemError(
-            f"{output} cannot be written ({system_reason(error)}) and the partial output was removed; free some space "
-            "or choose another --output, then run again"
-        ) from error
+    with (
+        _sigterm_interrupts(),
+        partial_directory(output, config.overwrite, TOKEN_DIRECTORY, config.sources) as directory,
+        _progress_display() as display,
+    ):
+        if config.near_duplicates is not None:
+            searching = display.add_task("looking for near-duplicates", total=None, documents=0)
+            corpus.left_out = near_duplicates(corpus, config.near_duplicates, config.processes)
+            display.remove_task(searching)
+        tokenizer = _choose_tokenizer(config, corpus, display)
+        tokenizer.tokenizer.save(str(directory / TOKENIZER_NAME))
+        _write_splits(config, corpus, tokenizer, directory, display)
     return load_manifest(output)
 
 

@@ -195,6 +195,8 @@ class Run:
         Raises UltraMemError if the directory is not a run, has no metrics yet, or has an invalid file.
         """
         path = path.resolve()
+        if not path.exists():
+            raise UltraMemError(f"{path} does not exist; give the trainer.directory of `ultramem train`")
         for name in (CONFIG_NAME, SUMMARY_NAME):
             if not (path / name).is_file():
                 raise UltraMemError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ultramem.configuration.field_types import check_range, check_types
-from ultramem.files.json_files import parse_json
+from ultramem.files.json_files import parse_json, read_json_object
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,9 @@ def parse_report(line: str) -> tuple[int, dict[str, float]] | None:
     if type(step) is not int or step < 0:
         return None
     return step, {name: float(value) for name, value in metrics if type(value) in (int, float)}
+
+
+def holds_results(path: Path) -> bool:
+    """Whether a file holds results of an evaluation."""
+    content = read_json_object(path)
+    return "checkpoint" in content and ("loss" in content or "results" in content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,37 @@ from ultramem.configuration.decoding import decode, dotted_keys
 from ultramem.configuration.field_types import check_types
 from ultramem.data.tokenizers import plain_errors
 from ultramem.errors import ConfigError, UltraMemError, first_line
-from ultramem.files.json_files import damaged, read_json
-from ultramem.files.whole_files import write_text
+from ultramem.files.checksums import CHECKSUMS_NAME
+from ultramem.files.directories import Product
+from ultramem.files.json_files import damaged, read_json, read_json_object
+from ultramem.files.whole_files import whole_file, write_text
 from ultramem.hosts.transformers.attachment import attach_memory, detach_memory
 from ultramem.memory import Memory
 
 MODEL_CONFIG_NAME = "config.json"  # marks a directory as a model's
-# Files of a model's directory; one with other files is never replaced.
-MODEL_CONTENTS = ("*.json", "*.safetensors", "*.jinja", "modeling_ultramem.py", "README.md", "memory")
 MEMORY_CONFIG_NAME, MEMORY_WEIGHTS_NAME = "memory_config.json", "memory.safetensors"
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether the model in a directory was written by a command of ours, and not, say, downloaded."""
+    if "model_type" not in read_json_object(directory / MODEL_CONFIG_NAME):
+        return False
+    card = directory / "README.md"
+    of_ours = (CHECKSUMS_NAME, "modeling_ultramem.py", "finetuning.json")  # the last two also in version 0.1
+    return any((directory / name).is_file() for name in of_ours) or (
+        card.is_file() and b"\n- ultramem\n" in card.read_bytes()
+    )
+
+
+MODEL_DIRECTORY = Product(
+    MODEL_CONFIG_NAME,
+    _is_ours,
+    re.compile(
+        r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|finetuning)\.json"
+        r"|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json|merges\.txt|tokenizer\.model"
+        r"|chat_template\.jinja|modeling_ultramem\.py|README\.md|memory/(memory_config\.json|memory\.safetensors)?"
+    ),
+)
 
 
 def load_config_file(directory: Path) -> PreTrainedConfig:
@@ -91,18 +114,6 @@ def load_model_and_tokenizer(
     return model, tokenizer
 
 
-def save_model_file(model: PreTrainedModel, directory: Path, **options: Any) -> None:
-    """Call `save_pretrained`.
-
-    Raises:
-        UltraMemError: the directory cannot be written.
-    """
-    try:
-        model.save_pretrained(directory, **options)
-    except (OSError, SafetensorError) as error:
-        raise UltraMemError(f"{directory} cannot be written ({error}); choose another directory") from error
-
-
 def _plain_errors(directory: Path, load: Any) -> Any:
     try:
         return load()
@@ -130,11 +141,10 @@ def save_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> No
         "base_model": model.name_or_path or type(model).__name__,
     }
     tensors = {name: tensor.detach().contiguous() for name, tensor in memory.state_dict().items()}
-    temporary = path / f"{MEMORY_WEIGHTS_NAME}.partial"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.replace(path / MEMORY_WEIGHTS_NAME)
+        with whole_file(path / MEMORY_WEIGHTS_NAME) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
         write_text(path / MEMORY_CONFIG_NAME, json.dumps(content, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise UltraMemError(f"{path} cannot be written ({error}); choose another directory") from error
