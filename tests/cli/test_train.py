@@ -58,6 +58,18 @@ def test_interrupted_run_says_how_to_go_on(number, command, monkeypatch):
     assert "finished at step 12" in output
 
 
+def test_earlier_checkpoint(command, tmp_path):
+    assert command("--trainer.checkpoint_interval=4")[0] == 0
+    status, output, _ = command("--from-checkpoint", "step8", "--trainer.async_checkpoints=true")
+    assert status == 0
+    assert "kept as step12.unused, metrics.jsonl.unused\nresuming from step 8\n" in output
+    assert output.splitlines()[-1] == f"finished at step 12: {tmp_path / 'run'}"
+    status, _, errors = command("--from-checkpoint=step4")
+    message = f"error: --from-checkpoint=step4: must be one of step8, step10, step12 in {tmp_path / 'run'}\n"
+    assert (status, errors) == (1, message)
+    assert command("--from-checkpoint=step8", "--overwrite")[2].startswith("error: --from-checkpoint=step8: does not")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -10,7 +10,8 @@ import pytest
 
 from ultramem.errors import UltraMemError
 from ultramem.files import whole_files
-from ultramem.files.whole_files import read_json_object, write_json
+from ultramem.files.json_files import read_json_object
+from ultramem.files.whole_files import write_json
 
 
 def test_written_and_read(tmp_path: Path) -> None:

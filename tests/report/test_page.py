@@ -220,7 +220,7 @@ def test_text_from_files_is_escaped(make_run: MakeRun) -> None:
     summary = json.loads((path / "summary.json").read_text())
     (path / "summary.json").write_text(json.dumps({**summary, "system": attack, "git": attack, "device": attack}))
     (path / "config.yaml").write_text(f"model: {json.dumps(attack)}\n")
-    (path / "samples.json").write_text(json.dumps([{"prompt": attack, "text": attack + attack, "seed": attack}]))
+    (path / "samples.json").write_text(json.dumps([{"prompt": attack, "text": attack + attack, "seed": 1}]))
     evaluation = json.loads((path / "evaluation.json").read_text())
     (path / "evaluation.json").write_text(json.dumps({**evaluation, "split": attack, "checkpoint": attack}))
     other = make_run("<b>other", lines=LOSS_ONLY)

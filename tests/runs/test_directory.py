@@ -161,7 +161,9 @@ def test_files_of_something_else_beside_a_configuration_stay(run, name):
 
 
 def test_what_may_change(run):
-    trainer = replace(run.config.trainer, checkpoint_interval=7, precision="bfloat16", micro_batch_size=16)
+    trainer = replace(
+        run.config.trainer, checkpoint_interval=7, async_checkpoints=True, precision="bfloat16", micro_batch_size=16
+    )
     changed = replace(run.config, trainer=trainer, logging=LoggingConfig(tensorboard=True))
     assert RunDirectory(changed).claim(overwrite=False) is None
     assert "checkpoint_interval: 7" in (run.path / "config.yaml").read_text()

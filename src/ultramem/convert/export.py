@@ -18,7 +18,8 @@ from ultramem.data.documents import parse_size
 from ultramem.data.tokenizers import ChosenTokenizer, load_tokenizer
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.files.directories import partial_directory
-from ultramem.files.whole_files import read_json_object, write_text
+from ultramem.files.json_files import read_json_object
+from ultramem.files.whole_files import write_text
 from ultramem.hosts.olmo_core import model_statistics
 from ultramem.hosts.transformers.files import MODEL_DIRECTORY
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint

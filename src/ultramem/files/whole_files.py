@@ -1,4 +1,4 @@
-"""Atomic writes of text and JSON files, and reads of optional JSON files."""
+"""Atomic writes of text and JSON files."""
 
 from __future__ import annotations
 
@@ -80,15 +80,6 @@ def cannot_write(path: Path | str) -> Iterator[None]:
     except OSError as error:
         remedy = "free some space" if error.errno in _FULL else "choose another place, or mend this one"
         raise UltraMemError(f"{path} cannot be written ({system_reason(error)}); {remedy}") from error
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file; empty if the file is missing or not valid."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 @contextlib.contextmanager

@@ -45,14 +45,15 @@ from ultramem.runs.layout import (
     TASKS_NAME,
     TOKENIZER_NAME,
 )
+from ultramem.runs.results import parse_report
 from ultramem.runs.summary import EOS_TOKEN_ID, make_summary, read_summary
 from ultramem.runs.tokens import TokenData
 
 _FILES = (METRICS_NAME, TOKENIZER_NAME, EVALUATION_NAME, TASKS_NAME, SAMPLES_NAME, REPORT_NAME)
 # What a run, or a tool on it, may have written, besides configuration and summary, which tell what run it is.
 CONTENTS = re.compile(
-    rf"{STEP_NAME.pattern}(-tmp)?/({CHECKPOINT_CONTENTS.pattern})?"
-    rf"|{'|'.join(map(re.escape, _FILES))}"
+    rf"{STEP_NAME.pattern}(-tmp|\.(damaged|unused)[0-9]*)?/({CHECKPOINT_CONTENTS.pattern})?"
+    rf"|{'|'.join(map(re.escape, _FILES))}|{re.escape(METRICS_NAME)}\.unused[0-9]*"
     rf"|data_order/(global_indices_[^/]*\.npy(\.tmp)?|{TEMPORARY_NAME.pattern})?|{TEMPORARY_NAME.pattern}"
     r"|tensorboard/(events\.out\.tfevents\.[^/]*)?"
     r"|wandb/(wandb/)?((offline-)?run-[^/]*/.*|latest-run|debug[^/]*\.log)?"
@@ -70,6 +71,7 @@ CHANGEABLE = {
     "trainer.activation_checkpointing",
     "trainer.checkpoint_interval",
     "trainer.keep_checkpoints",
+    "trainer.async_checkpoints",
     "trainer.metrics_interval",
     "trainer.memory_metrics_interval",
     "trainer.evaluate_interval",
@@ -183,6 +185,47 @@ class RunDirectory:
         """Step of the latest complete checkpoint."""
         return max(complete_steps(self.path), default=None)
 
+    def step_before(self, step: int) -> int | None:
+        """Step of the complete checkpoint before that of a step."""
+        return max((earlier for earlier in complete_steps(self.path) if earlier < step), default=None)
+
+    def step_of(self, name: str) -> int:
+        """Step of a complete checkpoint.
+
+        Args:
+            name: its directory's name, such as `step400`.
+
+        Raises:
+            UltraMemError: there is no such checkpoint, or it is not complete.
+        """
+        named = {checkpoint_name(step): step for step in complete_steps(self.path)}
+        if name not in named:
+            valid = f"one of {', '.join(named)}" if named else "left out, as there is no complete checkpoint"
+            raise UltraMemError(f"--from-checkpoint={name}: must be {valid} in {self.path}")
+        return named[name]
+
+    def put_aside(self, step: int, ending: str) -> list[str]:
+        """Rename the checkpoints after a step, so that training can write theirs again.
+
+        Args:
+            step: step from which training goes on.
+            ending: `damaged`, or `unused` if the user chose an earlier checkpoint. Then the metrics of later steps are
+                put aside too.
+
+        Returns:
+            the new names.
+        """
+        later = [self.checkpoint(other) for other in complete_steps(self.path) if other > step]
+        moved = [path.rename(_free_name(path, ending)) for path in later]
+        metrics = self.path / METRICS_NAME
+        if ending == "unused" and metrics.is_file():
+            lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if not _is_later(line, step)]
+            if len(kept) < len(lines):
+                moved.append(shutil.copyfile(metrics, _free_name(metrics, ending)))
+                write_text(metrics, "".join(kept))
+        return [path.name for path in moved]
+
     def checkpoint(self, step: int) -> Path:
         """Path of the checkpoint of a step, which need not exist."""
         return self.path / checkpoint_name(step)
@@ -286,9 +329,10 @@ def recorded_metrics(metrics_file: Path, step: int) -> dict[str, float]:
     """The metrics of a step in a run's `metrics.jsonl`, of which the last line counts; empty if there are none."""
     if not metrics_file.is_file():
         return {}
-    with metrics_file.open(encoding="utf-8") as file:
-        lines = [line for line in file if line.startswith(f'{{"step": {step},') and line.endswith("\n")]
-    return json.loads(lines[-1])["metrics"] if lines else {}
+    with metrics_file.open(encoding="utf-8", errors="replace") as file:
+        lines = (line for line in file if line.startswith(f'{{"step": {step},') and line.endswith("\n"))
+        reports = [parse_report(line) for line in lines]
+    return reports[-1][1] if reports and reports[-1] else {}
 
 
 def _changeable(key: str) -> bool:
@@ -304,14 +348,23 @@ def _flat(content: dict[str, Any], path: str = "") -> dict[str, Any]:
     return flat
 
 
+def _free_name(path: Path, ending: str) -> Path:
+    numbered = (path.with_name(f"{path.name}.{ending}{number}") for number in ("", *range(2, 10**6)))
+    return next(name for name in numbered if not name.exists())
+
+
+def _is_later(line: str, step: int) -> bool:
+    report = parse_report(line)  # a damaged line stays where it is
+    return report is not None and report[0] > step
+
+
 def _has_metrics(path: Path) -> bool:
     """Whether a file begins as `metrics.jsonl` does."""
     try:
-        with path.open("rb") as file:
-            line = json.loads(file.readline(2**20))
+        with path.open(encoding="utf-8") as file:
+            return parse_report(file.readline(2**20)) is not None
     except (OSError, ValueError):
         return False
-    return isinstance(line, dict) and line.keys() >= {"step", "metrics"}
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,9 +23,9 @@ from ultramem.convert.initial_weights import load_weights, read_model_config
 from ultramem.data.tokenizers import load_model_tokenizer
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.evaluation.tasks import TaskSuite, task_names
-from ultramem.hosts.olmo_core.checkpoint import check_stored_model
+from ultramem.files.checksums import DamagedFileError
 from ultramem.runs import config_files
-from ultramem.runs.checkpoints import MODEL_NAME
+from ultramem.runs.checkpoints import checkpoint_name
 from ultramem.runs.config import RunConfig
 from ultramem.runs.directory import RunDirectory
 from ultramem.runs.tokens import TokenData, check_token_data, open_token_data
@@ -68,25 +69,38 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def train(
-    config: RunConfig, *, overwrite: bool = False, verbose: bool = False, console: Console | None = None
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    from_checkpoint: str | None = None,
+    verbose: bool = False,
+    console: Console | None = None,
 ) -> RunResult:
     """Train a model to the last step, or resume an interrupted run.
 
-    A resumed run continues from its latest complete checkpoint exactly as if it had not been interrupted. With torchrun
-    all processes call this function.
+    A resumed run continues from its latest complete checkpoint exactly as if it had not been interrupted. If that one
+    is damaged, it is renamed to `stepN.damaged`, and the run continues from the latest good one. With torchrun all
+    processes call this function.
 
     Args:
         config: configuration of the run.
         overwrite: whether to replace any run in the directory, including this one.
+        from_checkpoint: name of the checkpoint to continue from, such as `step400`, also of a finished run. Later
+            checkpoints are renamed to `stepN.unused`, and `metrics.jsonl` with later steps to `metrics.jsonl.unused`.
         verbose: whether to show OLMo-core's log.
         console: console for progress; by default standard output.
 
     Raises:
         ConfigError: the configuration does not fit the machine, the data or the number of processes.
-        UltraMemError: the data is missing or damaged, the directory holds another run, a checkpoint cannot be written
-            or read, or the loss or gradient is not finite. Complete checkpoints are always kept.
+        UltraMemError: the data is missing or damaged, the directory holds another run or not that checkpoint, a
+            checkpoint cannot be written or read, or the loss or gradient is not finite. Complete checkpoints are always
+            kept.
     """
     console = console or Console(highlight=False, soft_wrap=True)
+    if overwrite and from_checkpoint is not None:
+        raise ConfigError(
+            f"--from-checkpoint={from_checkpoint}: does not apply with --overwrite; leave out one of them"
+        )
     data = open_token_data(config.data)
     check_token_data(data, config)
     _check_wandb(config)
@@ -102,7 +116,8 @@ def train(
 
         def check() -> tuple[int | None, bool]:
             stack.enter_context(directory.locked())
-            step = directory.find_step(overwrite)
+            latest = directory.find_step(overwrite)
+            step = latest if from_checkpoint is None else directory.step_of(from_checkpoint)
             finished = directory.is_finished(step, bool(data.heldout))
             if not finished:
                 directory.check_room(overwrite)
@@ -111,17 +126,18 @@ def train(
         step, finished = processes.on_first(check)
         if step is not None and finished:
             return RunResult(directory.path, step, "already finished")
-        if step is not None:
-            check_stored_model(directory.checkpoint(step) / MODEL_NAME, config.model)
         if processes.rank == 0:
-            _announce(console, directory, data, processes, step)
+            _announce(console, directory, data, processes)
         trainer = build_trainer(config, data, suite, processes, console)
         if step is not None:
-            load_checkpoint(trainer, directory.checkpoint(step))
+            step = _resume(trainer, directory, step, from_checkpoint is not None, processes, console)
         elif config.trainer.initial_weights is not None:
             load_weights(trainer.train_module.model, config.trainer.initial_weights, config.model)
 
         def claim() -> None:
+            ending = "damaged" if from_checkpoint is None else "unused"
+            if step is not None and (moved := directory.put_aside(step, ending)):
+                console.print(f"kept as {', '.join(moved)}")
             directory.claim(overwrite)
             directory.describe(data, processes.device, processes.count)
             if overwrite and (others := directory.others()):
@@ -164,9 +180,7 @@ def _check_wandb(config: RunConfig) -> None:
         raise UltraMemError("logging.wandb: set WANDB_API_KEY, or WANDB_MODE=offline, in the environment")
 
 
-def _announce(
-    console: Console, directory: RunDirectory, data: TokenData, processes: Processes, step: int | None
-) -> None:
+def _announce(console: Console, directory: RunDirectory, data: TokenData, processes: Processes) -> None:
     config, statistics = directory.config, directory.statistics
     count = "" if processes.count == 1 else f", {processes.count} processes"
     console.print(
@@ -177,8 +191,31 @@ def _announce(
     console.print(f"run directory: {escape(str(config.trainer.directory))}")
     if not data.heldout:
         console.print("no held-out data, so no evaluation during training")
-    if step is not None:
+
+
+def _resume(
+    trainer: Trainer, directory: RunDirectory, step: int, chosen: bool, processes: Processes, console: Console
+) -> int:
+    """Load the checkpoint of a step, or the latest good one before it unless the user chose it; return its step."""
+    while True:
+        try:
+            load_checkpoint(trainer, directory.checkpoint(step), directory.config.model)
+            break
+        except DamagedFileError as error:
+            earlier = processes.on_first(partial(directory.step_before, step))
+            if earlier is None:
+                raise UltraMemError(
+                    f"{error}; there is no earlier checkpoint, so start again with --overwrite"
+                ) from error
+            name = checkpoint_name(earlier)
+            if chosen:
+                raise UltraMemError(f"{error}; use an earlier one: --from-checkpoint {name}") from error
+            if processes.rank == 0:
+                console.print(f"{checkpoint_name(step)} is damaged ({escape(str(error))}); resuming from {name}")
+            step = earlier
+    if processes.rank == 0:
         console.print(f"resuming from step {step:,}")
+    return step
 
 
 def _fit(trainer: Trainer, directory: RunDirectory) -> None:

@@ -22,10 +22,14 @@ from transformers import (
 )
 
 from ultramem.config import MemoryConfig
-from ultramem.errors import UltraMemError, first_line, system_reason
+from ultramem.configuration.decoding import decode, dotted_keys
+from ultramem.configuration.field_types import check_types
+from ultramem.data.tokenizers import plain_errors
+from ultramem.errors import ConfigError, UltraMemError, first_line
 from ultramem.files.checksums import CHECKSUMS_NAME
 from ultramem.files.directories import Product
-from ultramem.files.whole_files import read_json_object, whole_file, write_text
+from ultramem.files.json_files import damaged, read_json, read_json_object
+from ultramem.files.whole_files import whole_file, write_text
 from ultramem.hosts.transformers.attachment import attach_memory, detach_memory
 from ultramem.memory import Memory
 
@@ -96,11 +100,8 @@ def load_model_and_tokenizer(
         UltraMemError: a file is missing or damaged, or the tokenizer does not fit or has no end-of-text token.
     """
     model = load_model_file(directory, torch.float32)
-    try:
+    with plain_errors(f"the tokenizer in {directory} cannot be loaded", "put it there"):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # of transformers and tokenizers, of any kind
-        reason = first_line(error)
-        raise UltraMemError(f"the tokenizer in {directory} cannot be loaded ({reason}); put it there") from error
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UltraMemError(
@@ -153,23 +154,21 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
     """Attach a memory that `save_memory` wrote, in its own dtype.
 
     Raises:
-        ConfigError: the stored configuration is not valid.
         UltraMemError: a file is missing or damaged, or the memory does not fit the model.
     """
     path = Path(directory)
-    content = _read_memory_config(path / MEMORY_CONFIG_NAME)
+    stored = _read_memory_config(path / MEMORY_CONFIG_NAME)
     hidden, blocks = model.config.get_text_config().hidden_size, model.config.get_text_config().num_hidden_layers
-    if (content["d_model"], content["num_blocks"]) != (hidden, blocks):
+    if (stored.d_model, stored.num_blocks) != (hidden, blocks):
         raise UltraMemError(
-            f"{path} is the memory of a model with {content['num_blocks']} blocks of width {content['d_model']} "
-            f"({content['base_model']}); {type(model).__name__} here has {blocks} of width {hidden}"
+            f"{path} is the memory of a model with {stored.num_blocks} blocks of width {stored.d_model} "
+            f"({stored.base_model}); {type(model).__name__} here has {blocks} of width {hidden}"
         )
     try:
-        config = MemoryConfig(**content["memory"])
         tensors = load_file(path / MEMORY_WEIGHTS_NAME)
-    except (OSError, SafetensorError, TypeError) as error:
+    except (OSError, SafetensorError) as error:
         raise UltraMemError(f"{path} is damaged or incomplete ({error}); save the memory again") from error
-    memory = attach_memory(model, config)
+    memory = attach_memory(model, stored.memory)
     # Integers instead of floating-point numbers, or the reverse, count as another shape.
     expected = {name: (*tensor.shape, tensor.is_floating_point()) for name, tensor in memory.state_dict().items()}
     found = {name: (*tensor.shape, tensor.is_floating_point()) for name, tensor in tensors.items()}
@@ -186,17 +185,23 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
     return memory
 
 
-def _read_memory_config(path: Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _StoredMemory:
+    """The content of `memory_config.json`."""
+
+    memory: MemoryConfig
+    d_model: int
+    num_blocks: int
+    base_model: str
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+def _read_memory_config(path: Path) -> _StoredMemory:
+    remedy = "give a directory written by save_memory, or save the memory again"
+    content = read_json(path, remedy)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UltraMemError(
-            f"{path} cannot be read ({system_reason(error)}); give a directory written by save_memory"
-        ) from error
-    except ValueError as error:
-        raise UltraMemError(f"{path} is not valid JSON ({error}); save the memory again") from error
-    needed = ("memory", "d_model", "num_blocks", "base_model")
-    missing = [name for name in needed if not isinstance(content, dict) or name not in content]
-    if missing:
-        raise UltraMemError(f"{path}: {missing[0]} is missing; save the memory again")
-    return content
+        return decode(_StoredMemory, content, [*dotted_keys(_StoredMemory)])
+    except ConfigError as error:
+        raise damaged(path, error, remedy) from error
