@@ -141,8 +141,9 @@ class RunDirectory:
         """
         replaces = overwrite and self._holds_run()
         self._unneeded(replaces)
-        for name in (CONFIG_NAME, SUMMARY_NAME, METRICS_NAME):
-            check_output(self.path / name)
+        check_output(self.path / CONFIG_NAME)
+        for name in (SUMMARY_NAME, METRICS_NAME):
+            check_output(self.path / name, lambda path: self._holds_run())
         logging = self.config.logging
         for name, needed in (("data_order", True), ("tensorboard", logging.tensorboard), ("wandb", logging.wandb)):
             if needed and os.path.lexists(self.path / name) and not (self.path / name).is_dir():
