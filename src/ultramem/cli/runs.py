@@ -142,7 +142,7 @@ def generate(
     seed: Annotated[
         int, typer.Option(help="Seed for the first sample of each prompt; further samples use the seeds after it.")
     ] = 0,
-    num_samples: Annotated[int, typer.Option(help="Number of samples per prompt.", min=1)] = 1,
+    num_samples: Annotated[int, typer.Option(help="Number of samples per prompt.", min=1, max=2**20)] = 1,
     device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     save: Annotated[
         bool, typer.Option("--save", help="Append the samples to RUN/samples.json, for the report.")

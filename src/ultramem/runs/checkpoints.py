@@ -10,6 +10,8 @@ from pathlib import Path
 from ultramem.device import choose_device
 from ultramem.errors import UltraMemError
 from ultramem.files.checksums import Checksums, DamagedFileError
+from ultramem.files.owned import others_in, remove_ours
+from ultramem.files.whole_files import TEMPORARY_NAME
 from ultramem.hosts.olmo_core.checkpoint import METADATA_NAME, CheckpointReader, check_stored_model
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.config import RunConfig
@@ -17,7 +19,13 @@ from ultramem.runs.config_files import load_config
 from ultramem.runs.layout import CONFIG_NAME
 
 # Files of a checkpoint of OLMo-core's trainer, which writes the last one at the end.
+STEP_NAME = re.compile(r"step(0|[1-9][0-9]*)")
 _PARTS = ("train/rank0.pt", METADATA_NAME, ".metadata.json")
+# All files that it may have, also OLMo-core's temporary ones, and ours.
+CONTENTS = re.compile(
+    r"\.metadata\.json|checksums\.json|train/(rank[0-9]+\.pt)?|model_and_optim/(__[0-9]+_[0-9]+\.distcp|\.metadata)?"
+    rf"|(train/|model_and_optim/)?(tmp[a-z0-9_]{{8}}(\.distcp|\.tmp)?|{TEMPORARY_NAME.pattern})"
+)
 
 
 @dataclass(frozen=True)
@@ -95,9 +103,25 @@ def _is_undamaged(directory: Path) -> bool:
     return True
 
 
+def others_in_checkpoint(directory: Path) -> list[str]:
+    """Names of what is no part of a checkpoint in its directory; see `owned.others_in`."""
+    return others_in(directory, CONTENTS.fullmatch)
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Remove a checkpoint, complete or not; what is no part of it stays.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    remove_ours(directory, CONTENTS.fullmatch)
+    if not any(directory.iterdir()):
+        directory.rmdir()
+
+
 def complete_steps(run: Path) -> list[int]:
     """Steps of a run's complete checkpoints, in ascending order."""
-    named = ((path, re.fullmatch(r"step(\d+)", path.name)) for path in run.iterdir())
+    named = ((path, STEP_NAME.fullmatch(path.name)) for path in run.iterdir())
     return sorted(int(match[1]) for path, match in named if match and is_complete(path))
 
 

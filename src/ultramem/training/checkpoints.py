@@ -5,15 +5,15 @@ from __future__ import annotations
 import concurrent.futures
 import errno
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from olmo_core.distributed.utils import get_fs_local_rank, get_rank
 from olmo_core.train import Trainer
 from olmo_core.train.callbacks import Callback, CheckpointerCallback, SpeedMonitorCallback
 from olmo_core.train.callbacks.checkpointer import CheckpointRemovalStrategy
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ultramem.errors import UltraMemError, first_line
 from ultramem.hosts.olmo_core import ModelConfig
 from ultramem.hosts.olmo_core.checkpoint import check_stored_model
+from ultramem.runs.checkpoints import checkpoint_name, complete_steps, others_in_checkpoint, remove_checkpoint
 from ultramem.training.processes import in_all
 
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE)
@@ -52,8 +53,12 @@ class Checkpoints(CheckpointerCallback):
     def pre_train(self) -> None:
         """Count existing checkpoints among those to keep."""
         super().pre_train()
-        found = sorted(self.checkpointer.find_checkpoints(self.save_folder))
-        self._checkpoints = [path for step, path in found if step <= self.step]
+        run = Path(self.save_folder)
+        self._checkpoints = [str(run / checkpoint_name(step)) for step in complete_steps(run) if step <= self.step]
+
+    def _remove_checkpoint(self, path: str) -> None:
+        if get_fs_local_rank() == 0 and not others_in_checkpoint(Path(path)):  # else a user keeps files there
+            super()._remove_checkpoint(path)
 
     def on_error(self, exc: BaseException) -> None:
         """Let a checkpoint that is being written be finished."""
@@ -65,6 +70,9 @@ class Checkpoints(CheckpointerCallback):
         self._await_last_checkpoint()
         self._remove_old_checkpoints()
         directory = Path(self.save_folder) / self.checkpointer.checkpoint_dirname(self.step)
+        for place in filter(Path.exists, _places(directory) if get_rank() == 0 else ()):
+            if others_in_checkpoint(place):
+                raise UltraMemError(f"{place} is in the way of a checkpoint; rename it and run the same command again")
         with timed_apart(self), self._written(directory):
             if not (self.save_async if save_async is None else save_async):
                 return super()._save_checkpoint(False, ephemeral)
@@ -91,12 +99,18 @@ class Checkpoints(CheckpointerCallback):
             cause = next((reason for reason in map(os.strerror, _WRITE_ERRORS) if reason in str(error)), unknown)
             if cause is None or isinstance(error, UltraMemError):
                 raise
-            for unfinished in (directory, directory.with_name(f"{directory.name}-tmp")):
-                shutil.rmtree(unfinished, ignore_errors=True)
+            for unfinished in filter(Path.exists, _places(directory)):
+                with suppress(OSError):
+                    remove_checkpoint(unfinished)
             raise UltraMemError(
                 f"the checkpoint of {directory.name.replace('step', 'step ')} cannot be written to {directory} "
                 f"({cause}); free some space and run the same command again"
             ) from error
+
+
+def _places(checkpoint: Path) -> tuple[Path, Path]:
+    """Where a checkpoint is, and where OLMo-core begins to write it."""
+    return checkpoint, checkpoint.with_name(f"{checkpoint.name}-tmp")
 
 
 def load_checkpoint(trainer: Trainer, checkpoint: Path, model: ModelConfig) -> None:

@@ -24,7 +24,6 @@ from ultramem.data.tokenizers import load_model_tokenizer
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.evaluation.tasks import TaskSuite, task_names
 from ultramem.files.checksums import DamagedFileError
-from ultramem.hosts.olmo_core import ModelStatistics
 from ultramem.runs import config_files
 from ultramem.runs.checkpoints import checkpoint_name
 from ultramem.runs.config import RunConfig
@@ -115,23 +114,37 @@ def train(
         if config.trainer.deterministic:
             stack.enter_context(deterministic_algorithms())
 
-        def claim() -> tuple[int | None, bool, ModelStatistics]:
+        def check() -> tuple[int | None, bool]:
             stack.enter_context(directory.locked())
-            latest = directory.claim(overwrite)
+            latest = directory.find_step(overwrite)
             step = latest if from_checkpoint is None else directory.step_of(from_checkpoint)
-            statistics = directory.describe(data, processes.device, processes.count)
-            return step, directory.is_finished(step, bool(data.heldout)), statistics
+            finished = directory.is_finished(step, bool(data.heldout))
+            if not finished:
+                directory.check_room(overwrite)
+            return step, finished
 
-        step, finished, statistics = processes.on_first(claim)
+        step, finished = processes.on_first(check)
         if step is not None and finished:
             return RunResult(directory.path, step, "already finished")
         if processes.rank == 0:
-            _announce(console, config, statistics, data, processes)
+            _announce(console, directory, data, processes)
         trainer = build_trainer(config, data, suite, processes, console)
         if step is not None:
-            _resume(trainer, directory, step, from_checkpoint is not None, processes, console)
+            step = _resume(trainer, directory, step, from_checkpoint is not None, processes, console)
         elif config.trainer.initial_weights is not None:
             load_weights(trainer.train_module.model, config.trainer.initial_weights, config.model)
+
+        def claim() -> None:
+            ending = "damaged" if from_checkpoint is None else "unused"
+            if step is not None and (moved := directory.put_aside(step, ending)):
+                console.print(f"kept as {', '.join(moved)}")
+            directory.claim(overwrite)
+            directory.describe(data, processes.device, processes.count)
+            if overwrite and (others := directory.others()):
+                more = "" if len(others) <= 5 else f" and {len(others) - 5} more"
+                console.print(f"kept, as ultramem did not write it: {escape(', '.join(others[:5]))}{more}")
+
+        processes.on_first(claim)  # at the last moment: from here on, only training itself can fail
         _fit(trainer, directory)
         complete = trainer.global_step >= config.trainer.total_steps
         return RunResult(directory.path, trainer.global_step, "finished" if complete else "interrupted")
@@ -167,13 +180,8 @@ def _check_wandb(config: RunConfig) -> None:
         raise UltraMemError("logging.wandb: set WANDB_API_KEY, or WANDB_MODE=offline, in the environment")
 
 
-def _announce(
-    console: Console,
-    config: RunConfig,
-    statistics: ModelStatistics,
-    data: TokenData,
-    processes: Processes,
-) -> None:
+def _announce(console: Console, directory: RunDirectory, data: TokenData, processes: Processes) -> None:
+    config, statistics = directory.config, directory.statistics
     count = "" if processes.count == 1 else f", {processes.count} processes"
     console.print(
         f"{config.model.system}: {statistics.active / 1e6:,.1f} M active of {statistics.total / 1e6:,.1f} M "
@@ -187,8 +195,8 @@ def _announce(
 
 def _resume(
     trainer: Trainer, directory: RunDirectory, step: int, chosen: bool, processes: Processes, console: Console
-) -> None:
-    """Load the checkpoint of a step, or the latest good one before it unless the user chose it."""
+) -> int:
+    """Load the checkpoint of a step, or the latest good one before it unless the user chose it; return its step."""
     while True:
         try:
             load_checkpoint(trainer, directory.checkpoint(step), directory.config.model)
@@ -205,11 +213,9 @@ def _resume(
             if processes.rank == 0:
                 console.print(f"{checkpoint_name(step)} is damaged ({escape(str(error))}); resuming from {name}")
             step = earlier
-    moved = processes.on_first(partial(directory.put_aside, step, "unused" if chosen else "damaged"))
     if processes.rank == 0:
-        if moved:
-            console.print(f"kept as {', '.join(moved)}")
         console.print(f"resuming from step {step:,}")
+    return step
 
 
 def _fit(trainer: Trainer, directory: RunDirectory) -> None:
@@ -240,9 +246,9 @@ def _describe(error: Exception) -> str | None:
         return f"{error}; start a new run with a lower optimizer.learning_rate"
     if isinstance(error, UltraMemError):
         return str(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        reason = system_reason(error)
-        return f"{error.filename} cannot be written ({reason}); free some space and run the same command again"
+    if isinstance(error, OSError):
+        name, reason = error.filename or "a file", system_reason(error)
+        return f"{name} cannot be written ({reason}); free some space and run the same command again"
     return None
 
 
