@@ -160,6 +160,22 @@ def test_files_of_something_else_beside_a_configuration_stay(run, name):
     assert (run.path / name).read_text() == '{"title": "thesis"}\n{"torn'
 
 
+def test_puts_aside_what_is_later(run):
+    for step in (5, 10, 20):
+        checkpoint(run, step)
+    lines = ['{"step": 4}\n', "damaged\n", "[]\n", '{"step": 5}\n', '{"step": 6}\n', '{"step": 4}\n']
+    (run.path / "metrics.jsonl").write_text("".join(lines))
+    assert run.put_aside(20, "unused") == []
+    assert run.put_aside(10, "damaged") == ["step20.damaged"]
+    checkpoint(run, 20)
+    assert run.put_aside(10, "damaged") == ["step20.damaged2"]
+    assert (run.path / "metrics.jsonl").read_text() == "".join(lines)
+    assert run.put_aside(5, "unused") == ["step10.unused", "metrics.jsonl.unused"]
+    assert (run.path / "metrics.jsonl.unused").read_text() == "".join(lines)
+    assert (run.path / "metrics.jsonl").read_text() == "".join(lines[:4] + lines[5:])
+    assert (run.latest_step(), run.step_before(5), run.step_of("step5")) == (5, None, 5)
+
+
 def test_what_may_change(run):
     trainer = replace(
         run.config.trainer, checkpoint_interval=7, async_checkpoints=True, precision="bfloat16", micro_batch_size=16
