@@ -61,6 +61,18 @@ def test_interrupted_run_says_how_to_go_on(number, command, monkeypatch):
     assert "finished at step 12" in output
 
 
+def test_earlier_checkpoint(command, tmp_path):
+    assert command("--trainer.checkpoint_interval=4")[0] == 0
+    status, output, _ = command("--from-checkpoint", "step8", "--trainer.async_checkpoints=true")
+    assert status == 0
+    assert "kept as step12.unused, metrics.jsonl.unused\nresuming from step 8\n" in output
+    assert output.splitlines()[-1] == f"finished at step 12: {tmp_path / 'run'}"
+    status, _, errors = command("--from-checkpoint=step4")
+    message = f"error: --from-checkpoint=step4: must be one of step8, step10, step12 in {tmp_path / 'run'}\n"
+    assert (status, errors) == (1, message)
+    assert command("--from-checkpoint=step8", "--overwrite")[2].startswith("error: --from-checkpoint=step8: does not")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -109,13 +121,14 @@ def test_damaged_token_files(name, command, tokens, tmp_path):
     content = bytearray((tokens / name).read_bytes())
     content[-2] ^= 1
     (tokens / name).write_bytes(content)
-    for more in ([], ["--overwrite"], ["--overwrite", "--trainer.steps=3"]):
+    for more in (["--overwrite"], ["--overwrite", "--trainer.seed=3"]):
         status, _, errors = command(*arguments, *more)
         assert status == 1
         assert errors.startswith(f"error: {tokens / name} is damaged: it differs from its checksum; copy it again")
         assert len(errors.splitlines()) == 1
     assert sorted((tmp_path / "run").iterdir()) == kept
-    assert command(*arguments, "--data.verify=false")[1].startswith("already finished")
+    assert command(*arguments)[1].startswith("already finished")
+    assert "finished at step 2" in command(*arguments, "--overwrite", "--data.verify=false")[1]
 
 
 def test_resumed_on_other_data(command, tokens, monkeypatch):

@@ -321,7 +321,7 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_rerun(corpus: Path, number
     endless = corpus.parent / "endless.txt"  # or the run could be done before the signal comes
     os.mkfifo(endless)
     run = start_command(corpus, None, "--processes", "2", str(endless))
-    started = corpus.parent / "tokens.partial" / "train" / "part-00000.npy"
+    started = corpus.parent / "tokens.partial" / "new" / "train" / "part-00000.npy"
     while not started.exists():
         assert run.poll() is None, run.communicate()
         time.sleep(0.01)

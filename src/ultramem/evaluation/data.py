@@ -45,13 +45,15 @@ class EvaluationData:
     verify: bool = True
 
     def bits_per_byte(self, loss: float) -> float | None:
-        """Convert a mean loss in nats per token to bits per byte of text; None if the number of bytes is not known.
+        """Convert a mean loss in nats per token to bits per byte of text; None if that has none, or no known number.
 
         The loss of end-of-text tokens counts as that of text. Tokens that were not predicted count with the mean loss.
         """
         if self.manifest is None:
             return None
         split = self.manifest.split(self.name)
+        if not split.bytes:
+            return None
         return loss / math.log(2) * split.tokens / split.bytes
 
 

@@ -88,6 +88,7 @@ def evaluate(
         UltraMemError: the checkpoint or the data is missing or damaged, the run's own data has changed, the data was
             made with another tokenizer, or the loss is not finite.
     """
+    check_least(1, max_tokens=max_tokens, batch_size=batch_size, sequence_length=sequence_length)
     checkpoint = find_checkpoint(path)
     config = checkpoint.config
     found = find_data(checkpoint, data, split, dtype)
@@ -95,7 +96,6 @@ def evaluate(
         raise ConfigError("unigram=True: needs a directory written by `ultramem tokenize`; leave it out")
     length = config.data.sequence_length if sequence_length is None else sequence_length
     sequences = TokenSequences(found.files, found.dtype, config.model.vocab_size, length, max_tokens)
-    check_least(1, batch_size=batch_size)
     model = checkpoint.load_model(device)
     started = time.perf_counter()
     loss = mean_loss(model, sequences, batch_size or max(1, BATCH_TOKENS // length))
@@ -141,7 +141,10 @@ def mean_loss(model: MemoryTransformer, sequences: TokenSequences, batch_size: i
         total += output.ce_loss.double().sum()
     loss = float(total) / sequences.predicted_tokens
     if not loss <= LARGEST_LOSS:
-        raise UltraMemError(f"the loss is {loss}, as the training diverged; use an earlier checkpoint")
+        raise UltraMemError(
+            f"the loss is {loss}, as the training diverged; use an earlier checkpoint: RUN/stepN, and for training "
+            "--from-checkpoint stepN"
+        )
     return loss
 
 

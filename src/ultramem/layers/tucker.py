@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ultramem.errors import ConfigError, UltraMemError
+from ultramem.errors import ConfigError
+from ultramem.files.checksums import DamagedFileError
 from ultramem.layers.initial_values import SIMULATED_TOKENS, HostScheme
 from ultramem.layers.memory_layer import MemoryLayer, balance_loss, rms_norm
 from ultramem.ops.tucker_topk import tucker_topk
@@ -117,7 +118,7 @@ class TuckerMemory(MemoryLayer):
                 continue  # whoever loads the state finds what is missing or of another shape
             if not (_is_permutation(tensor) if name == "shuffle" else tensor.isfinite().all()):
                 must = "a permutation of the virtual rows, int64" if name == "shuffle" else "finite"
-                raise UltraMemError(f"{prefix}{name} is damaged (it must be {must}); write or copy its file again")
+                raise DamagedFileError(f"{prefix}{name} is damaged: it must be {must}")
 
     def refresh(self) -> None:
         """Recompute `u` and `t` from the cores; call once after each optimizer step."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ultramem.configuration.field_types import check_types
 from ultramem.data.token_files import Manifest, check_token_files
 from ultramem.errors import UltraMemError, system_reason
 from ultramem.files.checksums import Checksums
@@ -23,6 +24,9 @@ class FileContent:
     file: str
     bytes: int
     crc32: str | None
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def is_like(self, other: FileContent) -> bool:
         """Whether both have the same content, as far as it is known."""
@@ -142,7 +146,7 @@ def recorded_contents(run: Path) -> DataContents | None:
         train, heldout = (tuple(FileContent(**file) for file in content[split]) for split in ("train", "heldout"))
         tokenizer = content["tokenizer"]
         return DataContents(train, heldout, None if tokenizer is None else FileContent(**tokenizer))
-    except (KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UltraMemError(
             f"{run / SUMMARY_NAME} is damaged: {DATA} cannot be understood; restore it, or remove {DATA} from it"
         ) from error

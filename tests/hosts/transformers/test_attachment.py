@@ -236,7 +236,7 @@ def test_wrong_memory_directories(tmp_path: Path, tokens: Tensor) -> None:
         load_memory(fresh, tmp_path)
     assert not hasattr(fresh, "memory")
     config.write_text("{")
-    with pytest.raises(UltraMemError, match="not valid JSON"):
+    with pytest.raises(UltraMemError, match="is damaged"):
         load_memory(fresh, tmp_path)
     config.write_text(text)
     weights.write_bytes(content[: len(content) // 2])
@@ -344,8 +344,6 @@ def test_a_memory_with_other_indices(tmp_path: Path) -> None:
     memory.layers[2].shuffle[5] = -1
     save_memory(model, tmp_path)
     fresh = make("llama")
-    with pytest.raises(
-        UltraMemError, match=r"memory.safetensors: layers.2.shuffle is damaged \(it must be a permutati"
-    ):
+    with pytest.raises(UltraMemError, match=r"memory.safetensors: layers.2.shuffle is damaged: it must be a permutati"):
         load_memory(fresh, tmp_path)
     assert not hasattr(fresh, "memory")

@@ -110,7 +110,7 @@ def test_indices_that_are_none(load: Callable[..., Any], make_model: Make, tmp_p
     name = "model.memory.layers.1.shuffle"
     tensors[name][3] = 10**9
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UltraMemError, match=r"layers\.1\.shuffle is damaged \(it must be a permutation"):
+    with pytest.raises(UltraMemError, match=r"layers\.1\.shuffle is damaged: it must be a permutation"):
         load(tmp_path)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen3Confi
 
 from ultramem.config import MemoryConfig
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.files.checksums import CHECKSUMS_NAME
+from ultramem.files.checksums import CHECKSUMS_NAME, DamagedFileError
 from ultramem.files.whole_files import write_text
 from ultramem.hosts.transformers.attachment import Connection, add_auxiliary_loss, check_host_config
 from ultramem.hosts.transformers.files import check_model_files
@@ -97,7 +97,10 @@ class _SavedWithCode(_NamedInItsDirectory):
                 check_model_files(directory)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **options)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.memory.check_loaded()
+        try:
+            model.memory.check_loaded()
+        except DamagedFileError as error:
+            raise UltraMemError(f"{pretrained_model_name_or_path}: {error}; write it again") from error
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
