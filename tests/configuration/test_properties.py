@@ -37,7 +37,10 @@ KEYS = [*dotted_keys(RunConfig)]
 printable = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"], exclude_characters="\ufeff"), max_size=10)
 of_yaml = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | printable,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(printable.filter(lambda key: key != "<<"), inner),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(printable.filter(lambda key: key.isprintable() and key != "<<"), inner)
+    ),
     max_leaves=10,
 )
 
@@ -77,6 +80,7 @@ def test_an_override(key: str, value: str) -> None:
 
 
 @given(st.sampled_from(KEYS), values)
+@example("model", {"\x1e": None})
 def test_a_value_of_python(key: str, value: Any) -> None:
     content = parse_yaml(VALID, "here")
     *sections, name = key.split(".")

@@ -142,13 +142,22 @@ def test_checking_changes_nothing(run):
 
 
 def test_torn_line_is_cut(run):
-    path = run.path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step"')
+    path, line = run.path / "metrics.jsonl", '{"step": 1, "metrics": {}}\n'
+    path.write_text(f'{line}{{"step"')
     run.claim(overwrite=False)
-    assert path.read_text() == '{"step": 1}\n'
+    assert path.read_text() == line
+    (run.path / "summary.json").write_text('{"system": "", "parameters": {}}')
     path.write_text("{")
     run.claim(overwrite=False)
     assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
+def test_files_of_something_else_beside_a_configuration_stay(run, name):
+    (run.path / name).write_text('{"title": "thesis"}\n{"torn')
+    with pytest.raises(UltraMemError, match=rf"{name} is a file that ultramem did not write; choose another"):
+        run.claim(overwrite=False)
+    assert (run.path / name).read_text() == '{"title": "thesis"}\n{"torn'
 
 
 def test_puts_aside_what_is_later(run):

@@ -37,7 +37,7 @@ def decode(kind: type[T], content: Any, known_keys: list[str] | None = None, pat
         content = {name: value for name, value in content.items() if name in hints}
     for name in content:
         if name not in hints:
-            key = _join(path, name)[:LONGEST_SHOWN]
+            key = _join(path, name if str(name).isprintable() else repr(name))[:LONGEST_SHOWN]
             nearest = difflib.get_close_matches(key, known_keys or (), 1, 0)[0]
             raise ConfigError(f"{key}: unknown key; did you mean {nearest}?")
     for field in fields(kind):  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from typing import Any
 from ultramem.errors import UltraMemError, first_line, system_reason
 
 LARGEST_FILE = 2**28  # bytes; a million token files in a manifest need half of it
+LONGEST_NAME = 255  # bytes, as file systems have it
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -72,7 +73,7 @@ def path_inside(directory: Path, name: str) -> Path:
         ValueError: the name leads out of the directory, or is none.
     """
     parts = PurePosixPath(name).parts
-    if not parts or ".." in parts or name.startswith("/") or "\0" in name:
+    if not parts or ".." in parts or name.startswith("/") or "\0" in name or len(name.encode()) > LONGEST_NAME:
         raise ValueError(f"{name[:100]!r} is no path in this directory")
     return directory / name
 

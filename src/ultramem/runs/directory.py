@@ -19,6 +19,7 @@ from ultramem.configuration.field_types import field_types
 from ultramem.configuration.yaml_text import parse_yaml
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.files.directories import locked
+from ultramem.files.json_files import parse_json
 from ultramem.files.owned import divide, others_in, remove_ours
 from ultramem.files.whole_files import TEMPORARY_NAME, check_output, write_text
 from ultramem.hosts.olmo_core import ModelStatistics, model_statistics
@@ -141,8 +142,9 @@ class RunDirectory:
         """
         replaces = overwrite and self._holds_run()
         self._unneeded(replaces)
-        for name in (CONFIG_NAME, SUMMARY_NAME, METRICS_NAME):
-            check_output(self.path / name)
+        check_output(self.path / CONFIG_NAME)
+        for name in (SUMMARY_NAME, METRICS_NAME):
+            check_output(self.path / name, lambda path: self._holds_run())
         logging = self.config.logging
         for name, needed in (("data_order", True), ("tensorboard", logging.tensorboard), ("wandb", logging.wandb)):
             if needed and os.path.lexists(self.path / name) and not (self.path / name).is_dir():
@@ -353,8 +355,10 @@ def _free_name(path: Path, ending: str) -> Path:
 
 
 def _is_later(line: str, step: int) -> bool:
-    report = parse_report(line)  # a damaged line stays where it is
-    return report is not None and report[0] > step
+    try:
+        return parse_json(line)["step"] > step
+    except (ValueError, KeyError, TypeError):  # a damaged line stays where it is
+        return False
 
 
 def _has_metrics(path: Path) -> bool:
