@@ -65,7 +65,7 @@ def test_earlier_checkpoint(command, tmp_path):
     assert command("--trainer.checkpoint_interval=4")[0] == 0
     status, output, _ = command("--from-checkpoint", "step8", "--trainer.async_checkpoints=true")
     assert status == 0
-    assert "kept as step12.unused, metrics.jsonl.unused\nresuming from step 8\n" in output
+    assert "resuming from step 8\nkept as step12.unused, metrics.jsonl.unused\n" in output
     assert output.splitlines()[-1] == f"finished at step 12: {tmp_path / 'run'}"
     status, _, errors = command("--from-checkpoint=step4")
     message = f"error: --from-checkpoint=step4: must be one of step8, step10, step12 in {tmp_path / 'run'}\n"

@@ -53,7 +53,7 @@ def contents(directory):
 
 USERS = [
     "step10-analysis/plot.png",
-    "step10.damaged/train/rank0.pt",
+    "step10.kept/train/rank0.pt",
     "step10_copy/model_and_optim/.metadata",
     "step25-tmp.tar",
     "step010/train/rank0.pt",

@@ -55,8 +55,8 @@ from ultramem.runs.tokens import TokenData
 _FILES = (METRICS_NAME, TOKENIZER_NAME, EVALUATION_NAME, TASKS_NAME, SAMPLES_NAME, REPORT_NAME)
 # What a run, or a tool on it, may have written, besides configuration and summary, which tell what run it is.
 CONTENTS = re.compile(
-    rf"{STEP_NAME.pattern}(-tmp|\.(damaged|unused)[0-9]*)?/({CHECKPOINT_CONTENTS.pattern})?"
-    rf"|{'|'.join(map(re.escape, _FILES))}|{re.escape(METRICS_NAME)}\.unused[0-9]*"
+    rf"{STEP_NAME.pattern}(-tmp)?/({CHECKPOINT_CONTENTS.pattern})?"
+    rf"|{'|'.join(map(re.escape, _FILES))}"
     rf"|data_order/(global_indices_[^/]*\.npy(\.tmp)?|{TEMPORARY_NAME.pattern})?|{TEMPORARY_NAME.pattern}"
     r"|tensorboard/(events\.out\.tfevents\.[^/]*)?"
     r"|wandb/(wandb/)?((offline-)?run-[^/]*/.*|latest-run|debug[^/]*\.log)?"
