@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
-from ultramem.errors import UltraMemError
+from ultramem.errors import UltraMemError, first_line
 
 try:
     import typer
-    from rich.console import Console
-    from rich.markup import escape
+    from typer.core import TyperGroup
 except ImportError:  # `pip install ultramem` alone has no command line tools
     sys.exit("ultramem: the command line needs more packages; install them with: pip install 'ultramem[train]'")
 
-from ultramem.cli import data, models, runs
+from ultramem.cli import border, data, models, runs
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """As in Typer, which would take a file that ends too early for the end of a dialogue."""
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:
+            raise UltraMemError(f"a file ends too early ({first_line(error)}); write it again") from error
+
 
 app = typer.Typer(
-    help="Sparse memory layers for language models.", no_args_is_help=True, pretty_exceptions_enable=False
+    help="Sparse memory layers for language models.",
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
 )
 
 
@@ -55,9 +67,5 @@ app.command(context_settings={"ignore_unknown_options": True})(models.import_fla
 
 
 def main() -> None:
-    """Run the command; a user's mistake ends in one line on standard error and status 1."""
-    try:
-        app()
-    except UltraMemError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
-        sys.exit(1)
+    """Run the command; a user's mistake ends in one line on standard error and status 1. See `border.run_command`."""
+    border.run_command(app)

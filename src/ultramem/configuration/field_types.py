@@ -100,9 +100,22 @@ def _checked(hint: Any, value: Any, name: str) -> Any:
         right = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
         number = _required(right, value, name, _WORDS[hint])
         return number if isinstance(number, int) else hint(number)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
+    if hint is Path and isinstance(value, str | Path):
+        return _checked_path(str(value), name)
     return _required(isinstance(value, hint), value, name, _WORDS[hint])
+
+
+def _checked_path(value: str, name: str) -> Path:
+    _required(value != "", value, name, "a path; write . for the working directory")
+    _required("\0" not in value, value, name, "a path without NUL characters")
+    _required(_is_unicode(value), value, name, "a path in valid Unicode; rename the file")
+    _required(not value.startswith("~"), value, name, "a path without ~, which only shells replace; write it out")
+    return Path(value)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text holds no surrogates, which stand for bytes of a name that is not in UTF-8."""
+    return text.encode(errors="replace").decode() == text
 
 
 def _checked_items(hint: Any, value: Any, name: str) -> tuple[Any, ...]:

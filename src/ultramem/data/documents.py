@@ -118,6 +118,8 @@ def find_sources(paths: Iterable[Path], include: Sequence[str] = (), exclude: Se
         if path.is_dir():
             names = [name for name in _walk(path) if _matches(name, include or CORPUS_PATTERNS)]
             files = [path / name for name in names if not _matches(name, exclude)]
+        elif path.exists() and not path.is_file():
+            raise UltraMemError(f"{path} is neither a file nor a directory; give files that can be read again")
         elif path.exists():
             files = [] if _matches(path, exclude) else [path]
         else:

@@ -21,7 +21,7 @@ from ultramem.data.terminal import progress_display
 from ultramem.data.token_files import MANIFEST_NAME, TOKENIZER_NAME, Manifest, load_manifest, save_manifest
 from ultramem.data.token_writer import SplitWriter
 from ultramem.data.tokenizers import SMALLEST_BPE, ChosenTokenizer, Encoder, load_tokenizer, train_bpe
-from ultramem.data.worker_processes import map_documents
+from ultramem.data.worker_processes import call_in_process, map_documents
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.files.directories import partial_directory
 
@@ -89,6 +89,11 @@ class TokenizeConfig:
         if self.train_bpe is not None and self.train_bpe < SMALLEST_BPE:
             raise ConfigError(
                 f"train_bpe={self.train_bpe}: must be at least {SMALLEST_BPE}, for bytes and special tokens"
+            )
+        if self.train_bpe is not None and self.train_bpe > SMALLEST_BPE + BPE_SAMPLE_BYTES:
+            raise ConfigError(
+                f"train_bpe={self.train_bpe}: must be at most {SMALLEST_BPE + BPE_SAMPLE_BYTES}, as there is no more "
+                "text to learn from; take some 10,000s"
             )
         if self.train_bpe is not None and (self.eos_token, self.eos_id, self.pad_token) != (None, None, None):
             raise ConfigError(
@@ -197,7 +202,7 @@ def _choose_tokenizer(config: TokenizeConfig, corpus: Corpus, display: Progress)
         return load_tokenizer(config.tokenizer, config.eos_token, config.eos_id, config.pad_token)
     sample = _sample(corpus, config.seed, display)
     training = display.add_task("training the BPE", total=None, documents=len(sample))
-    tokenizer = train_bpe(sample, config.train_bpe)
+    tokenizer = call_in_process(train_bpe, sample, config.train_bpe)
     display.remove_task(training)
     return tokenizer
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.device import autocast
 from ultramem.errors import UltraMemError, system_reason
 from ultramem.evaluation.sampling import check_sampling, sample
-from ultramem.files.whole_files import write_json
+from ultramem.files.whole_files import read_text, write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import SAMPLES_NAME
@@ -108,8 +108,10 @@ class TextGenerator:
 
         Raises:
             UltraMemError: the model's output is not finite.
+            UnicodeEncodeError: the prompt is not valid Unicode.
         """
         tokenizer, eos_token_id = self.tokenizer.tokenizer, self.tokenizer.eos_token_id
+        prompt.encode()  # the tokenizer's own error does not say what is wrong
         tokens = tokenizer.encode(prompt, add_special_tokens=False).ids or [eos_token_id]
         decoder = DecodeStream(ids=tokens)
         # Tokens are drawn on the CPU, so that they do not depend on the model's device.
@@ -147,7 +149,7 @@ def read_prompt(path: Path) -> str:
         UltraMemError: the file cannot be read, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = system_reason(error) if isinstance(error, OSError) else "not UTF-8 text"
         raise UltraMemError(f"{path} cannot be read ({reason}); give a text file with --prompt-file") from error
@@ -189,7 +191,7 @@ def print_samples(
     The first sample of a prompt uses the seed of `config`, the others the seeds after it.
     """
     samples: list[Sample] = []
-    for prompt, number in product(prompts, range(num_samples)):
+    for prompt, number in ((prompt, number) for prompt in prompts for number in range(num_samples)):
         settings, text = replace(config, seed=config.seed + number), ""
         if len(prompts) * num_samples > 1:
             typer.secho(f"--- sample {len(samples) + 1}, seed {settings.seed}", bold=True)

@@ -28,6 +28,8 @@ def partial_directory(output: Path, overwrite: bool, marker: str, contents: Sequ
     Raises:
         UltraMemError: `output` exists and must not be replaced, another run is writing it, or it cannot be created.
     """
+    if output.name in ("", ".."):
+        raise UltraMemError(f"{output} has no name of its own; choose another directory")
     partial = output.with_name(f"{output.name}.partial")
     try:
         _check_replaceable(output, overwrite, marker, contents)

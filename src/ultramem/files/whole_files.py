@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
 from ultramem.errors import UltraMemError, system_reason
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file, or a pipe; one that nobody writes to is empty, rather than waited for.
+
+    Raises:
+        OSError: the file cannot be read, or is a device.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    with open(path, encoding="utf-8", opener=_open_at_once) as file:
+        return file.read()
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is a device", path)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def write_text(path: Path, text: str) -> None:
@@ -16,11 +39,16 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: the file cannot be written; an existing file at `path` is unchanged.
     """
+    path = path.absolute()  # which has a name, if it is not the root
+    if not path.name or path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():  # it would be replaced, be it /dev/null
+        raise OSError(errno.EINVAL, "it is a device or a pipe", str(path))
     temporary = path.with_name(f"{path.name}.partial")
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
-    except OSError:
+    except (OSError, UnicodeEncodeError):
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise

@@ -11,10 +11,12 @@ from pathlib import Path
 from olmo_core.distributed.checkpoint import load_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ultramem.device import choose_device
+from ultramem.device import check_memory, choose_device
 from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core.checkpoint import check_stored_model
 from ultramem.hosts.olmo_core.model import MemoryTransformer
+from ultramem.hosts.olmo_core.sizes import bytes_to_load
+from ultramem.hosts.weights import check_finite_weights
 from ultramem.runs.config import RunConfig
 from ultramem.runs.config_files import load_config
 from ultramem.runs.layout import CONFIG_NAME
@@ -52,11 +54,13 @@ class Checkpoint:
             device: `cpu`, `cuda`, or `auto` for CUDA if available.
 
         Raises:
-            ConfigError: the device is invalid or not available.
-            UltraMemError: the checkpoint is damaged or does not match the run's configuration.
+            ConfigError: the device is invalid, not available or too small for the model.
+            UltraMemError: the checkpoint is damaged, has weights that are not finite, or does not match the run's
+                configuration.
         """
         place = choose_device(device)
         directory = self.run / self.name / MODEL_NAME
+        check_memory(bytes_to_load(self.config.model), place)
         check_stored_model(directory, self.config.model)
         model = self.config.model.build("meta")
         model.to_empty(device=place)
@@ -71,6 +75,7 @@ class Checkpoint:
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise UltraMemError(f"{directory} is damaged ({reason}); use an earlier checkpoint") from error
+        check_finite_weights(model.state_dict(), directory)
         model.get_rope_buffers(self.config.data.sequence_length, place)  # computed once, for all shorter lengths too
         return model.eval().requires_grad_(False)
 

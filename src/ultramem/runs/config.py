@@ -180,6 +180,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check_types(self)
         _make_absolute(self, "directory", "initial_weights")
+        check_field(self, "directory", self.directory.name not in ("", ".."), "a directory with a name of its own")
         for name, hint in field_types(TrainerConfig).items():
             if name != "seed" and without_none(hint)[0] is int:
                 check_field(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")

@@ -14,6 +14,7 @@ from ultramem.configuration.decoding import decode, dotted_keys, encode
 from ultramem.configuration.overrides import apply_overrides
 from ultramem.configuration.yaml_text import parse_yaml
 from ultramem.errors import ConfigError, system_reason
+from ultramem.files.whole_files import read_text
 from ultramem.hosts.olmo_core import ModelConfig, preset
 from ultramem.layers.kinds import KINDS
 from ultramem.runs.config import DataConfig, RunConfig
@@ -41,7 +42,7 @@ def load_config(
         UltraMemError: the vocabulary size is that of the data, and the data is missing or damaged.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = system_reason(error) if isinstance(error, OSError) else error
         raise ConfigError(f"{path}: cannot be read ({reason}); check the path") from error

@@ -18,6 +18,8 @@ from ultramem.hosts.olmo_core.model import MemoryBlockConfig, MemoryTransformer
 from ultramem.hosts.olmo_core.moe import ROW_ALIGNMENT, MoEConfig
 from ultramem.layers import HostScheme
 
+MOST_BLOCKS = 10_000  # building that many takes a minute
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -27,7 +29,7 @@ class ModelConfig:
 
     Attributes:
         d_model: width of the residual stream.
-        num_blocks: number of transformer blocks.
+        num_blocks: number of transformer blocks, at most 10,000.
         num_heads: number of attention heads; must divide `d_model` into heads of an even width.
         feed_forward_size: width of the SwiGLU feed-forward; not used with `moe`.
         vocab_size: number of embedding rows; multiples of 128 are fastest on GPUs.
@@ -60,6 +62,7 @@ class ModelConfig:
         check_finite(self)
         for name in ("d_model", "num_blocks", "num_heads", "vocab_size", "rope_theta"):
             check_field(self, name, getattr(self, name) >= 1, "at least 1")
+        check_field(self, "num_blocks", self.num_blocks <= MOST_BLOCKS, f"at most {MOST_BLOCKS}")
         check_field(self, "feed_forward_size", self.feed_forward_size >= 1 or self.moe is not None, "at least 1")
         check_field(self, "seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63")
         check_field(self, "norm_eps", self.norm_eps > 0, "above 0")

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ultramem.errors import UltraMemError, first_line
+from ultramem.hosts.weights import check_finite_weights
 
 MODEL_CONFIG_NAME = "config.json"  # marks a directory as a model's
 # Files of a model's directory; one with other files is never replaced.
@@ -33,7 +34,7 @@ def load_model_file(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load the causal language model in a directory, on the CPU. All parameters must be in its files.
 
     Raises:
-        UltraMemError: the model is missing or damaged, or a parameter is missing or has another shape.
+        UltraMemError: the model is missing or damaged, or a parameter is missing, has another shape or is not finite.
     """
     load_config_file(directory)
     model, report = _plain_errors(
@@ -45,6 +46,7 @@ def load_model_file(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     wrong = [*report["missing_keys"], *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])]
     if wrong:
         raise UltraMemError(f"{directory} is damaged: {min(wrong)} is missing or of another shape; write it again")
+    check_finite_weights(model.state_dict(), directory)
     return model
 
 

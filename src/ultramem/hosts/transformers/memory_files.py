@@ -16,6 +16,7 @@ from ultramem.config import MemoryConfig
 from ultramem.errors import UltraMemError, system_reason
 from ultramem.files.whole_files import write_text
 from ultramem.hosts.transformers.attachment import attach_memory, detach_memory
+from ultramem.hosts.weights import check_finite_weights
 from ultramem.memory import Memory
 
 CONFIG_NAME = "memory_config.json"
@@ -54,7 +55,7 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
 
     Raises:
         ConfigError: the stored configuration is not valid.
-        UltraMemError: a file is missing or damaged, or the memory does not fit the model.
+        UltraMemError: a file is missing or damaged, has weights that are not finite, or does not fit the model.
     """
     path = Path(directory)
     content = _read_config(path / CONFIG_NAME)
@@ -69,6 +70,7 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
         tensors = load_file(path / WEIGHTS_NAME)
     except (OSError, SafetensorError, TypeError) as error:
         raise UltraMemError(f"{path} is damaged or incomplete ({error}); save the memory again") from error
+    check_finite_weights(tensors, path / WEIGHTS_NAME)
     memory = attach_memory(model, config)
     # Integers instead of floating-point numbers, or the reverse, count as another shape.
     expected = {name: (*tensor.shape, tensor.is_floating_point()) for name, tensor in memory.state_dict().items()}

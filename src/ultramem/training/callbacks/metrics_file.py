@@ -54,5 +54,8 @@ class MetricsFile(Callback):
         self._last = step, earlier | finite
         line = {"step": step, "time": round(self._times.get(step, time.time()), 3), "metrics": self._last[1]}
         self._times = {noted: noted_at for noted, noted_at in self._times.items() if noted >= step}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk has no file name
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
