@@ -221,6 +221,7 @@ def test_broken_records_stop_or_are_skipped(corpus: Path) -> None:
         ({"tokenizer": None}, "tokenizer"),
         ({"train_bpe": 300, "tokenizer": "a"}, "either"),
         ({"train_bpe": 257}, "train_bpe=257: .* 258"),
+        ({"train_bpe": 10**11}, "train_bpe=100000000000: must be at most 33554690, as there is no more text"),
         ({"train_bpe": 300, "eos_id": 3}, "eos_id"),
         ({"heldout": 1.0}, "heldout=1.0: must be"),
         ({"heldout": -0.1}, "heldout=-0.1: must be"),

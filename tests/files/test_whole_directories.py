@@ -90,3 +90,17 @@ def test_two_runs_do_not_share_an_output(tmp_path: Path) -> None:
         with pytest.raises(UltraMemError, match="another run is writing"):
             make(tmp_path / "tokens", "second")
     assert (tmp_path / "tokens" / "manifest.json").read_text() == "first"
+
+
+def test_a_path_without_a_name_or_that_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for path, reason in (
+        (Path("/"), "/ has no name of its own; choose another directory"),
+        (tmp_path / "..", "has no name of its own"),
+        (tmp_path / "loop", "loop is a link to nothing; remove it"),
+        (tmp_path / "dangling", "dangling is a link to nothing; remove it"),
+    ):
+        with pytest.raises(UltraMemError, match=reason):
+            make(path)
+    assert entries(tmp_path) == ["dangling", "loop"]

@@ -8,6 +8,7 @@ import resource
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -273,6 +274,32 @@ def test_divergence_before_any_checkpoint(make_config):
     config = make_config("dense", optimizer=OptimizerConfig(learning_rate=1e30, max_grad_norm=None))
     with pytest.raises(UltraMemError, match=r"is (nan|inf) at step \d+; .*; there is no checkpoint yet"):
         train(config)
+
+
+def test_divergence_at_the_first_step_is_not_the_learning_rates(make_config):
+    config = make_config("dense")
+    config = replace(config, model=replace(config.model, init_std=1e30))
+    with pytest.raises(UltraMemError, match=r"^the .* is nan at step 1, the first: check the weights that it"):
+        train(config)
+
+
+def test_weights_that_are_not_finite_are_named_on_resuming(make_config, monkeypatch):
+    config = make_config("dense", steps=20)
+    at_step(monkeypatch, 11, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train(config)
+
+    def load_spoilt(trainer, checkpoint):
+        trainer.train_module.model.embeddings.weight.data[3] = float("inf")
+
+    monkeypatch.setattr("ultramem.training.run.load_checkpoint", load_spoilt)
+    with pytest.raises(UltraMemError, match=r"step11 has weights that are not finite, in embeddings\.weight: "):
+        train(config)
+
+
+def test_a_full_metrics_file_is_named():
+    metrics = MetricsFile(Path("/dev/full"))
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        metrics.log_metrics(1, {"a": 1.0})
 
 
 @pytest.mark.parametrize("place", ["tensors", "state"])

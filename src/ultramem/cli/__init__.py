@@ -18,6 +18,13 @@ from ultramem.cli import border, data, models, runs
 
 
 class _Commands(TyperGroup):
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As in Typer, which takes an empty path for the working directory."""
+        name, command, arguments = super().resolve_command(ctx, args)
+        if "" in arguments and name != "generate":  # whose prompts may be empty
+            raise UltraMemError("an argument is empty; for the working directory write .")
+        return name, command, arguments
+
     def invoke(self, ctx: Any) -> Any:
         """As in Typer, which would take a file that ends too early for the end of a dialogue."""
         try:

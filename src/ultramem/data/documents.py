@@ -115,6 +115,8 @@ def find_sources(paths: Iterable[Path], include: Sequence[str] = (), exclude: Se
     found: dict[Path, SourceFile] = {}
     offset = 0
     for path in paths:
+        if not path.absolute().name:
+            raise UltraMemError(f"{path} is the whole file system; give files and directories in it")
         if path.is_dir():
             names = [name for name in _walk(path) if _matches(name, include or CORPUS_PATTERNS)]
             files = [path / name for name in names if not _matches(name, exclude)]

@@ -80,6 +80,8 @@ def remove(path: Path) -> None:
 
 def _check_replaceable(output: Path, overwrite: bool, marker: str, contents: Sequence[str]) -> None:
     if not output.exists():
+        if output.is_symlink():
+            raise UltraMemError(f"{output} is a link to nothing; remove it, or choose another directory")
         return
     if not output.is_dir():
         raise UltraMemError(f"{output} is a file; choose another name")

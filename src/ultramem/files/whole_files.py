@@ -14,14 +14,17 @@ from ultramem.errors import UltraMemError, system_reason
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file, or a pipe; one that nobody writes to is empty, rather than waited for.
+    """Read a UTF-8 file, or a pipe.
 
     Raises:
-        OSError: the file cannot be read, or is a device.
+        OSError: the file cannot be read, or is a device or a pipe that nobody writes to.
         UnicodeDecodeError: it is not UTF-8.
     """
     with open(path, encoding="utf-8", opener=_open_at_once) as file:
-        return file.read()
+        text = file.read()
+        if not text and stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "nobody writes to this pipe", str(path))
+    return text
 
 
 def _open_at_once(path: str, flags: int) -> int:

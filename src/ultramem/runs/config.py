@@ -180,7 +180,8 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check_types(self)
         _make_absolute(self, "directory", "initial_weights")
-        check_field(self, "directory", self.directory.name not in ("", ".."), "a directory with a name of its own")
+        if self.directory.name in ("", ".."):
+            raise ConfigError(f"directory={self.directory}: must have a name of its own; choose another directory")
         for name, hint in field_types(TrainerConfig).items():
             if name != "seed" and without_none(hint)[0] is int:
                 check_field(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")

@@ -16,7 +16,7 @@ from olmo_core.distributed.utils import broadcast_object, get_rank, get_world_si
 from olmo_core.train.train_module import TransformerDataParallelConfig
 
 from ultramem.device import choose_device, has_fast_bfloat16
-from ultramem.errors import ConfigError, UltraMemError, explain, first_line
+from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.runs.config import RunConfig, TrainerConfig
 from ultramem.training.environment import check_launch, environment_number, launched_processes
 
@@ -47,8 +47,10 @@ class Processes:
         if self.rank == 0:
             try:
                 outcome = (function(), None)
-            except (OSError, UltraMemError) as error:
-                outcome = (None, explain(error) or first_line(error))
+            except OSError as error:
+                outcome = (None, f"{error.filename or 'a file'} cannot be written or read: {system_reason(error)}")
+            except UltraMemError as error:
+                outcome = (None, str(error))
         result, message = broadcast_object(outcome)
         if message is not None:
             raise UltraMemError(message)
