@@ -16,6 +16,8 @@ ValueProjectors = Literal["single", "per_block"]
 Activation = Literal["gelu", "silu"]
 Initialization = Literal["matched", "published", "zero_output"]
 
+MOST_BLOCKS = 10_000  # of a model: building that many takes a minute
+
 
 @dataclass(frozen=True)
 class MemoryConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ultramem.convert.export import export
 from ultramem.convert.transformers_models import read_model
 from ultramem.errors import UltraMemError
 from ultramem.hosts.transformers import attach_memory, detach_memory, load_memory, save_memory
+from ultramem.hosts.transformers.files import load_config_file
 from ultramem.hosts.weights import check_finite_weights
 from ultramem.runs.checkpoints import load_model
 
@@ -54,6 +56,13 @@ def test_of_an_exported_model(run: Any, tmp_path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UltraMemError, match=rf"model has weights that are not finite, in model\.{VALUES}"):
         read_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("blocks", [10**9, "x"])
+def test_a_number_of_blocks_that_nobody_builds(blocks: object, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": blocks}))
+    with pytest.raises(UltraMemError, match=f"config.json: num_hidden_layers={blocks!r}: must be a whole number up to"):
+        load_config_file(tmp_path)
 
 
 def test_of_a_saved_memory(tmp_path: Path) -> None:

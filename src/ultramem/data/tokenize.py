@@ -27,6 +27,7 @@ from ultramem.files.directories import partial_directory
 
 BPE_SAMPLE_BYTES = 32 * 2**20  # a larger sample takes more time and memory, but hardly changes the vocabulary
 SKIPPED_EXAMPLES = 10
+MOST_PROCESSES = 1024
 # Arguments that have a field of their own in the manifest, or do not change the result.
 NOT_ARGUMENTS = {"sources", "output", "tokenizer", "seed", "processes", "overwrite"}
 
@@ -105,6 +106,8 @@ class TokenizeConfig:
             raise ConfigError(
                 f"near_duplicates={self.near_duplicates}: must be a similarity above 0 and at most 1, such as 0.7"
             )
+        if self.processes > MOST_PROCESSES:
+            raise ConfigError(f"processes={self.processes}: must be at most {MOST_PROCESSES}; more are not faster")
         check_least(0, seed=self.seed)
         check_least(1, processes=self.processes, shard_tokens=self.shard_tokens, max_size=self.max_size)
 

@@ -11,14 +11,12 @@ from olmo_core.nn.layer_norm import LayerNormConfig, LayerNormType
 from olmo_core.nn.lm_head import LMHeadConfig
 from olmo_core.nn.rope import RoPEConfig
 
-from ultramem.config import MemoryConfig
+from ultramem.config import MOST_BLOCKS, MemoryConfig
 from ultramem.configuration.field_types import check_field, check_finite, check_types
 from ultramem.errors import ConfigError
 from ultramem.hosts.olmo_core.model import MemoryBlockConfig, MemoryTransformer
 from ultramem.hosts.olmo_core.moe import ROW_ALIGNMENT, MoEConfig
 from ultramem.layers import HostScheme
-
-MOST_BLOCKS = 10_000  # building that many takes a minute
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ultramem.config import MOST_BLOCKS
 from ultramem.errors import UltraMemError, first_line
+from ultramem.files.whole_files import read_json_object
 from ultramem.hosts.weights import check_finite_weights
 
 MODEL_CONFIG_NAME = "config.json"  # marks a directory as a model's
@@ -26,6 +28,12 @@ def load_config_file(directory: Path) -> PreTrainedConfig:
     if not (directory / MODEL_CONFIG_NAME).is_file():
         raise UltraMemError(
             f"{directory} has no {MODEL_CONFIG_NAME}; give a transformers directory, such as `ultramem export` writes"
+        )
+    blocks = read_json_object(directory / MODEL_CONFIG_NAME).get("num_hidden_layers", 0)
+    if not isinstance(blocks, int) or blocks > MOST_BLOCKS:  # transformers would go on for hours
+        raise UltraMemError(
+            f"{directory / MODEL_CONFIG_NAME}: num_hidden_layers={blocks!r}: must be a whole number up to {MOST_BLOCKS}"
+            "; restore the model's own"
         )
     return _plain_errors(directory, lambda: AutoConfig.from_pretrained(directory, local_files_only=True))
 
