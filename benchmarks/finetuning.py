@@ -26,12 +26,12 @@ from transformers.utils import logging
 
 from benchmarks.measurement import DEFAULT_OUTPUT, console, environment, free_memory, number, write_json, write_plot
 from ultramem.cli.border import run_command
-from ultramem.data.made_up_words import made_up_words
+from ultramem.data.facts import made_up_words
 from ultramem.device import autocast, choose_device
 from ultramem.finetuning.config import FinetuneConfig
 from ultramem.finetuning.examples import make_examples, mean_loss, read_texts
 from ultramem.finetuning.methods import Finetuning, read_background
-from ultramem.finetuning.model_files import load_model_and_tokenizer
+from ultramem.hosts.transformers.files import load_model_and_tokenizer
 from ultramem.hosts.transformers.modes import evaluation_mode
 from ultramem.hosts.transformers.sparse_finetuning import Background
 

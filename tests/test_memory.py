@@ -8,6 +8,7 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ultramem import ConfigError, Memory, MemoryConfig
 from ultramem.layers.tucker import TuckerMemory
+from ultramem.ops import use_backend
 
 D_MODEL, BLOCKS = 8, 4
 KINDS = ["pkm", "memory_plus", "ultramem", "ultramem_v2"]
@@ -42,6 +44,53 @@ def test_layers_together_give_the_sum_of_their_gradients(kind: str) -> None:
         apart += torch.autograd.grad(layer(x).square().sum(), memory.table.values)[0]
     torch.stack([layer(x).square().sum() for layer in memory.layers]).sum().backward()
     torch.testing.assert_close(memory.table.values.grad, apart)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("backend", "other"),
+    [
+        ("naive", "forward"),
+        ("naive", "forward without gradients"),
+        ("naive", "forward and backward"),
+        pytest.param("fused", "forward and backward", marks=pytest.mark.kernels),
+    ],
+)
+def test_another_thread_while_one_is_between_forward_and_backward(
+    kind: str, backend: Any, other: str, device: torch.device
+) -> None:
+    """Threads that train, score and evaluate the same memory get the gradients that each would get alone."""
+    options: dict[str, Any] = {"pre_value_dim": 4, "share_ratio": 0.5} if kind == "ultramem_v2" else {}
+    options |= (
+        {"num_keys": 2, "top_k": 2, "insertion": "0:0/2:2"} if backend == "fused" else {}
+    )  # the interpreter is slow
+    memory = build(kind, **options).to(device, torch.float64 if backend == "naive" else torch.float32)
+    parameters = [parameter for parameter in memory.parameters() if parameter.requires_grad]
+    x, of_other = (factor * randn(2, D_MODEL).to(parameters[0]) for factor in (1, 3))
+
+    def loss(inputs: Tensor) -> Tensor:
+        return torch.stack([layer(inputs).square().sum() for layer in memory.layers]).sum()
+
+    def gradients(inputs: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(inputs), parameters)
+
+    def run_other() -> None:
+        with use_backend(backend), torch.set_grad_enabled("without" not in other):
+            found["other"] = gradients(of_other) if "backward" in other else loss(of_other)
+
+    found: dict[str, Any] = {}
+    with use_backend(backend):
+        expected, expected_of_other = gradients(x), gradients(of_other)
+        own_loss = loss(x)
+        thread = threading.Thread(target=run_other)
+        thread.start()
+        thread.join()
+        own = torch.autograd.grad(own_loss, parameters)
+        if other == "forward":
+            found["other"] = torch.autograd.grad(found["other"], parameters)
+    torch.testing.assert_close(own, expected)
+    if "without" not in other:
+        torch.testing.assert_close(found["other"], expected_of_other)
 
 
 @pytest.mark.parametrize("sharing", ["ring", "no_ring", "block"])

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from ultramem.configuration.field_types import check_field, check_finite, check_types
+from ultramem.configuration.field_types import check_field, check_finite, check_least, check_types
 from ultramem.errors import ConfigError
-from ultramem.layers.kinds import KINDS
+from ultramem.layers import KINDS
 from ultramem.layers.memory_layer import MemoryLayer
 from ultramem.tables.layout import TableLayout
 
@@ -99,16 +99,13 @@ class MemoryConfig:
         check_finite(self)
         if self.kind not in KINDS:
             raise ConfigError(f"kind={self.kind!r}: must be one of {', '.join(KINDS)}")
-        for name, default in self._kind_defaults.items():
+        defaults = {**MemoryLayer.defaults, **self.layer_type.defaults}
+        for name, default in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         self._check_values()
-        self._check_unused()
+        self._check_unused(defaults)
         self.layer_type.check(self)
-
-    @property
-    def _kind_defaults(self) -> dict[str, Any]:
-        return {**MemoryLayer.defaults, **self.layer_type.defaults}
 
     @property
     def layer_type(self) -> type[MemoryLayer]:
@@ -134,10 +131,8 @@ class MemoryConfig:
         """
         if self.insertion == "all":
             return tuple((block, block) for block in range(num_blocks))
-        if self.insertion == "none":
-            return ()
         pairs = self._parse_insertion()
-        last = max(add for _, add in pairs)
+        last = max((add for _, add in pairs), default=-1)
         if last >= num_blocks:
             raise ConfigError(
                 f"insertion={self.insertion!r}: block {last} does not exist; the last of {num_blocks} blocks is "
@@ -191,24 +186,20 @@ class MemoryConfig:
         """Learning rate of the values at a step, as a multiple of the model's; 1 if `value_lr` sets it.
 
         UltraMem (arXiv:2411.12364): `1 + (m - 1) * max(0, 1 - step / (steps * d))` with m `value_lr_multiplier` and d
-        `value_lr_decay`.
-
-        Args:
-            step: training step, from 0.
-            steps: number of steps of the whole training.
+        `value_lr_decay`. Steps count from 0; the whole training has `steps`.
         """
         if self.value_lr is not None:
             return 1.0
         return 1 + (self.value_lr_multiplier - 1) * max(0.0, 1 - step / (steps * self.value_lr_decay))
 
     def _check_values(self) -> None:
-        for name, low in _SMALLEST.items():
-            value = getattr(self, name)
-            check_field(self, name, value is None or value >= low, f"at least {low}")
+        for least, names in _LEAST.items():
+            check_least(least, **{name: getattr(self, name) for name in names})
         check_field(self, "norm_eps", self.norm_eps > 0, "above 0")
         check_field(self, "value_lr", self.value_lr is None or self.value_lr > 0, "above 0")
         check_field(self, "share_ratio", 0 < self.share_ratio <= 1, "above 0 and at most 1")
         check_field(self, "output_dropout", 0 <= self.output_dropout < 1, "at least 0 and below 1")
+        check_field(self, "value_lr_multiplier", self.value_lr_multiplier >= 0, "at least 0")
         check_field(self, "value_lr_decay", 0 < self.value_lr_decay <= 1, "above 0 and at most 1")
         for name in ("value_lr_multiplier", "value_lr_decay"):
             is_set = getattr(self, name) != getattr(MemoryConfig, name)
@@ -219,10 +210,10 @@ class MemoryConfig:
                 )
         self._parse_insertion()
 
-    def _check_unused(self) -> None:
+    def _check_unused(self, defaults: dict[str, Any]) -> None:
         kind = self.layer_type
         for field in fields(self):
-            only = self._kind_defaults.get(field.name, field.default)
+            only = defaults.get(field.name, field.default)
             if field.name in kind.unused and getattr(self, field.name) != only:
                 others = [f"kind={name!r}" for name, other in KINDS.items() if field.name not in other.unused]
                 raise ConfigError(
@@ -231,20 +222,7 @@ class MemoryConfig:
                 )
 
 
-_SMALLEST = {
-    "num_keys": 1,
-    "key_dim": 1,
-    "value_dim": 1,
-    "pre_value_dim": 0,
-    "top_k": 1,
-    "axis_top_k": 1,
-    "heads": 1,
-    "tucker_rank": 1,
-    "cores": 1,
-    "key_expansion": 1,
-    "query_conv": 0,
-    "balance_coef": 0,
-    "tucker_penalty_coef": 0,
-    "tucker_penalty_threshold": 0,
-    "value_lr_multiplier": 0,
+_LEAST = {
+    1: ("num_keys", "key_dim", "value_dim", "top_k", "axis_top_k", "heads", "tucker_rank", "cores", "key_expansion"),
+    0: ("pre_value_dim", "query_conv", "balance_coef", "tucker_penalty_coef", "tucker_penalty_threshold"),
 }

@@ -39,8 +39,7 @@ class Memory(nn.Module):
         num_blocks: number of transformer blocks.
         scheme: the host's initialisation, one for all blocks or one per block; by default the UltraMemV2 paper's.
         seed: seed for the initial values.
-        device: device of the parameters. On `meta` nothing is initialised: call `to_empty` and `init_weights`.
-        dtype: dtype of the parameters.
+        device, dtype: of the parameters. On `meta` nothing is initialised: call `to_empty` and `init_weights`.
 
     Attributes:
         layers: the memory layers, in the order of `insertions`.
@@ -68,9 +67,7 @@ class Memory(nn.Module):
         super().__init__()
         check_least(1, d_model=d_model, num_blocks=num_blocks)
         config.check_width(d_model)
-        self.config = config
-        self.d_model = d_model
-        self.num_blocks = num_blocks
+        self.config, self.d_model, self.num_blocks = config, d_model, num_blocks
         self.insertions = config.insertions(num_blocks)
         self.layout = layout = config.layout(len(self.insertions))
         self._schemes = scheme or HostScheme.paper(d_model, num_blocks)
@@ -82,17 +79,9 @@ class Memory(nn.Module):
         self.table = new_table() if layout.shared and self.insertions else None
         self.layers = nn.ModuleList(
             config.layer_type(
-                config,
-                d_model,
-                self.table or new_table(),
-                axis_keys=layout.axis_keys,
-                window_start=start,
-                window_rows=layout.window_rows,
-                owns_table=not layout.shared,
-                device=device,
-                dtype=dtype,
+                config, d_model, self.table or new_table(), layout=layout, number=number, device=device, dtype=dtype
             )
-            for start in layout.starts
+            for number in range(len(self.insertions))
         )  # type: ignore[assignment]
         self._counters: list[ReadCounter] = []
         if not any(parameter.is_meta for parameter in self.parameters()):
@@ -119,10 +108,7 @@ class Memory(nn.Module):
         initialize(self.layers, [schemes[add] for _, add in self.insertions], generator)
 
     def refresh(self) -> None:
-        """Recompute what is derived from the parameters; call once after each optimizer step.
-
-        This is the vectors `u` and `t`, which rank the keys, and a table's copy in autocast's dtype.
-        """
+        """Recompute `u` and `t`, which rank the keys, and tables' copies in autocast's dtype; call after each step."""
         if self.layers:
             self.config.layer_type.refresh_all(self.layers)
         for table in self.tables:
@@ -161,10 +147,7 @@ class Memory(nn.Module):
         ids = {id(parameter) for parameter in values}
         others = [parameter for parameter in (model or self).parameters() if id(parameter) not in ids]
         rate = learning_rate if self.config.value_lr is None else self.config.value_lr
-        return [
-            {"params": others, "lr": learning_rate, **options},
-            {"params": list(values), "lr": rate, **options},
-        ]
+        return [{"params": others, "lr": learning_rate, **options}, {"params": list(values), "lr": rate, **options}]
 
     def auxiliary_loss(self) -> Tensor | None:
         """Sum of the layers' auxiliary losses in the last training forward pass; None if there are none."""
@@ -192,9 +175,7 @@ class Memory(nn.Module):
         Each layer has `rows read` (share of the window's rows), `KL from uniform` (of the reads, in nats), `output
         std`, `top score` and `last score` (means over tokens), and metrics of its kind, such as `singular value 1` of
         the Tucker cores. With `torch.distributed` this is a collective call, which includes the reads of all processes.
-
-        Args:
-            reset: whether to set the counts to zero.
+        `reset` sets the counts to zero.
         """
         metrics: dict[str, Tensor] = {}
         for number, (layer, counter) in enumerate(zip(self.layers, self._counters, strict=bool(self._counters))):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from ultramem.cli import main
-from ultramem.training.callbacks import StepSeed
+from ultramem.training.reproducible import StepSeed
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ import re
 from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from ultramem.cli import main
 from ultramem.data.documents import find_sources, read_documents
-from ultramem.data.facts import make_documents, make_facts, write_facts
+from ultramem.data.facts import made_up_words, make_documents, make_facts, write_facts
 from ultramem.errors import ConfigError, UltraMemError
 
 FORMS = {
@@ -168,3 +169,16 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert error.count("\n") == 1
     assert call("--overwrite") == 0
     assert {*json.loads(path.read_text().splitlines()[0])} == {"id", "text"}
+
+
+@pytest.mark.parametrize("syllables", [2, 3])
+def test_words_are_different_and_pronounceable(syllables: int) -> None:
+    words = made_up_words(1000, Random(0), syllables)
+    assert len({*words}) == 1000
+    assert all(re.fullmatch(rf"([bdfgklmnprstvz][aeiou]){{{syllables}}}", word) for word in words)
+
+
+def test_the_seed_decides() -> None:
+    assert made_up_words(50, Random(1)) == made_up_words(50, Random(1))
+    assert made_up_words(50, Random(1)) == made_up_words(60, Random(1))[:50]
+    assert made_up_words(50, Random(1)) != made_up_words(50, Random(2))

@@ -14,6 +14,7 @@ import torch
 
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.evaluation import evaluate
+from ultramem.evaluation.loss import count_tokens, unigram_loss
 
 
 def reference_loss(run: Any, length: int) -> tuple[float, int]:
@@ -167,7 +168,7 @@ def test_a_larger_vocabulary_than_the_models(run: Any) -> None:
 
 def test_a_model_that_diverged(run: Any) -> None:
     with torch.no_grad():
-        run.model.lm_head.norm.weight.fill_(float("nan"))
+        run.model.lm_head.norm.weight.fill_(3e38)
     run.save_checkpoint(8)
     with pytest.raises(UltraMemError, match="the loss is nan, as the training diverged; use an earlier checkpoint"):
         evaluate(run.path)
@@ -182,3 +183,24 @@ def test_values_that_cannot_work(run: Any) -> None:
         evaluate(run.path, split="test")
     with pytest.raises(UltraMemError, match=r"nothing.npy does not exist"):
         evaluate(run.path, [run.path / "nothing.npy"])
+
+
+def test_add_one_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ultramem.evaluation.loss.CHUNK_TOKENS", 7)  # files are read in several pieces
+    random, vocab_size = np.random.default_rng(0), 20
+    arrays = [random.zipf(1.5, size) % vocab_size for size in (50, 33, 40)]
+    paths = [tmp_path / f"{i}.npy" for i in range(3)]
+    for path, tokens in zip(paths, arrays, strict=True):
+        tokens.astype("<u4").tofile(path)
+    train, heldout = [*arrays[0].tolist(), *arrays[1].tolist()], arrays[2].tolist()
+    counts = Counter(train)
+    expected = -sum(math.log((counts[token] + 1) / (len(train) + vocab_size)) for token in heldout) / len(heldout)
+    assert any(counts[token] == 0 for token in heldout)
+    assert unigram_loss(paths[:2], paths[2:], "uint32", vocab_size) == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_id_that_is_too_large(tmp_path: Path) -> None:
+    path = tmp_path / "0.npy"
+    np.array([1, 5], dtype="<u2").tofile(path)
+    with pytest.raises(UltraMemError, match="has id 5, but the vocabulary has 5 tokens"):
+        count_tokens([path], "uint16", 5)

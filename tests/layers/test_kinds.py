@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ultramem import ConfigError, Memory, MemoryConfig
 from ultramem.hosts.olmo_core import ModelConfig
+from ultramem.layers import KINDS
 from ultramem.layers.initial_values import HostScheme
-from ultramem.layers.kinds import KINDS
 from ultramem.layers.memory_layer import MemoryLayer
 from ultramem.tables.filling import normal
 from ultramem.tables.layout import TableLayout, whole_tables

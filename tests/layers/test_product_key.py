@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ultramem import ConfigError, Memory, MemoryConfig
-from ultramem.layers.balance import balance_loss
+from ultramem.layers.memory_layer import balance_loss
 
 D_MODEL = 6
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from comparison import assert_near
 from ultramem.errors import UltraMemError
 from ultramem.ops import use_backend
-from ultramem.ops.kernels.numbered import find
+from ultramem.ops.kernels.operators import find
 from ultramem.ops.weighted_lookup import naive
 from ultramem.ops.weighted_lookup.reads import Reads
 from ultramem.tables.gradient_accumulator import GradientAccumulator

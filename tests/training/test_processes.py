@@ -10,8 +10,8 @@ import pytest
 
 from ultramem.errors import ConfigError
 from ultramem.training import train
-from ultramem.training.callbacks import StepSeed
 from ultramem.training.processes import join_processes
+from ultramem.training.reproducible import StepSeed
 
 SYSTEMS = ("ultramem_v2", "ultramem", "moe")
 

@@ -26,7 +26,9 @@ from ultramem.runs.checkpoints import load_model
 from ultramem.tables.gradient_accumulator import GradientAccumulator
 from ultramem.tables.trainable import TrainableTable
 from ultramem.training import LoggingConfig, OptimizerConfig, RunConfig, WandbConfig, load_config, train
-from ultramem.training.callbacks import MetricsFile, StepSeed
+from ultramem.training.evaluation import HeldoutCallback
+from ultramem.training.metrics import MetricsFile
+from ultramem.training.reproducible import StepSeed
 
 
 def at_step(monkeypatch, step, action):
@@ -159,6 +161,26 @@ def test_killed_run_goes_on_exactly(system, micro_batch_size, stops, make_config
     assert train(broken).status == "finished"
     assert losses_of(broken.trainer.directory) == losses_of(whole.trainer.directory)
     assert_same_model(broken.trainer.directory, whole.trainer.directory)
+
+
+@pytest.mark.parametrize("step", [15, 30])
+def test_killed_between_a_checkpoint_and_its_evaluation(step, make_config, metrics_of, in_child, monkeypatch):
+    """The curve of held-out losses has all its points, and the step keeps its other metrics."""
+    whole, broken = (make_config(directory=name, checkpoint_interval=15) for name in ("whole", "broken"))
+    train(whole)
+    evaluate = HeldoutCallback.perform_eval
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldoutCallback, "perform_eval", lambda self: kill() if self.step == step else evaluate(self))
+        assert in_child(lambda: train(broken)) == -signal.SIGKILL
+    assert max(steps_kept(broken.trainer.directory)) == step
+    assert "eval/heldout/CE loss" not in metrics_of(broken.trainer.directory)[step]
+    assert train(broken).status == "finished"
+    assert train(broken).status == "already finished"
+    expected, found = (
+        {step: {name: value for name, value in metrics.items() if "throughput" not in name} for step, metrics in run}
+        for run in (metrics_of(config.trainer.directory).items() for config in (whole, broken))
+    )
+    assert found == expected
 
 
 @pytest.mark.parametrize("moment", ["writing", "naming"])

@@ -1,6 +1,8 @@
 """Tasks evaluated during training: the values, what they leave alone, several processes, and what is missing."""
 
+import os
 import shutil
+import signal
 import sys
 from dataclasses import replace
 
@@ -11,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from ultramem.data.token_files import load_manifest, save_manifest
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.evaluation import evaluate_tasks, find_checkpoint
+from ultramem.evaluation.tasks import TaskSuite
 from ultramem.training import LoggingConfig, train
 
 TASKS = ("openbook_qa", "arc_easy")
@@ -64,6 +67,24 @@ def test_each_interval_and_at_the_end(make, metrics_of):
     config = make(steps=5, evaluate_tasks_interval=2, evaluate_tasks=("openbook_qa",))
     train(config)
     assert list(of_tasks(metrics_of(config.trainer.directory))) == [2, 4, 5]
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_killed_before_a_result_is_written(step, make, metrics_of, in_child, monkeypatch):
+    options = {"steps": 4, "checkpoint_interval": 2, "evaluate_tasks_interval": 2, "evaluate_tasks": ("openbook_qa",)}
+    whole, broken = make("whole", **options), make("broken", **options)
+    train(whole)
+    run, calls = TaskSuite.run, []
+
+    def lethal(*arguments, **named):
+        calls.append(arguments)
+        return run(*arguments, **named) if len(calls) < step // 2 else os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskSuite, "run", lethal)
+        assert in_child(lambda: train(broken)) == -signal.SIGKILL
+    assert train(broken).status == "finished"
+    assert of_tasks(metrics_of(broken.trainer.directory)) == of_tasks(metrics_of(whole.trainer.directory))
 
 
 @pytest.mark.parametrize("system", ["ultramem_v2", "moe"])
@@ -124,7 +145,7 @@ def test_a_failure_in_the_last_evaluation_costs_no_steps(make, monkeypatch):
         raise MemoryError("no room")
 
     config = make(steps=7, checkpoint_interval=5)
-    monkeypatch.setattr("ultramem.evaluation.task_suite.TaskSuite.run", fail)
+    monkeypatch.setattr("ultramem.evaluation.tasks.TaskSuite.run", fail)
     with pytest.raises(MemoryError):
         train(config)
     assert find_checkpoint(config.trainer.directory).step == 7

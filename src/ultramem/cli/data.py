@@ -58,8 +58,7 @@ def tokenize(
 ) -> None:
     """Tokenize text into token files for training and evaluation."""
     from ultramem.data.documents import parse_size
-    from ultramem.data.terminal import print_summary
-    from ultramem.data.tokenize import TokenizeConfig
+    from ultramem.data.tokenize import TokenizeConfig, print_summary
     from ultramem.data.tokenize import tokenize as run
 
     config = TokenizeConfig(

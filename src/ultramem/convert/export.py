@@ -31,13 +31,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The result of `export`.
-
-    Attributes:
-        directory: written directory.
-        step: training step of the checkpoint.
-        has_tokenizer: whether the run had a tokenizer.
-    """
+    """The written directory, the training step of its checkpoint, and whether the run had a tokenizer."""
 
     directory: Path
     step: int
@@ -72,7 +66,9 @@ def export(
     found = find_checkpoint(checkpoint)
     config = found.config
     with partial_directory(Path(directory).absolute(), overwrite, MODEL_CONFIG_NAME, MODEL_CONTENTS) as partial:
-        tokenizer = _tokenizer(found)
+        tokenizer = None
+        if (found.run / TOKENIZER_NAME).is_file() or config.data.directory is not None:
+            tokenizer = _for_transformers(find_tokenizer(found), model_max_length=config.data.sequence_length)
         model = to_transformers(
             found.load_model("cpu").state_dict(),
             config.model,
@@ -116,18 +112,13 @@ def import_published(
 
 
 def _checked(dtype: str, max_shard_size: str) -> int:
-    """Check both values, and return the size in bytes."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}")
     return parse_size(max_shard_size, "max_shard_size")
 
 
 def _write(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast | None,
-    directory: Path,
-    dtype: str,
-    shard_bytes: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, directory: Path, dtype: str, shard_bytes: int
 ) -> None:
     transformers_logging.disable_progress_bar()
     if dtype != "float32":
@@ -144,13 +135,6 @@ def _token_ids(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, int]:
     if tokenizer is None:
         return {}
     return {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-
-
-def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast | None:
-    config = checkpoint.config
-    if not (checkpoint.run / TOKENIZER_NAME).is_file() and config.data.directory is None:
-        return None
-    return _for_transformers(find_tokenizer(checkpoint), model_max_length=config.data.sequence_length)
 
 
 def _for_transformers(chosen: ChosenTokenizer, **options: Any) -> PreTrainedTokenizerFast:
@@ -192,9 +176,8 @@ def model_card(checkpoint: Checkpoint, has_tokenizer: bool) -> str:
         else ""
     )
     install = "ultramem[hf]" if model.memory is not None else "transformers"
-    tags = "\n".join(f"- {tag}" for tag in ("ultramem", model.system))
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n{tags}\n---\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- ultramem\n- {model.system}\n---\n\n"
         f"# {checkpoint.run.name}\n\nA language model trained with ultramem.\n\n| | |\n| --- | --- |\n{table}\n\n"
         f"It needs `pip install '{install}'`:\n\n"
         f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n{imports}"

@@ -228,7 +228,6 @@ def read_published_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Tensor
 
 
 def _read_options(file: Path) -> Mapping[str, Any]:
-    """Read the model section of a published `config.yaml`."""
     if not file.parent.is_dir():
         raise UltraMemError(f"{file.parent} is not a directory; give one with {CONFIG_NAME} and {PICKLE_NAME}")
     try:
@@ -279,11 +278,6 @@ def _memory_config(published: PublishedModel, options: Mapping[str, Any]) -> Mem
         pairs = config.insertions(published.n_layers)
     except ConfigError as error:
         raise ConfigError(f"memory.{error}") from error
-    _check_insertion(published, pairs)
-    return config
-
-
-def _check_insertion(published: PublishedModel, pairs: tuple[tuple[int, int], ...]) -> None:
     way = published.mem_insert_way
     for (_, add), (read, _) in itertools.pairwise(pairs):
         if read <= add:
@@ -294,15 +288,19 @@ def _check_insertion(published: PublishedModel, pairs: tuple[tuple[int, int], ..
             )
     if way != "full" and way != "/".join(f"{read}:{add}" for read, add in pairs):
         raise ConfigError(f"mem_insert_way={way!r}: must have its pairs in ascending order, as it numbers the layers")
+    return config
 
 
 def _read_tensors(path: Path) -> tuple[Path, dict[str, Tensor]]:
-    for name, read in ((PICKLE_NAME, _read_pickle), (SAFETENSORS_NAME, _read_safetensors)):
+    for name in (PICKLE_NAME, SAFETENSORS_NAME):
         file = path / name
         if not file.exists():
             continue
         try:
-            tensors = read(file)
+            if name == PICKLE_NAME:
+                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            else:
+                tensors = _read_safetensors(file)
         except UltraMemError:
             raise
         except OSError as error:
@@ -318,10 +316,6 @@ def _read_tensors(path: Path) -> tuple[Path, dict[str, Tensor]]:
     if any(shard.exists() for shard in shards) or any(path.glob("rank*.pt")):
         raise UltraMemError(f"{path} is a sharded checkpoint; unshard it with scripts/unshard.py of the published code")
     raise UltraMemError(f"{path} has neither {PICKLE_NAME} nor {SAFETENSORS_NAME}; give a checkpoint's directory")
-
-
-def _read_pickle(file: Path) -> Any:
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

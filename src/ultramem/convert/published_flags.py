@@ -102,12 +102,9 @@ def _full_name(name: str) -> str:
 
 
 class _Draft:
-    """A configuration that is being translated.
+    """A configuration that is being translated: `content`, with the sections of ours.
 
-    Attributes:
-        given: texts of all given flags.
-        values: texts of those without shell variables, and of assumed flags.
-        content: sections of our configuration.
+    `given` has the texts of all given flags, `values` of those without shell variables, and of assumed flags.
     """
 
     def __init__(self, given: dict[str, str]) -> None:
@@ -118,7 +115,7 @@ class _Draft:
         if "model.mlp_hidden_size" in known:
             self._assumed.pop("model.mlp_ratio", None)
         self.values = self._assumed | known
-        self.content: dict[str, Any] = {name: {} for name in (field.name for field in dataclasses.fields(RunConfig))}
+        self.content: dict[str, Any] = {section.name: {} for section in dataclasses.fields(RunConfig)}
         self._sources: dict[str, str] = {}
         self._translated: set[str] = set()
 
@@ -141,11 +138,9 @@ class _Draft:
         self._translated.add(flag)
 
     def refuse(self, flag: str, reason: str = "") -> None:
-        """Record that a flag has no equivalent."""
         self._reasons.setdefault(flag, reason)
 
     def published_model(self) -> PublishedModel:
-        """The model that the flags describe."""
         keys = [key for key in _MODEL_OPTIONS if f"model.{key}" in self.values]
         options = {key: parse_yaml(self.values[f"model.{key}"], f"--model.{key}") for key in keys}
         if any(flag.startswith("model.mem_") for flag in self.values):
@@ -167,7 +162,6 @@ class _Draft:
             raise UltraMemError(f"{source}{error}") from error
 
     def text(self, command: str) -> str:
-        """The YAML text, with comments before and after it."""
         lines = ["# fill in: data.directory" + (", trainer.steps" if self._lacks_steps else "")]
         if command:
             lines.append(f"# skipped, and what it names is not read: {_on_one_line(command)}")
@@ -241,12 +235,8 @@ def _translate_lengths(draft: _Draft) -> None:
     folder, name = draft.values.get("save_folder"), draft.values.get("run_name") or "published"
     draft.set("trainer.directory", folder or f"runs/{name}", "save_folder" if folder else "run_name")
     draft.set("trainer.batch_size", draft.number("global_train_batch_size") * length, "global_train_batch_size")
-    _translate_duration(draft)
     if (flag := "device_train_microbatch_size") in draft.values:
         draft.set("trainer.micro_batch_size", draft.number(flag) * length, flag)
-
-
-def _translate_duration(draft: _Draft) -> None:
     text = draft.values.get("max_duration", "").strip()
     if not text or text.endswith("ep"):
         draft.set("trainer.steps", None, "max_duration")
@@ -267,10 +257,8 @@ def _translate_schedule(draft: _Draft) -> None:
         raise UltraMemError(f"--scheduler.units={units!r}: must be steps or tokens")
     trainer = draft.content["trainer"]
     step = trainer["batch_size"] if units == "tokens" else 1
-    if "scheduler.t_warmup" in draft.values:
-        draft.set(
-            "schedule.warmup_steps", math.ceil(draft.number("scheduler.t_warmup", 0) / step), "scheduler.t_warmup"
-        )
+    if (flag := "scheduler.t_warmup") in draft.values:
+        draft.set("schedule.warmup_steps", math.ceil(draft.number(flag, 0) / step), flag)
     if "scheduler.t_max" in draft.values and draft.read("scheduler.t_max") is not None:
         steps = trainer["steps"] if "steps" in trainer else math.ceil(trainer["tokens"] / trainer["batch_size"])
         if math.ceil(draft.number("scheduler.t_max") / step) != steps:

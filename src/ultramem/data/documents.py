@@ -46,8 +46,7 @@ class Document:
         text: the text, never empty, always encodable as UTF-8.
         name: the record's own `id` where it has one, else `source:location`.
         source: the file that it was read from, as the user named it.
-        location: line of a JSON lines file, row of a parquet file, number of the document within a text file;
-            counted from 1.
+        location: line of a JSON lines file, row of a parquet file or number within a text file, counted from 1.
         num_bytes: length of the text in UTF-8.
         digest: a hash of the text alone, so that copies of a document have the same one.
         position: bytes of the corpus on disk that had been read when the document was complete.
@@ -85,12 +84,7 @@ class SourceFile:
 def parse_size(text: str, name: str = "max_size") -> int:
     """Parse a size such as `500000`, `2MB` (10⁶ bytes each) or `1.5GiB` (2³⁰ bytes each) into bytes.
 
-    Args:
-        text: the size.
-        name: name of the option, for the error.
-
-    Raises:
-        ConfigError: the text is not a positive size.
+    Raises ConfigError, which names the option `name`, if the text is not a positive size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", text, flags=re.IGNORECASE)
     number, prefix, binary = match.groups(default="") if match else ("0", "", "")

@@ -9,12 +9,10 @@ from pathlib import Path
 from random import Random
 
 from ultramem.data.documents import JSON_LINES_SUFFIXES
-from ultramem.data.made_up_words import made_up_words
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.files.whole_files import write_text
 
-# The test asks for the first template.
-TEMPLATES = (
+TEMPLATES = (  # the test asks for the first one
     'birthplace["{name}"] = "{value}"',
     'assert birthplace["{name}"] == "{value}"',
     "# {name} was born in {value}.",
@@ -22,6 +20,19 @@ TEMPLATES = (
 )
 EXPOSURES = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 FACTS_IN_DOCUMENT = 8
+SYLLABLES = tuple(consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou")
+
+
+def made_up_words(count: int, random: Random, syllables: int = 3) -> list[str]:
+    """Draw `count` different words such as `zorivu`, far fewer than the `70 ** syllables` possible ones.
+
+    A model can know only what our text states about them: hardly any word of three syllables is a real one; some of
+    two are, such as `data` and `name`.
+    """
+    words: dict[str, None] = {}
+    while len(words) < count:
+        words["".join(random.choices(SYLLABLES, k=syllables))] = None
+    return list(words)
 
 
 @dataclass(frozen=True)
@@ -42,20 +53,10 @@ class Fact:
 def make_facts(
     per_exposure: int = 256, exposures: Sequence[int] = EXPOSURES, num_values: int = 64, seed: int = 0
 ) -> list[Fact]:
-    """Make facts, which depend on these arguments alone.
+    """Make `per_exposure` facts for each number of `exposures`, in their order; they depend on these arguments alone.
 
-    `write_facts` and `ultramem evaluate --tasks facts` use the defaults, so that the task knows the facts without a
-    file.
-
-    Args:
-        per_exposure: number of facts for each number of exposures.
-        exposures: numbers of exposures.
-        num_values: number of places. Among the facts of each number of exposures all places are about equally
-            frequent, so that frequency is no hint.
-        seed: seed for names, places, and who was born where.
-
-    Returns:
-        the facts, in the order of `exposures`.
+    `write_facts` and `ultramem evaluate --tasks facts` use the defaults, so that the task needs no file. Among the
+    facts of each number of exposures all `num_values` places are about equally frequent, so that frequency is no hint.
     """
     random = Random(seed)
     words = made_up_words(num_values + per_exposure * len(exposures), random)
@@ -74,10 +75,6 @@ def make_documents(facts: Iterable[Fact], seed: int = 0) -> list[str]:
     The occurrences of a fact use the templates in turn, beginning with a random one. They are spread evenly over the
     documents, each at a random place within its part. Where there are many more documents than exposures, they are
     far apart, so that the value cannot be copied from the context.
-
-    Args:
-        facts: facts to state.
-        seed: seed for places and templates.
     """
     random = Random(seed)
     placed = []
@@ -94,11 +91,6 @@ def make_documents(facts: Iterable[Fact], seed: int = 0) -> list[str]:
 
 def write_facts(path: Path, text_field: str = "text", overwrite: bool = False) -> int:
     """Write the documents of the default facts as JSON lines, for `ultramem tokenize`, and return their number.
-
-    Args:
-        path: file to write.
-        text_field: field that holds the text.
-        overwrite: whether to replace an existing file.
 
     Raises:
         ConfigError: the file's name does not end in .jsonl, or the field's name is empty.

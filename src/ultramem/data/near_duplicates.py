@@ -34,11 +34,8 @@ class Signature:
 def near_duplicates(documents: Iterable[Document], similarity: float, processes: int) -> set[int]:
     """Find near-duplicates: numbers, from 0, of the documents that resemble an earlier one that is kept.
 
-    Args:
-        documents: documents in order.
-        similarity: share of common sequences (Jaccard index) from which on a document is a near-duplicate, above 0 and
-            at most 1. It is estimated by MinHash (Broder, 1997).
-        processes: number of processes that compute signatures; does not change the result.
+    `similarity` is the share of common sequences (Jaccard index) from which on a document is a near-duplicate, above 0
+    and at most 1. It is estimated by MinHash (Broder, 1997), in several processes, which does not change the result.
     """
     index = MinHashLSH(min(similarity, LARGEST_OF_INDEX), PERMUTATIONS)
     kept: dict[int, LeanMinHash] = {}

@@ -6,15 +6,20 @@ unsigned integers (`.npy` in name only), with the boundaries of its documents in
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ultramem.data.documents import Document
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.files.whole_files import write_text
 
@@ -23,19 +28,6 @@ TOKENIZER_NAME = "tokenizer.json"
 FORMAT_VERSION = 1
 ITEM_SIZES = {"uint16": 2, "uint32": 4}
 COUNTS = ("documents", "tokens", "bytes")
-MANIFEST_VALUES = (
-    "dtype",
-    "vocab_size",
-    "eos_token_id",
-    "pad_token_id",
-    "tokenizer",
-    "seed",
-    "near_duplicates",
-    "skipped",
-    "skipped_examples",
-    "sources",
-    "arguments",
-)
 SAMPLED_BLOCKS, SAMPLED_TOKENS = 16, 2**16
 
 
@@ -98,11 +90,11 @@ class Manifest:
         pad_token_id: the tokenizer's padding id.
         tokenizer: name of the tokenizer; its file is `tokenizer_path`.
         seed: seed for the choice of held-out documents.
-        sources: the given `paths`, the number of `files` found there, and their `bytes` on disk.
-        arguments: other arguments of the run.
         near_duplicates: number of documents left out because they resemble an earlier one.
         skipped: number of broken records left out.
         skipped_examples: error messages of the first of them.
+        sources: the given `paths`, the number of `files` found there, and their `bytes` on disk.
+        arguments: other arguments of the run.
     """
 
     directory: Path
@@ -113,11 +105,11 @@ class Manifest:
     pad_token_id: int
     tokenizer: str
     seed: int
-    sources: Mapping[str, Any] = field(default_factory=dict)
-    arguments: Mapping[str, Any] = field(default_factory=dict)
     near_duplicates: int = 0
     skipped: int = 0
     skipped_examples: Sequence[str] = ()
+    sources: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -125,11 +117,7 @@ class Manifest:
         return self.directory / TOKENIZER_NAME
 
     def split(self, name: str) -> Split:
-        """The split of that name.
-
-        Raises:
-            UltraMemError: there is no such split, or it has no documents.
-        """
+        """The split of that name. Raises UltraMemError if there is none, or it has no documents."""
         if name not in self.splits:
             raise UltraMemError(f"{self.directory} has no split {name!r}; choose one of {', '.join(self.splits)}")
         if not self.splits[name].files:
@@ -140,14 +128,60 @@ class Manifest:
         return self.splits[name]
 
 
+_MANIFEST_VALUES = [field.name for field in fields(Manifest) if field.name not in ("directory", "splits")]
+
+
+class SplitWriter:
+    """Writes the documents of a split to `part-00000.npy` and so on in a directory, created with the first document.
+
+    Documents are not divided between files, so one longer than `shard_tokens` makes a longer file.
+    """
+
+    def __init__(self, directory: Path, shard_tokens: int) -> None:
+        self.directory = directory
+        self.shard_tokens = shard_tokens
+        self._files: list[TokenFile] = []
+        self._open_files = ExitStack()
+
+    def write(self, document: Document, tokens: np.ndarray) -> None:
+        """Append a document: `tokens` (n,), little-endian, including the end-of-text token."""
+        if not self._files or self._files[-1].tokens + len(tokens) > self.shard_tokens:
+            self._start_file()
+        file = self._files[-1]
+        end = file.tokens + len(tokens)
+        self._tokens.write(tokens.data)
+        # OLMo-core reads the table line by line.
+        name, source = (text.replace("\n", "\\n").replace("\r", "\\r") for text in (document.name, document.source))
+        self._boundaries.writerow([file.tokens, end, name, source, document.location])
+        self._files[-1] = replace(file, documents=file.documents + 1, tokens=end, bytes=file.bytes + document.num_bytes)
+
+    def finish(self) -> Split:
+        """Close the files and return what they hold."""
+        self._open_files.close()
+        return Split(self.directory.name, tuple(self._files))
+
+    def _start_file(self) -> None:
+        self._open_files.close()
+        self.directory.mkdir(exist_ok=True)
+        file = TokenFile(self.directory / f"part-{len(self._files):05d}.npy", documents=0, tokens=0, bytes=0)
+        self._files.append(file)
+        self._tokens = self._open_files.enter_context(file.path.open("wb"))
+        raw = self._open_files.enter_context(file.boundaries.open("wb"))
+        # No name and no time in the header: equal content gives equal bytes.
+        compressed = self._open_files.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0))
+        text = io.TextIOWrapper(compressed, encoding="utf-8", errors="backslashreplace", newline="")
+        self._boundaries = csv.writer(self._open_files.enter_context(text), lineterminator="\n")
+
+
 def save_manifest(manifest: Manifest) -> None:
     """Write `manifest.json` to the manifest's directory, completely or not at all."""
-    content = {
-        "format_version": FORMAT_VERSION,
-        **{name: getattr(manifest, name) for name in MANIFEST_VALUES},
-        "splits": {name: _split_to_json(split, manifest.directory) for name, split in manifest.splits.items()},
-    }
-    write_text(manifest.directory / MANIFEST_NAME, json.dumps(content, indent=2) + "\n")
+    root, splits = manifest.directory, {}
+    for name, split in manifest.splits.items():
+        files = [{"path": file.path.relative_to(root).as_posix(), **_counts(file)} for file in split.files]
+        splits[name] = {**_counts(split), "files": files}
+    values = {name: getattr(manifest, name) for name in _MANIFEST_VALUES}
+    content = {"format_version": FORMAT_VERSION, **values, "splits": splits}
+    write_text(root / MANIFEST_NAME, json.dumps(content, indent=2) + "\n")
 
 
 def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
@@ -178,14 +212,9 @@ def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
 
 
 def check_token_files(paths: Sequence[str | os.PathLike[str]], dtype: str, vocab_size: int) -> list[int]:
-    """Check token files without a manifest, and count the tokens in each.
+    """Check headerless little-endian token files without a manifest, and count the tokens in each.
 
-    Sizes are checked exactly, ids in evenly spaced samples of each file.
-
-    Args:
-        paths: headerless little-endian token files.
-        dtype: `uint16` or `uint32`.
-        vocab_size: every id must be below it.
+    Sizes are checked exactly, ids, which must be below `vocab_size`, in evenly spaced samples of each file.
 
     Raises:
         ConfigError: `dtype` is neither of the two.
@@ -196,11 +225,6 @@ def check_token_files(paths: Sequence[str | os.PathLike[str]], dtype: str, vocab
     if not paths:
         raise UltraMemError("no token file is given; give at least one")
     return [_check_plain_file(Path(path), dtype, vocab_size) for path in paths]
-
-
-def _split_to_json(split: Split, directory: Path) -> dict[str, Any]:
-    files = [{"path": file.path.relative_to(directory).as_posix(), **_counts(file)} for file in split.files]
-    return {**_counts(split), "files": files}
 
 
 def _counts(counted: TokenFile | Split) -> dict[str, int]:
@@ -217,7 +241,7 @@ def _manifest_from_json(content: dict[str, Any], directory: Path) -> Manifest:
         files = (TokenFile(directory / file["path"], *(file[count] for count in COUNTS)) for file in split["files"])
         splits[name] = Split(name, tuple(files))
     values = {"near_duplicates": 0, **content}  # missing in older manifests
-    return Manifest(directory=directory, splits=splits, **{name: values[name] for name in MANIFEST_VALUES})
+    return Manifest(directory=directory, splits=splits, **{name: values[name] for name in _MANIFEST_VALUES})
 
 
 def _check_file(file: TokenFile, item_size: int) -> None:

@@ -29,11 +29,9 @@ class TokenSequences:
         dtype: `uint16` or `uint32`.
         vocab_size: every id must be below it.
         length: tokens per sequence.
-        max_tokens: maximum number of tokens, rounded up to whole sequences, which are spread evenly over the files;
-            None for all.
+        max_tokens: maximum number of tokens, rounded up to whole sequences, which are spread evenly; None for all.
 
     Attributes:
-        length: tokens per sequence.
         predicted_tokens: number of predicted tokens in all sequences.
         complete: whether all tokens of the files are used.
 

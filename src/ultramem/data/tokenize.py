@@ -12,14 +12,23 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
-from rich.progress import Progress
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Column, Table
 
-from ultramem.configuration.field_types import check_least, check_types
+from ultramem.configuration.field_types import check_field, check_least, check_types
 from ultramem.data.documents import BrokenRecordError, Document, find_sources, read_documents
 from ultramem.data.near_duplicates import near_duplicates
-from ultramem.data.terminal import progress_display
-from ultramem.data.token_files import MANIFEST_NAME, TOKENIZER_NAME, Manifest, load_manifest, save_manifest
-from ultramem.data.token_writer import SplitWriter
+from ultramem.data.token_files import MANIFEST_NAME, TOKENIZER_NAME, Manifest, SplitWriter, load_manifest, save_manifest
 from ultramem.data.tokenizers import SMALLEST_BPE, ChosenTokenizer, Encoder, load_tokenizer, train_bpe
 from ultramem.data.worker_processes import call_in_process, map_documents
 from ultramem.errors import ConfigError, UltraMemError, system_reason
@@ -87,27 +96,20 @@ class TokenizeConfig:
             raise ConfigError("sources=[]: must not be empty; give at least one file or directory")
         if (self.tokenizer is None) == (self.train_bpe is None):
             raise ConfigError("give either tokenizer (--tokenizer NAME_OR_FILE) or train_bpe (--train-bpe SIZE)")
-        if self.train_bpe is not None and self.train_bpe < SMALLEST_BPE:
-            raise ConfigError(
-                f"train_bpe={self.train_bpe}: must be at least {SMALLEST_BPE}, for bytes and special tokens"
-            )
-        if self.train_bpe is not None and self.train_bpe > SMALLEST_BPE + BPE_SAMPLE_BYTES:
-            raise ConfigError(
-                f"train_bpe={self.train_bpe}: must be at most {SMALLEST_BPE + BPE_SAMPLE_BYTES}, as there is no more "
-                "text to learn from; take some 10,000s"
-            )
-        if self.train_bpe is not None and (self.eos_token, self.eos_id, self.pad_token) != (None, None, None):
-            raise ConfigError(
-                f"train_bpe={self.train_bpe}: sets eos_token, eos_id and pad_token itself; leave them out"
-            )
-        if not 0 <= self.heldout < 1:
-            raise ConfigError(f"heldout={self.heldout}: must be a share from 0 to below 1, such as 0.02")
-        if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
-            raise ConfigError(
-                f"near_duplicates={self.near_duplicates}: must be a similarity above 0 and at most 1, such as 0.7"
-            )
-        if self.processes > MOST_PROCESSES:
-            raise ConfigError(f"processes={self.processes}: must be at most {MOST_PROCESSES}; more are not faster")
+        if self.train_bpe is not None:
+            what = f"at least {SMALLEST_BPE}, for bytes and special tokens"
+            check_field(self, "train_bpe", self.train_bpe >= SMALLEST_BPE, what)
+            largest = SMALLEST_BPE + BPE_SAMPLE_BYTES
+            what = f"at most {largest}, as there is no more text to learn from; take some 10,000s"
+            check_field(self, "train_bpe", self.train_bpe <= largest, what)
+            if (self.eos_token, self.eos_id, self.pad_token) != (None, None, None):
+                raise ConfigError(
+                    f"train_bpe={self.train_bpe}: sets eos_token, eos_id and pad_token itself; leave them out"
+                )
+        check_field(self, "heldout", 0 <= self.heldout < 1, "a share from 0 to below 1, such as 0.02")
+        similar = self.near_duplicates is None or 0 < self.near_duplicates <= 1
+        check_field(self, "near_duplicates", similar, "a similarity above 0 and at most 1, such as 0.7")
+        check_field(self, "processes", self.processes <= MOST_PROCESSES, f"at most {MOST_PROCESSES}")
         check_least(0, seed=self.seed)
         check_least(1, processes=self.processes, shard_tokens=self.shard_tokens, max_size=self.max_size)
 
@@ -129,7 +131,11 @@ class Corpus:
         limit, number = self.config.max_size, -1
         for record in read_documents(self.files, self.config.text_field, self.config.separator):
             if isinstance(record, BrokenRecordError):
-                self._skip(record)
+                if self.config.on_error == "stop":
+                    raise BrokenRecordError(f"{record}; fix it, or leave out broken records with --on-error skip")
+                self.skipped += 1
+                if self.skipped <= SKIPPED_EXAMPLES:
+                    self.skipped_examples.append(str(record))
                 continue
             if limit is not None and self.text_bytes + record.num_bytes > limit:
                 return
@@ -138,13 +144,6 @@ class Corpus:
             number += 1
             if number not in self.left_out:
                 yield record
-
-    def _skip(self, record: BrokenRecordError) -> None:
-        if self.config.on_error == "stop":
-            raise BrokenRecordError(f"{record}; fix it, or leave out broken records with --on-error skip")
-        self.skipped += 1
-        if len(self.skipped_examples) < SKIPPED_EXAMPLES:
-            self.skipped_examples.append(str(record))
 
     @property
     def completed(self) -> int:
@@ -182,7 +181,7 @@ def tokenize(config: TokenizeConfig) -> Manifest:
         with (
             _sigterm_interrupts(),
             partial_directory(output, config.overwrite, MANIFEST_NAME) as directory,
-            progress_display() as display,
+            _progress_display() as display,
         ):
             if config.near_duplicates is not None:
                 searching = display.add_task("looking for near-duplicates", total=None, documents=0)
@@ -197,6 +196,46 @@ def tokenize(config: TokenizeConfig) -> Manifest:
             "or choose another --output, then run again"
         ) from error
     return load_manifest(output)
+
+
+def print_summary(manifest: Manifest) -> None:
+    """Print what was written to each split, and what was skipped."""
+    console = Console(highlight=False, soft_wrap=True)
+    names = ("files", "documents", "tokens", "bytes", "bytes per token")
+    table = Table("split", *(Column(name, justify="right") for name in names))
+    for split in manifest.splits.values():
+        counts = (len(split.files), split.documents, split.tokens, split.bytes)
+        ratio = f"{split.bytes / split.tokens:.3f}" if split.tokens else "none"
+        table.add_row(split.name, *(f"{count:,}" for count in counts), ratio)
+    console.print(table)
+    console.print(f"tokenizer: {escape(manifest.tokenizer)}, {manifest.dtype}", end="; ")
+    console.print(f"skipped records: {manifest.skipped:,}; near-duplicates left out: {manifest.near_duplicates:,}")
+    for example in manifest.skipped_examples:
+        console.print(f"  {escape(example)}")
+    if manifest.skipped > len(manifest.skipped_examples):
+        console.print("  ...")
+    if not manifest.splits["heldout"].files:
+        console.print(
+            "[yellow]no document is held out[/], so there is nothing to evaluate on; change --heldout or --seed"
+        )
+    console.print(f"written to {escape(str(manifest.directory))}")
+
+
+def _progress_display() -> Progress:
+    """A progress display on standard error; it shows nothing unless that is a terminal."""
+    console = Console(stderr=True)
+    console.quiet = not console.is_terminal
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[documents]:,} documents"),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console.quiet,
+    )
 
 
 def _choose_tokenizer(config: TokenizeConfig, corpus: Corpus, display: Progress) -> ChosenTokenizer:
@@ -245,6 +284,7 @@ def _write_splits(
             f"no document is left for training ({splits['heldout'].documents} held out, {corpus.skipped} skipped); "
             "give more text, raise --max-size or lower --heldout"
         )
+    paths = [str(path) for path in config.sources]
     save_manifest(
         Manifest(
             directory=directory,
@@ -255,11 +295,7 @@ def _write_splits(
             pad_token_id=tokenizer.pad_token_id,
             tokenizer=tokenizer.name,
             seed=config.seed,
-            sources={
-                "paths": [str(path) for path in config.sources],
-                "files": len(corpus.files),
-                "bytes": corpus.size_on_disk,
-            },
+            sources={"paths": paths, "files": len(corpus.files), "bytes": corpus.size_on_disk},
             arguments={name: value for name, value in asdict(config).items() if name not in NOT_ARGUMENTS},
             near_duplicates=len(corpus.left_out),
             skipped=corpus.skipped,

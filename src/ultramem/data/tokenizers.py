@@ -50,14 +50,9 @@ class ChosenTokenizer:
 
 
 class Encoder:
-    """Encodes texts and ends each with the end-of-text token.
+    """Encodes texts with a tokenizer, given as JSON, and ends each with the end-of-text token.
 
     Special tokens spelled out in a text are encoded as ordinary text, so that no document can end another.
-
-    Args:
-        tokenizer: the tokenizer in the JSON form of the `tokenizers` library.
-        eos_token_id: appended to every text.
-        dtype: dtype of the returned arrays, `uint16` or `uint32`, little-endian.
     """
 
     def __init__(self, tokenizer: str, eos_token_id: int, dtype: str) -> None:
@@ -67,7 +62,7 @@ class Encoder:
         self.dtype = np.dtype(dtype).newbyteorder("<")
 
     def __call__(self, text: str) -> np.ndarray:
-        """Token ids (n + 1,) of a text of n tokens."""
+        """Token ids (n + 1,) of a text of n tokens, `uint16` or `uint32`, little-endian."""
         # The library's other calls also compute the characters' offsets, which takes time and memory.
         (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array([*encoding.ids, self.eos_token_id], dtype=self.dtype)
@@ -105,12 +100,7 @@ def load_tokenizer(
 
 
 def load_model_tokenizer(file: Path, eos_id: int | None, vocab_size: int) -> ChosenTokenizer:
-    """Load the tokenizer of a model's training data.
-
-    Args:
-        file: a `tokenizer.json`.
-        eos_id: id of the end-of-text token; None for that of the tokenizer's files.
-        vocab_size: vocabulary size of the model.
+    """Load the `tokenizer.json` of a model's training data; without `eos_id`, its files name the end-of-text token.
 
     Raises:
         UltraMemError: the file cannot be read, or has more tokens than the model.
@@ -128,8 +118,7 @@ def load_model_tokenizer(file: Path, eos_id: int | None, vocab_size: int) -> Cho
 def end_of_text_tokens(file: Path) -> list[str]:
     """Tokens that may end a text: the one in the settings beside a `tokenizer.json`, else the common ones in it.
 
-    Raises:
-        UltraMemError: a file cannot be read.
+    Raises UltraMemError if a file cannot be read.
     """
     named = _read_settings(file).get("eos_token")
     if named is not None:
@@ -194,10 +183,9 @@ def _fetch(name: str) -> Tokenizer:
     try:
         return Tokenizer.from_pretrained(name)
     except Exception as error:  # plain Exception or any of the Hub's own
-        reason = first_line(error)
         raise UltraMemError(
-            f"tokenizer {name} is not a local file and cannot be fetched from the Hugging Face Hub ({reason}); check "
-            "its name and the network, or give the path of a tokenizer.json"
+            f"tokenizer {name} is not a local file and cannot be fetched from the Hugging Face Hub "
+            f"({first_line(error)}); check its name and the network, or give the path of a tokenizer.json"
         ) from error
 
 

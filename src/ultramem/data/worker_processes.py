@@ -31,9 +31,7 @@ def map_documents(
     """Yield each document with the result of a function of its text.
 
     Every process makes the function once, by `make(*arguments)`. Close the iterator to end the worker processes early.
-
-    Raises:
-        UltraMemError: a worker process died.
+    Raises UltraMemError if a worker process died.
     """
     if processes <= 1:
         function = make(*arguments)

@@ -6,13 +6,13 @@ from ultramem.evaluation.generation import (
     TextGenerator,
     print_samples,
     read_prompt,
+    sample,
     save_samples,
     show_samples,
 )
 from ultramem.evaluation.loss import Evaluation, evaluate
-from ultramem.evaluation.sampling import sample
 from ultramem.evaluation.side_by_side import print_losses, print_task_table
-from ultramem.evaluation.task_evaluation import TaskEvaluation, evaluate_tasks
+from ultramem.evaluation.tasks import TaskEvaluation, evaluate_tasks
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint, load_model
 from ultramem.runs.results import TaskResult
 

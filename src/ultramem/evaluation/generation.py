@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,8 +18,7 @@ from torch import Tensor
 from ultramem.configuration.field_types import check_least, check_types
 from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.device import autocast
-from ultramem.errors import UltraMemError, system_reason
-from ultramem.evaluation.sampling import check_sampling, sample
+from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.files.whole_files import read_text, write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import find_checkpoint
@@ -46,7 +46,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_sampling(self.temperature, self.top_k, self.top_p)
+        _check_sampling(self.temperature, self.top_k, self.top_p)
         check_least(0, seed=self.seed)
         check_least(1, max_new_tokens=self.max_new_tokens)
 
@@ -61,24 +61,16 @@ class Sample:
 
 
 class TextGenerator:
-    """A model with the tokenizer of its training data.
+    """A model in evaluation mode with the tokenizer of its training data, and its run directory.
 
-    For every token all `context_length` tokens before it are computed again, as OLMo-core has a KV cache only with
-    FlashAttention. The transformers host is faster.
-
-    Args:
-        model: model in evaluation mode.
-        tokenizer: its tokenizer. Special tokens written out in a prompt are ordinary text, as in training.
-        context_length: maximum number of tokens that the model reads, such as its training sequence length.
-        run: run directory.
+    Special tokens written out in a prompt are ordinary text, as in training. For every token all `context_length`
+    tokens before it are computed again, as OLMo-core has a KV cache only with FlashAttention. The transformers host is
+    faster.
     """
 
     def __init__(self, model: MemoryTransformer, tokenizer: ChosenTokenizer, context_length: int, run: Path) -> None:
-        self.model = model
-        self.run = run
-        self.tokenizer = tokenizer
-        self.tokenizer.tokenizer.encode_special_tokens = True
-        self.context_length = context_length
+        self.model, self.tokenizer, self.context_length, self.run = model, tokenizer, context_length, run
+        tokenizer.tokenizer.encode_special_tokens = True
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], device: str = "auto") -> TextGenerator:
@@ -99,16 +91,10 @@ class TextGenerator:
     def stream(self, prompt: str, config: SamplingConfig) -> Iterator[str]:
         """Yield the continuation of a prompt, piece by piece, up to the end of the document or `max_new_tokens`.
 
-        A character of several tokens is yielded when it is complete, and left out if the text ends before. The same
-        arguments give the same text.
+        With an empty prompt the model starts a new document. A character of several tokens is yielded when it is
+        complete, and left out if the text ends before. The same arguments give the same text.
 
-        Args:
-            prompt: text to continue; if empty, the model starts a new document.
-            config: how to sample.
-
-        Raises:
-            UltraMemError: the model's output is not finite.
-            UnicodeEncodeError: the prompt is not valid Unicode.
+        Raises UltraMemError if the model's output is not finite, UnicodeEncodeError if the prompt is not Unicode.
         """
         tokenizer, eos_token_id = self.tokenizer.tokenizer, self.tokenizer.eos_token_id
         prompt.encode()  # the tokenizer's own error does not say what is wrong
@@ -127,11 +113,7 @@ class TextGenerator:
 
     @torch.inference_mode()
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
-        """Logits (vocab_size,) of the next token, float32 on the CPU.
-
-        Raises:
-            UltraMemError: the logits are not finite.
-        """
+        """Logits (vocab_size,) of the next token, float32 on the CPU. Raises UltraMemError if they are not finite."""
         device = self.model.device
         context = torch.tensor([tokens[-self.context_length :]], device=device)
         with autocast(device):
@@ -142,12 +124,48 @@ class TextGenerator:
         return logits
 
 
-def read_prompt(path: Path) -> str:
-    """Read a text file.
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Sample a token from each row of logits.
 
-    Raises:
-        UltraMemError: the file cannot be read, or is not UTF-8.
+    The logits are divided by the temperature. Then the `top_k` most probable tokens are kept, and of these the
+    nucleus: the smallest set of most probable tokens whose total probability is at least `top_p` (Holtzman et al.,
+    arXiv:1904.09751).
+
+    Args:
+        logits: (..., vocabulary), floating point.
+        temperature: sampling temperature; 0 takes the most probable token, whatever the other arguments.
+        top_k: number of tokens to sample from; None for all.
+        top_p: total probability of the tokens to sample from, in (0, 1]; None for all.
+        generator: random number generator on the device of the logits; None for PyTorch's default.
+
+    Returns (...), int64, token ids. Raises ConfigError if a value is invalid.
     """
+    _check_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.double()
+    # With a largest logit of 0 the smallest temperature does not overflow.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+    probabilities, tokens = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        probabilities[..., top_k:] = 0
+    if top_p is not None:
+        probabilities /= probabilities.sum(-1, keepdim=True)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities[before >= top_p] = 0
+    rows = probabilities.view(-1, probabilities.shape[-1])
+    drawn = torch.multinomial(rows, 1, generator=generator).view(*tokens.shape[:-1], 1)
+    return tokens.gather(-1, drawn).squeeze(-1)
+
+
+def read_prompt(path: Path) -> str:
+    """Read a text file. Raises UltraMemError if it cannot be read, or is not UTF-8."""
     try:
         return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
@@ -164,18 +182,10 @@ def show_samples(
     device: str = "auto",
     save: bool = False,
 ) -> None:
-    """Continue prompts with a checkpoint and print the texts as they are generated.
+    """Continue prompts with a checkpoint, as `print_samples` does; without any, the model starts a new document.
 
-    Args:
-        path: run directory, for its latest complete checkpoint, or a checkpoint's own directory.
-        prompts: texts to continue; without any, the model starts a new document.
-        config: how to sample.
-        num_samples: number of samples per prompt; see `print_samples`.
-        device: `cpu`, `cuda`, or `auto` for CUDA if available.
-        save: whether to append the samples to the run's `samples.json`.
-
-    Raises:
-        ConfigError, UltraMemError: as in `TextGenerator` and `save_samples`.
+    `path` and `device` are those of `TextGenerator.from_checkpoint`. With `save` the samples are appended to the run's
+    `samples.json`. Errors are those of `TextGenerator` and `save_samples`.
     """
     generator = TextGenerator.from_checkpoint(path, device)
     samples = print_samples(generator, prompts or [""], config, num_samples)
@@ -206,8 +216,7 @@ def print_samples(
 def save_samples(run: Path, samples: Sequence[Sample]) -> Path:
     """Append to the run's `samples.json`, which `ultramem report` shows, and return its path.
 
-    Raises:
-        UltraMemError: the existing file is not a list, or the file cannot be written.
+    Raises UltraMemError if the existing file is not a list, or the file cannot be written.
     """
     path = run / SAMPLES_NAME
     earlier = []
@@ -220,3 +229,12 @@ def save_samples(run: Path, samples: Sequence[Sample]) -> Path:
             raise UltraMemError(f"{path} is not a list of samples; remove it")
     write_json(path, earlier + [{"prompt": s.prompt, "text": s.text, **asdict(s.config)} for s in samples])
     return path
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ConfigError(f"temperature={temperature}: must be 0 (always the most probable token) or above")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k={top_k}: must be at least 1; leave it out to choose among all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"top_p={top_p}: must be above 0 and at most 1; leave it out to choose among all tokens")

@@ -8,47 +8,65 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
 from ultramem.configuration.field_types import check_least
+from ultramem.data.token_files import Manifest, check_token_files, load_manifest
 from ultramem.data.token_sequences import IGNORED, TokenSequences
 from ultramem.device import autocast
 from ultramem.errors import UltraMemError
-from ultramem.evaluation.data import find_data
 from ultramem.files.whole_files import read_json_object, write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
-from ultramem.runs.checkpoints import find_checkpoint
+from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
 from ultramem.runs.layout import EVALUATION_NAME
 from ultramem.runs.results import LossResult
 
 BATCH_TOKENS = 4096  # default for a batch; logits need memory in proportion to it
+CHUNK_TOKENS = 2**20  # counted at a time
 LARGEST_LOSS = 700.0  # the perplexity is still finite
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Token files to evaluate on, and the manifest that lists them, if any.
+
+    The name is `train` or `heldout`, or `files` for files that are not the run's own; dtype is `uint16` or `uint32`.
+    """
+
+    name: str
+    files: Sequence[Path]
+    dtype: str
+    manifest: Manifest | None = None
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """Convert a mean loss in nats per token to bits per byte of text; None if the number of bytes is not known.
+
+        The loss of end-of-text tokens counts as that of text. Tokens that were not predicted count with the mean loss.
+        """
+        if self.manifest is None:
+            return None
+        split = self.manifest.split(self.name)
+        return loss / math.log(2) * split.tokens / split.bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(LossResult):
-    """Results of a checkpoint on token files, with the speed of the evaluation.
-
-    Attributes:
-        tokens_per_second: predicted tokens per second; not saved.
-        run: run directory; not saved.
-    """
+    """Results of a checkpoint on token files; not saved are the predicted tokens per second and the run directory."""
 
     tokens_per_second: float
     run: Path
 
     def save(self, path: Path | None = None) -> Path | None:
-        """Write a JSON file, by default the run's `evaluation.json`, which `ultramem report` shows.
+        """Write a JSON file, by default the run's `evaluation.json`, which `ultramem report` shows; return its path.
 
-        Returns:
-            the file; None if nothing was written because the run's own file already has the same checkpoint on all
-            tokens, and these results are on some of them.
-
-        Raises:
-            UltraMemError: the file cannot be written.
+        Nothing is written, and None returned, if the run's own file already has the same checkpoint on all tokens, and
+        these results are on some of them. Raises UltraMemError if the file cannot be written.
         """
         own = self.run / EVALUATION_NAME
         if path is None and not self.complete:
@@ -102,6 +120,10 @@ def evaluate(
     started = time.perf_counter()
     loss = mean_loss(model, sequences, batch_size or max(1, BATCH_TOKENS // length))
     seconds = time.perf_counter() - started
+    unigram_bits = None
+    if unigram and found.manifest is not None:
+        train = found.manifest.split("train").paths
+        unigram_bits = found.bits_per_byte(unigram_loss(train, found.files, found.dtype, found.manifest.vocab_size))
     return Evaluation(
         checkpoint=checkpoint.name,
         split=found.name,
@@ -109,7 +131,7 @@ def evaluate(
         loss=loss,
         perplexity=math.exp(loss),
         bits_per_byte=found.bits_per_byte(loss),
-        unigram_bits_per_byte=found.bits_per_byte(found.unigram_loss() if unigram else None),
+        unigram_bits_per_byte=unigram_bits,
         complete=sequences.complete,
         tokens_per_second=sequences.predicted_tokens / seconds,
         run=checkpoint.run,
@@ -118,15 +140,9 @@ def evaluate(
 
 @torch.inference_mode()
 def mean_loss(model: MemoryTransformer, sequences: TokenSequences, batch_size: int) -> float:
-    """Mean cross-entropy of the predicted tokens, in nats per token.
+    """Mean cross-entropy of a model in evaluation mode on the predicted tokens, in nats per token.
 
-    Args:
-        model: model in evaluation mode.
-        sequences: sequences of tokens.
-        batch_size: sequences per batch.
-
-    Raises:
-        UltraMemError: a token is not in the vocabulary, or the loss is not finite or too large for a perplexity.
+    Raises UltraMemError if a token is not in the vocabulary, or the loss is not finite or too large for a perplexity.
     """
     device, console = model.device, Console(stderr=True)
     console.quiet = not console.is_terminal  # else it gets an empty line at the end
@@ -145,3 +161,69 @@ def mean_loss(model: MemoryTransformer, sequences: TokenSequences, batch_size: i
     if not loss <= LARGEST_LOSS:
         raise UltraMemError(f"the loss is {loss}, as the training diverged; use an earlier checkpoint")
     return loss
+
+
+def find_data(
+    checkpoint: Checkpoint, paths: Sequence[Path] = (), split: str = "heldout", dtype: str | None = None
+) -> EvaluationData:
+    """Find the data to evaluate a checkpoint on; the arguments are those of `evaluate`.
+
+    Raises:
+        ConfigError: `dtype` is invalid.
+        UltraMemError: a file is missing or damaged, or its vocabulary is larger than that of the checkpoint.
+    """
+    trained_on, vocab_size = checkpoint.config.data, checkpoint.config.model.vocab_size
+    directory = trained_on.directory
+    if paths:
+        directory = paths[0] if paths[0].is_dir() else None
+    if directory is not None:
+        manifest = load_manifest(directory)
+        if manifest.vocab_size > vocab_size:
+            raise UltraMemError(
+                f"{manifest.directory} has a vocabulary of {manifest.vocab_size} tokens, but the model's has "
+                f"{vocab_size}; give data made with the tokenizer of its training"
+            )
+        return EvaluationData(split, manifest.split(split).paths, manifest.dtype, manifest)
+    # The training's configuration has either a directory or a dtype.
+    dtype = dtype or trained_on.dtype or load_manifest(cast(Path, trained_on.directory)).dtype
+    if paths:
+        split = "files"
+    else:
+        paths = {"train": trained_on.train_files, "heldout": trained_on.heldout_files}.get(split, ())
+        if not paths:
+            raise UltraMemError(
+                f"{checkpoint.run} was trained on token files and has none for split {split!r}; give some with --data"
+            )
+    check_token_files(paths, dtype, vocab_size)
+    return EvaluationData(split, paths, dtype)
+
+
+def unigram_loss(train: Sequence[Path], heldout: Sequence[Path], dtype: str, vocab_size: int) -> float:
+    """Cross-entropy of held-out tokens under the unigram model of the training tokens, in nats per token.
+
+    A token that occurs n times in N training tokens has the probability (n + 1) / (N + vocab_size). All tokens of the
+    files are used. Raises UltraMemError if an id is not below `vocab_size`.
+    """
+    counts = count_tokens(train, dtype, vocab_size)
+    heldout_counts = count_tokens(heldout, dtype, vocab_size)
+    log_probabilities = np.log(counts + 1) - np.log(counts.sum() + vocab_size)
+    return float(-(heldout_counts * log_probabilities).sum() / heldout_counts.sum())
+
+
+def count_tokens(paths: Sequence[Path], dtype: str, vocab_size: int) -> NDArray[np.int64]:
+    """Count the occurrences of each token in token files, (vocab_size,), int64.
+
+    Raises UltraMemError if an id is too large.
+    """
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for path in paths:
+        tokens = np.memmap(path, mode="r", dtype=np.dtype(dtype).newbyteorder("<"))
+        for start in range(0, len(tokens), CHUNK_TOKENS):
+            found = np.bincount(tokens[start : start + CHUNK_TOKENS], minlength=vocab_size)
+            if len(found) > vocab_size:
+                raise UltraMemError(
+                    f"token file {path} has id {len(found) - 1}, but the vocabulary has {vocab_size} tokens; "
+                    "tokenize again with --overwrite"
+                )
+            counts += found
+    return counts

@@ -13,8 +13,7 @@ from math import sqrt
 from random import Random
 from statistics import fmean, pvariance
 
-from ultramem.data.facts import TEMPLATES, Fact, make_facts
-from ultramem.data.made_up_words import made_up_words
+from ultramem.data.facts import TEMPLATES, Fact, made_up_words, make_facts
 from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.errors import UltraMemError
 from ultramem.evaluation.scoring import Request, Score
@@ -66,11 +65,8 @@ def recall_questions(
     quotes: with fewer tokens between name and value, smaller models can solve the task. The choice is among the values
     in the context, or 16 of them.
 
-    Args:
-        tokenizer: tokenizer of the model.
-        context_length: maximum number of tokens that the model reads. Contexts that are longer, or too short for all
-            pairs, are left out.
-        max_questions: maximum number of questions per number of pairs and length; None for 100.
+    Contexts longer than the model's `context_length`, or too short for all pairs, are left out. There are 100 questions
+    per number of pairs and length, or `max_questions`.
     """
     questions: list[MemoryQuestion] = []
     for length in RECALL_LENGTHS:
@@ -119,11 +115,9 @@ def copying_questions(
     The tokens of a sequence are all different, so that each one determines the next. The first token of the repetition
     is given, as nothing else shows where it begins. The model predicts the others, each after the right ones before it.
 
-    Args:
-        tokenizer: tokenizer of the model; its special tokens and other added ones are not used.
-        context_length: maximum number of tokens that the model reads. Sequences have 16, 32, 64, 128 and 256 tokens;
-            those that do not fit twice, or have more tokens than the vocabulary, are left out.
-        max_questions: maximum number of questions per length; None for 100.
+    Special tokens and other added ones are not used. Sequences have 16, 32, 64, 128 and 256 tokens; those that do not
+    fit twice in the model's `context_length`, or have more tokens than the vocabulary, are left out. There are 100
+    questions per length, or `max_questions`.
     """
     added = {*tokenizer.tokenizer.get_added_tokens_decoder(), tokenizer.eos_token_id, tokenizer.pad_token_id}
     vocabulary = sorted({*tokenizer.tokenizer.get_vocab().values()} - added)
@@ -151,11 +145,8 @@ def fact_questions(
     The context is the beginning of the first template, such as `birthplace["zorivu"] = "`. The choice is among 16 of
     the 64 values. A model trained without the documents can only guess; so can every model for facts stated 0 times.
 
-    Args:
-        tokenizer: tokenizer of the model.
-        context_length: maximum number of tokens that the model reads; if a question does not fit, there are none.
-        max_questions: maximum number of questions per number of exposures; None for all 256.
-        facts: facts with 16 values or more, instead of those of the command.
+    If a question does not fit in the model's `context_length`, there are none. There are 256 questions per number of
+    exposures, or `max_questions`. `facts`, with 16 values or more, take the place of those of the command.
     """
     facts = sorted(facts or make_facts(), key=lambda fact: fact.exposures == 0)  # results of the others come first
     values = sorted({fact.value for fact in facts})
@@ -192,25 +183,18 @@ def _requests(tokenizer: ChosenTokenizer, context: str, continuations: Sequence[
 
 
 class MemoryTask:
-    """Questions of a task, and results from a model's scores.
-
-    Args:
-        questions: questions of the task.
-    """
+    """Questions of a task, and results from a model's scores."""
 
     def __init__(self, questions: Sequence[MemoryQuestion]) -> None:
         self.questions = questions
         self.requests = [choice for question in questions for choice in question.choices]
 
     def results(self, scores: Sequence[Score]) -> list[TaskResult]:
-        """Results of the task and its parts.
+        """Results of the task and its parts from the scores of the requests, in their order.
 
         Questions with choices have two metrics: `accuracy`, the share whose right answer is the most probable choice,
         and `exact match`, the share that greedy decoding answers right. Others have `token accuracy`, the share of
         tokens that are the most probable ones.
-
-        Args:
-            scores: scores of the requests, in their order.
         """
         # By result and part: values, and those of guessing.
         outcomes: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
@@ -244,17 +228,7 @@ QUESTIONS: dict[str, Callable[[ChosenTokenizer, int, int | None], list[MemoryQue
 
 
 def load(name: str, tokenizer: ChosenTokenizer, context_length: int, max_questions: int | None = None) -> MemoryTask:
-    """Make one of the tasks in `QUESTIONS`.
-
-    Args:
-        name: name of the task.
-        tokenizer: tokenizer of the model.
-        context_length: maximum number of tokens that the model reads.
-        max_questions: maximum number of questions per part of the task; None for the task's default.
-
-    Raises:
-        UltraMemError: no question fits in the context.
-    """
+    """Make one of the tasks in `QUESTIONS`. Raises UltraMemError if no question fits in the context."""
     questions = QUESTIONS[name](tokenizer, context_length, max_questions)
     if not questions:
         raise UltraMemError(

@@ -45,12 +45,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Score:
-    """A model's score of a request.
-
-    Attributes:
-        log_likelihood: log-likelihood of the continuation after the context, in nats.
-        matches: number of tokens of the continuation that are the most probable ones at their positions.
-    """
+    """Log-likelihood of a continuation, in nats, and how many of its tokens are the most probable at their places."""
 
     log_likelihood: float
     matches: int
@@ -66,22 +61,16 @@ def score(
     on_tokens: Callable[[int], object] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> list[Score]:
-    """Score requests, the longest first, in batches of similar length.
+    """Score requests by a model in evaluation mode, the longest first, in batches of similar length.
 
     Args:
-        model: model in evaluation mode.
-        requests: requests with tokens of its vocabulary.
         context_length: maximum number of tokens that the model reads, such as its training sequence length; see
             `Request.input`. None for no limit.
         batch_tokens: maximum number of tokens per batch, including padding, unless a single request has more.
         on_tokens: called after each batch with the number of tokens read, without padding.
         group: processes that share the batches with `torch.distributed`; each gets all scores. By default all.
 
-    Returns:
-        one score per request, in their order.
-
-    Raises:
-        UltraMemError: the model's output is not finite.
+    Returns one score per request, in their order. Raises UltraMemError if the model's output is not finite.
     """
     lengths = [len(request.input(context_length)) for request in requests]
     batches = list(_batches(requests, lengths, batch_tokens))

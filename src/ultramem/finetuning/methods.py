@@ -8,14 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ultramem.device import autocast, has_fast_bfloat16
 from ultramem.errors import UltraMemError
@@ -62,17 +55,10 @@ class Finetuning:
         self.steps = 0
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         self._adapted = add_lora(model, config.rank) if config.method == "lora" else None
-        self._sparse = (
-            None
-            if background is None
-            else SparseFinetuning(
-                model,
-                background,
-                rows=config.rows,
-                learning_rate=config.chosen_learning_rate,
-                optimizer=config.optimizer,
-            )
-        )
+        self._sparse: SparseFinetuning | None = None
+        if background is not None:
+            rate, kind = config.chosen_learning_rate, config.optimizer
+            self._sparse = SparseFinetuning(model, background, rows=config.rows, learning_rate=rate, optimizer=kind)
         self._trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
     def train(self, directory: Path, callbacks: Sequence[TrainerCallback] = ()) -> None:

@@ -19,9 +19,13 @@ from ultramem.files.whole_files import write_json
 from ultramem.finetuning.config import FinetuneConfig
 from ultramem.finetuning.examples import make_examples, mean_loss, read_texts
 from ultramem.finetuning.methods import Finetuning, read_background
-from ultramem.finetuning.model_files import load_model_and_tokenizer
 from ultramem.hosts.transformers import detach_memory, save_memory
-from ultramem.hosts.transformers.files import MODEL_CONFIG_NAME, MODEL_CONTENTS, save_model_file
+from ultramem.hosts.transformers.files import (
+    MODEL_CONFIG_NAME,
+    MODEL_CONTENTS,
+    load_model_and_tokenizer,
+    save_model_file,
+)
 from ultramem.hosts.transformers.sparse_finetuning import find_tables
 
 MEMORY_NAME = "memory"
@@ -30,12 +34,7 @@ RESULT_NAME = "finetuning.json"
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean cross-entropies in nats per token.
-
-    Attributes:
-        new: loss on the data.
-        heldout: loss on the held-out documents, or None.
-    """
+    """Mean cross-entropies in nats per token, on the new data and on the held-out documents if there are any."""
 
     new: float
     heldout: float | None
@@ -81,9 +80,7 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> FinetuneResu
 
     LoRA's matrices are merged into the weights. A memory that was attached is written to the directory's `memory/`.
 
-    Args:
-        config: configuration.
-        overwrite: whether to replace an existing model in the output directory.
+    With `overwrite` an existing model in the output directory is replaced.
 
     Raises:
         ConfigError: the device is not available.

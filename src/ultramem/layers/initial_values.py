@@ -65,12 +65,10 @@ class HostScheme:
 
 @torch.no_grad()
 def initialize(layers: Sequence[MemoryLayer], schemes: Sequence[HostScheme], generator: torch.Generator) -> None:
-    """Initialise memory layers and the tables that they read, as their `config.init` says.
+    """Initialise one model's memory layers and the tables that they read, as their `config.init` says.
 
-    Args:
-        layers: the memory layers of one model.
-        schemes: for each layer, the host's scheme in the block after which its output is added.
-        generator: random number generator on the layers' device; values do not depend on sharding.
+    Each layer has the host's scheme in the block after which its output is added. The generator is on the layers'
+    device; values do not depend on sharding.
     """
     stds: dict[Table, list[float]] = {}
     for layer, scheme in zip(layers, schemes, strict=True):

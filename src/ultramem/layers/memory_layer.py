@@ -26,32 +26,22 @@ class ReadObserver(Protocol):
     """Observes the reads of a layer's forward passes, compiled or not. It must not wait for a GPU."""
 
     def observe(self, layer: MemoryLayer, reads: Reads, output: Tensor) -> None:
-        """Observe a forward pass.
-
-        Args:
-            layer: the layer.
-            reads: its reads.
-            output: (tokens, d_model), its output before dropout.
-        """
+        """Observe a forward pass: its reads, and its output (tokens, d_model) before dropout."""
 
 
 class MemoryLayer(nn.Module):
     """A memory layer: each token chooses a few rows of a large table and weights them.
 
-    Each kind of memory is a subclass. It sets `defaults` and `unused`, creates the parameters of its scores, and
-    defines `queries_per_token`, `layout`, `retrieve`, `project`, `init_retrieval`, `init_output` and `init_published`.
-    It overrides other methods where it differs.
+    Each kind of memory is a subclass. It sets `defaults` and `unused`, creates the parameters of its scores, defines
+    the methods that raise `NotImplementedError` here, and overrides others where it differs.
 
     Args:
         config: sizes and options.
         d_model: width of input and output.
         table: table to read.
-        axis_keys: number of keys on each axis.
-        window_start: table row at which this layer's window starts; the window wraps around the table's end.
-        window_rows: number of rows of the window.
-        owns_table: whether the table's parameters belong to this layer; false for a table that several layers share.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
+        layout: the model's tables and windows; the parameters of a shared table do not belong to the layer.
+        number: of this layer, from 0.
+        device, dtype: of the parameters.
 
     Attributes:
         auxiliary_loss: weighted auxiliary loss of the last training forward pass, to be added to the loss: a scalar,
@@ -72,45 +62,33 @@ class MemoryLayer(nn.Module):
         d_model: int,
         table: Table,
         *,
-        axis_keys: int,
-        window_start: int,
-        window_rows: int,
-        owns_table: bool,
+        layout: TableLayout,
+        number: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.d_model = d_model
-        self.axis_keys = axis_keys
+        self.config, self.d_model = config, d_model
+        self.axis_keys, self.window_rows = layout.axis_keys, layout.window_rows
         # A tensor, so that a compiler makes one program for all layers; on the CPU, so that nothing waits for it.
-        self.window_start = torch.tensor(window_start, device="cpu")
-        self.window_rows = window_rows
+        self.window_start = torch.tensor(layout.starts[number], device="cpu")
         self.num_queries = self.queries_per_token(config)
         self.auxiliary_loss: Tensor | None = None
         self.observers: list[ReadObserver] = []
-        if owns_table:
-            self.table = table
-        else:
-            # Not a submodule: the table's parameters would be listed once for every layer.
+        if layout.shared:  # not a submodule: the table's parameters would be listed once for every layer
             object.__setattr__(self, "table", table)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        query_width = self.num_queries * config.key_dim
-        self.query_proj = nn.Linear(d_model, query_width, bias=False, **factory)
-        if config.query_conv:
-            self.query_conv = nn.Conv1d(
-                query_width, query_width, config.query_conv, groups=query_width, bias=False, **factory
-            )
         else:
-            self.query_conv = None
+            self.table = table
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        width = self.num_queries * config.key_dim
+        self.query_proj = nn.Linear(d_model, width, bias=False, **factory)
+        self.query_conv = None
+        if config.query_conv:
+            self.query_conv = nn.Conv1d(width, width, config.query_conv, groups=width, bias=False, **factory)
 
     @classmethod
     def check(cls, config: MemoryConfig, d_model: int | None = None) -> None:
-        """Check the rules of this kind for a configuration.
-
-        Args:
-            config: configuration whose single fields are checked already.
-            d_model: width of the model, if known.
+        """Check the rules of this kind for a configuration whose single fields are checked, and the model's width.
 
         Raises:
             ConfigError: a value is invalid.
@@ -136,14 +114,11 @@ class MemoryLayer(nn.Module):
         """Recompute what is derived from the parameters of a model's layers; called after each optimizer step."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Read the memory.
+        """Read the memory: the output (..., d_model), to be added to the residual stream.
 
         Args:
             x: (..., d_model), normalised feed-forward input of the block; with a query convolution
                 (..., sequence, d_model).
-
-        Returns:
-            (..., d_model), output to be added to the residual stream.
         """
         self.auxiliary_loss = None
         scores, indices = self.retrieve(self.queries(x))
@@ -185,10 +160,8 @@ class MemoryLayer(nn.Module):
     @property
     def active_parameters(self) -> int:
         """Number of parameters that a token uses: the layer's own, and the table rows that it reads."""
-        of_table = set(self.table.parameters())
-        own = sum(parameter.numel() for parameter in self.parameters() if parameter not in of_table)
-        reads = self.config.heads * self.config.top_k
-        return own + reads * (self.table.value_dim + self.table.pre_value_dim)
+        own = sum(parameter.numel() for parameter in {*self.parameters()} - {*self.table.parameters()})
+        return own + self.config.heads * self.config.top_k * (self.table.value_dim + self.table.pre_value_dim)
 
     def metrics(self) -> dict[str, Tensor]:
         """Scalars about the layer's parameters, for `Memory.usage_metrics`."""
@@ -213,8 +186,7 @@ class MemoryLayer(nn.Module):
     def init_output(self, scheme: HostScheme, generator: torch.Generator) -> float:
         """Initialise what follows the lookup.
 
-        Returns:
-            the standard deviation of a token's weighted sum for which the layer's output has that of the feed-forward.
+        Returns the standard deviation of a token's weighted sum for which the layer's output has the feed-forward's.
         """
         raise NotImplementedError
 
@@ -240,3 +212,22 @@ def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     """x over its root mean square, times the gain, in the dtype of x, which autocast would widen."""
     with torch.autocast(x.device.type, enabled=False):
         return F.rms_norm(x, x.shape[-1:], None if gain is None else gain.to(x.dtype), eps)
+
+
+def balance_loss(axis_scores: Tensor, axis_top_k: int) -> Tensor:
+    """Loss that balances the use of an axis' keys, `keys * sum_i f_i P_i`, 1 for a uniform choice; float32 or wider.
+
+    f_i is the share of choices that are key i, P_i its mean softmax probability. This is the loss of mixture-of-experts
+    routers (Switch Transformer, arXiv:2101.03961, equation 4), applied to keys. As each head has its own keys, it is
+    averaged over heads.
+
+    Args:
+        axis_scores: (tokens, heads, keys), of which each token chooses `axis_top_k`.
+    """
+    tokens, heads, keys = axis_scores.shape
+    wide = axis_scores.to(torch.promote_types(axis_scores.dtype, torch.float32))
+    chosen = axis_scores.detach().topk(min(axis_top_k, keys)).indices.transpose(0, 1).flatten(1)
+    counts = wide.new_zeros(heads, keys).scatter_add_(1, chosen, wide.new_ones(()).expand_as(chosen))
+    share = counts / max(chosen.shape[1], 1)
+    probability = wide.softmax(-1).sum(0) / max(tokens, 1)
+    return keys * (share * probability).sum(1).mean()

@@ -42,7 +42,6 @@ class MemoryPlus(ProductKeyLayer):
 
     @classmethod
     def layout(cls, config: MemoryConfig, num_layers: int) -> TableLayout:
-        """As in `MemoryLayer`."""
         return whole_tables(config.num_keys, num_layers, shared=True)
 
     def queries(self, x: Tensor) -> Tensor:
@@ -59,18 +58,15 @@ class MemoryPlus(ProductKeyLayer):
         nn.init.ones_(self.query_norm.weight)
 
     def init_output(self, scheme: HostScheme, generator: torch.Generator) -> float:
-        """As in `MemoryLayer`."""
         normal(self.gate_proj.weight, scheme.linear_std, generator)
         gate = second_moment(F.silu, scheme.linear_std * math.sqrt(self.d_model))
         return self.init_projection(self.output_proj.weight, scheme, generator) / math.sqrt(gate)
 
     def init_published(self, generator: torch.Generator) -> None:
-        """As in `MemoryLayer`."""
         normal(self.query_proj.weight, self.d_model**-0.5, generator)
         self.init_keys(generator)
         normal(self.gate_proj.weight, self.d_model**-0.5, generator)
         normal(self.output_proj.weight, self.config.value_dim**-0.5, generator)
 
     def query_std(self, scheme: HostScheme) -> float:
-        """As in `ProductKeyLayer`."""
         return 1.0

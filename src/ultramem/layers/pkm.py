@@ -36,22 +36,17 @@ class ProductKeyMemory(ProductKeyLayer):
 
     @classmethod
     def layout(cls, config: MemoryConfig, num_layers: int) -> TableLayout:
-        """As in `MemoryLayer`."""
         return whole_tables(config.num_keys, num_layers, shared=False)
 
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
-        """As in `MemoryLayer`."""
         return looked_up
 
     def init_output(self, scheme: HostScheme, generator: torch.Generator) -> float:
-        """As in `MemoryLayer`."""
         return 0.0 if self.config.init == "zero_output" else scheme.feed_forward_std
 
     def init_published(self, generator: torch.Generator) -> None:
-        """As in `MemoryLayer`."""
         normal(self.query_proj.weight, self.d_model**-0.5, generator)
         self.init_keys(generator)
 
     def query_std(self, scheme: HostScheme) -> float:
-        """As in `ProductKeyLayer`."""
         return scheme.linear_std * math.sqrt(self.d_model)

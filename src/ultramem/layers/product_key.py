@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ultramem.layers.balance import balance_loss
 from ultramem.layers.initial_values import SIMULATED_TOKENS, HostScheme
-from ultramem.layers.memory_layer import MemoryLayer
+from ultramem.layers.memory_layer import MemoryLayer, balance_loss
 from ultramem.ops.product_key_topk import product_key_topk
 from ultramem.ops.product_key_topk.naive import axis_scores
 from ultramem.ops.product_key_topk.naive import product_key_topk as product_key_topk_by_definition
@@ -19,10 +18,7 @@ from ultramem.tables.table import Table
 if TYPE_CHECKING:
     from ultramem.config import MemoryConfig
 
-_NO_TUCKER = "has no Tucker scores"
-_NO_COPIES = "has no virtual copies"
-_NO_PRE_VALUES = "has no pre-values"
-_NO_POOL = "does not pool its layers' tables"
+_TUCKER_FIELDS = "tucker_rank", "cores", "query_per_rank", "tucker_penalty_coef", "tucker_penalty_threshold"
 
 
 class ProductKeyLayer(MemoryLayer):
@@ -34,19 +30,11 @@ class ProductKeyLayer(MemoryLayer):
     defaults = {"value_lr": 1e-3}
     unused = {
         "axis_top_k": "searches the whole grid exactly",
-        "tucker_rank": _NO_TUCKER,
-        "cores": _NO_TUCKER,
-        "query_per_rank": _NO_TUCKER,
-        "tucker_penalty_coef": _NO_TUCKER,
-        "tucker_penalty_threshold": _NO_TUCKER,
-        "pre_value_dim": _NO_PRE_VALUES,
-        "pre_activation": _NO_PRE_VALUES,
-        "key_expansion": _NO_COPIES,
-        "value_projectors": _NO_COPIES,
-        "share_ratio": _NO_POOL,
-        "sharing": _NO_POOL,
-        "value_lr_multiplier": "trains its values at a constant rate, value_lr",
-        "value_lr_decay": "trains its values at a constant rate, value_lr",
+        **dict.fromkeys(_TUCKER_FIELDS, "has no Tucker scores"),
+        **dict.fromkeys(("pre_value_dim", "pre_activation"), "has no pre-values"),
+        **dict.fromkeys(("key_expansion", "value_projectors"), "has no virtual copies"),
+        **dict.fromkeys(("share_ratio", "sharing"), "does not pool its layers' tables"),
+        **dict.fromkeys(("value_lr_multiplier", "value_lr_decay"), "trains its values at a constant rate, value_lr"),
     }
 
     def __init__(self, config: MemoryConfig, d_model: int, table: Table, **options: Any) -> None:
@@ -56,7 +44,6 @@ class ProductKeyLayer(MemoryLayer):
 
     @classmethod
     def queries_per_token(cls, config: MemoryConfig) -> int:
-        """As in `MemoryLayer`."""
         return config.heads * 2
 
     @classmethod
@@ -75,7 +62,6 @@ class ProductKeyLayer(MemoryLayer):
         return scores.softmax(-1).flatten(1).unsqueeze(-1), indices.flatten(1)
 
     def init_retrieval(self, scheme: HostScheme, generator: torch.Generator) -> float:
-        """As in `MemoryLayer`."""
         self.init_keys(generator)
         return self.config.heads * self.simulate_weights(self.query_std(scheme))
 
@@ -94,9 +80,7 @@ class ProductKeyLayer(MemoryLayer):
         generator = torch.Generator(device).manual_seed(0)
         queries = torch.randn(2, SIMULATED_TOKENS, config.key_dim, generator=generator, device=device) * query_std
         bound = config.key_dim**-0.5
-        shape = 2, self.axis_keys, config.key_dim
-        keys = torch.empty(shape, device=device).uniform_(-bound, bound, generator=generator)
-        scores, _ = product_key_topk_by_definition(
-            queries.transpose(0, 1).unsqueeze(1), keys.unsqueeze(0), config.top_k
-        )
+        keys = torch.empty(1, 2, self.axis_keys, config.key_dim, device=device)
+        keys.uniform_(-bound, bound, generator=generator)
+        scores, _ = product_key_topk_by_definition(queries.transpose(0, 1).unsqueeze(1), keys, config.top_k)
         return float(scores.softmax(-1).square().sum(-1).mean())

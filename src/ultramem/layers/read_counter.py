@@ -18,17 +18,10 @@ class ReadCounter:
     """What one memory layer read and returned in training mode since the last report.
 
     Nothing here waits for a GPU, and a compiler takes all of it into its program.
-
-    Args:
-        window_rows: rows that the layer can reach.
-        device: where the counts are kept.
-
-    Attributes:
-        paused: whether passes do not count for the time being.
     """
 
     def __init__(self, window_rows: int, device: torch.device | str) -> None:
-        self.paused = False
+        self.paused = False  # whether passes do not count for the time being
         self._reads = torch.zeros(window_rows, dtype=torch.int64, device=device)
         self._one = torch.ones((), dtype=torch.int64, device=device)
         # tokens, highest scores, lowest scores, output elements, their sum, the sum of their squares

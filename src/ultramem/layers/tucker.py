@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ultramem.errors import ConfigError
-from ultramem.layers.balance import balance_loss
 from ultramem.layers.initial_values import SIMULATED_TOKENS, HostScheme
-from ultramem.layers.memory_layer import MemoryLayer, rms_norm
+from ultramem.layers.memory_layer import MemoryLayer, balance_loss, rms_norm
 from ultramem.ops.tucker_topk import tucker_topk
 from ultramem.ops.tucker_topk.naive import axis_scores
 from ultramem.ops.tucker_topk.naive import tucker_topk as tucker_topk_by_definition
@@ -49,10 +48,9 @@ class TuckerMemory(MemoryLayer):
         self.key_norm = nn.RMSNorm(config.key_dim, eps=config.norm_eps, **factory)
         self.keys = nn.Parameter(torch.empty(heads, 2, self.axis_keys, config.key_dim, rank, **factory))
         self.cores = nn.Parameter(torch.empty(config.cores, heads, rank, rank, **factory))
+        self.pre_proj = None
         if config.pre_value_dim:
             self.pre_proj = nn.Linear(d_model, config.pre_value_dim, bias=False, **factory)
-        else:
-            self.pre_proj = None
         self.output_proj = nn.Linear(config.output_width, d_model, bias=False, **factory)
         self.register_buffer("u", torch.zeros(heads, rank, **factory))
         self.register_buffer("t", torch.zeros(heads, rank, **factory))
@@ -60,7 +58,6 @@ class TuckerMemory(MemoryLayer):
 
     @classmethod
     def queries_per_token(cls, config: MemoryConfig) -> int:
-        """As in `MemoryLayer`."""
         return 2 * (config.tucker_rank if config.query_per_rank else 1)
 
     @classmethod
@@ -73,7 +70,6 @@ class TuckerMemory(MemoryLayer):
 
     @classmethod
     def check(cls, config: MemoryConfig, d_model: int | None = None) -> None:
-        """As in `MemoryLayer`."""
         if config.value_dim % config.cores:
             raise ConfigError(
                 f"value_dim={config.value_dim}: must be a multiple of cores={config.cores}, each of which weights a "
@@ -94,21 +90,15 @@ class TuckerMemory(MemoryLayer):
 
     def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """As in `MemoryLayer`; the weights are the scores of each core."""
-        config = self.config
-        normed_queries, normed_keys = self.normed_queries(queries), self.normed_keys()
-        scores, indices = tucker_topk(
-            normed_queries, normed_keys, self.cores, self.u, self.t, config.top_k, self.axis_top_k
-        )
+        queries, keys = self.normed_queries(queries), self.normed_keys()
+        scores, indices = tucker_topk(queries, keys, self.cores, self.u, self.t, self.config.top_k, self.axis_top_k)
         if self.training:
-            self.auxiliary_loss = self._auxiliary_loss(normed_queries, normed_keys)
+            self.auxiliary_loss = self._auxiliary_loss(queries, keys)
         return scores.flatten(1, 2), indices.flatten(1)
 
     def normed_queries(self, queries: Tensor) -> Tensor:
-        """Normalised row and column queries (tokens, 2, rank, key_dim) of queries (tokens, num_queries, key_dim).
-
-        Without their gain, which is applied to the keys, as there are fewer of them.
-        """
-        normed = rms_norm(queries, None, self.config.norm_eps)
+        """Normalised row and column queries (tokens, 2, rank, key_dim) of queries (tokens, num_queries, key_dim)."""
+        normed = rms_norm(queries, None, self.config.norm_eps)  # keys get the gain, as there are fewer of them
         return normed.unflatten(1, (2, self.num_queries // 2)).expand(-1, -1, self.config.tucker_rank, -1)
 
     def normed_keys(self) -> Tensor:
@@ -119,28 +109,33 @@ class TuckerMemory(MemoryLayer):
     def locate(self, indices: Tensor, scores: Tensor, x: Tensor) -> Reads:
         """As in `MemoryLayer`: the shuffle maps indices to virtual copies and table rows."""
         config, virtual = self.config, self.shuffle[indices]
-        in_window = virtual if config.virtual_copies == 1 else virtual % self.window_rows
-        return Reads(
-            self.table_rows(in_window),
-            scores,
-            None if self.pre_proj is None else self.pre_proj(x),
-            config.pre_activation,
-            virtual // self.window_rows if config.value_projectors == "per_block" else None,
-            config.virtual_copies,
-        )
+        rows = self.table_rows(virtual if config.virtual_copies == 1 else virtual % self.window_rows)
+        pre_input = None if self.pre_proj is None else self.pre_proj(x)
+        copies = virtual // self.window_rows if config.value_projectors == "per_block" else None
+        return Reads(rows, scores, pre_input, config.pre_activation, copies, config.virtual_copies)
 
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
-        """As in `MemoryLayer`."""
         return self.output_proj(looked_up)
 
     def refresh(self) -> None:
         """Recompute `u` and `t` from the cores; call once after each optimizer step."""
-        refresh_directions([self])
+        self.refresh_all([self])
 
     @classmethod
+    @torch.no_grad()
     def refresh_all(cls, layers: Sequence[MemoryLayer]) -> None:
-        """As in `MemoryLayer`: `u` and `t`."""
-        refresh_directions([layer for layer in layers if isinstance(layer, TuckerMemory)])
+        """As in `MemoryLayer`: `u` and `t`, all at once.
+
+        A decomposition does not determine their joint sign. It is kept as close to the previous one as possible, as a
+        flip would invert the ranking of the keys.
+        """
+        tucker = [layer for layer in layers if isinstance(layer, TuckerMemory)]
+        u, t = leading_singular_vectors(torch.stack([_summed(layer.cores) for layer in tucker]))
+        before_u, before_t = (torch.stack([getattr(layer, name) for layer in tucker]).to(u.dtype) for name in "ut")
+        agreement = (u * before_u).sum(-1, keepdim=True) + (t * before_t).sum(-1, keepdim=True)
+        sign = torch.where(agreement < 0, -1.0, 1.0).to(u.dtype)
+        torch._foreach_copy_([layer.u for layer in tucker], list((u * sign).unbind()))
+        torch._foreach_copy_([layer.t for layer in tucker], list((t * sign).unbind()))
 
     def metrics(self) -> dict[str, Tensor]:
         """As in `MemoryLayer`: the singular values of the summed cores."""
@@ -164,11 +159,9 @@ class TuckerMemory(MemoryLayer):
         return self.config.heads * self.config.top_k * second / mean**2
 
     def init_output(self, scheme: HostScheme, generator: torch.Generator) -> float:
-        """As in `MemoryLayer`."""
         return self.init_projection(self.output_proj.weight, scheme, generator)
 
     def init_published(self, generator: torch.Generator) -> None:
-        """As in `MemoryLayer`."""
         config = self.config
         normal(self.query_proj.weight, config.key_dim**-0.5, generator)
         normal(self.keys, config.key_dim**-0.5, generator)
@@ -196,14 +189,11 @@ class TuckerMemory(MemoryLayer):
             rows = torch.randn(shape, generator=generator, device=device)
             return F.rms_norm(rows, shape[-1:], eps=config.norm_eps)
 
-        queries = unit_rows(2, self.num_queries // 2, 1, SIMULATED_TOKENS, config.key_dim)
-        keys = unit_rows(2, config.tucker_rank, config.heads, self.axis_keys, config.key_dim)
-        of_tokens = queries.squeeze(2).permute(2, 0, 1, 3).expand(-1, -1, config.tucker_rank, -1)
-        of_heads = keys.permute(2, 0, 3, 1, 4)
-        cores = _whole(self.cores).float()
-        chosen, _ = tucker_topk_by_definition(
-            of_tokens, of_heads, cores, self.u.float(), self.t.float(), config.top_k, self.axis_top_k
-        )
+        queries = unit_rows(2, self.num_queries // 2, SIMULATED_TOKENS, config.key_dim).permute(2, 0, 1, 3)
+        queries = queries.expand(-1, -1, config.tucker_rank, -1)
+        keys = unit_rows(2, config.tucker_rank, config.heads, self.axis_keys, config.key_dim).permute(2, 0, 3, 1, 4)
+        cores, u, t = _whole(self.cores).float(), self.u.float(), self.t.float()
+        chosen, _ = tucker_topk_by_definition(queries, keys, cores, u, t, config.top_k, self.axis_top_k)
         return float(chosen.mean()), float(chosen.square().mean())
 
     def _set_gains(self, gain: float) -> None:
@@ -222,28 +212,10 @@ class TuckerMemory(MemoryLayer):
         return torch.stack(losses).sum() if losses else None
 
 
-@torch.no_grad()
-def refresh_directions(layers: Sequence[TuckerMemory]) -> None:
-    """Recompute `u` and `t` of layers with the same configuration from their cores, all at once.
-
-    A decomposition does not determine their joint sign. It is kept as close to the previous one as possible, as a flip
-    would invert the ranking of the keys.
-    """
-    u, t = leading_singular_vectors(torch.stack([_summed(layer.cores) for layer in layers]))
-    before_u, before_t = (torch.stack([getattr(layer, name) for layer in layers]).to(u.dtype) for name in "ut")
-    agreement = (u * before_u).sum(-1, keepdim=True) + (t * before_t).sum(-1, keepdim=True)
-    sign = torch.where(agreement < 0, -1.0, 1.0).to(u.dtype)
-    torch._foreach_copy_([layer.u for layer in layers], list((u * sign).unbind()))
-    torch._foreach_copy_([layer.t for layer in layers], list((t * sign).unbind()))
-
-
 def leading_singular_vectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Left and right singular vectors (..., rank) of the largest singular value, up to their joint sign.
+    """Left and right singular vectors (..., rank) of matrices' (..., rank, rank) largest value, up to their joint sign.
 
     Rank 2, that of the papers, has a closed form: a decomposition would make the CPU wait for the GPU.
-
-    Args:
-        matrices: (..., rank, rank), matrices to decompose.
     """
     if matrices.shape[-1] != 2:
         left, _, right = torch.linalg.svd(matrices)
@@ -259,16 +231,10 @@ def leading_singular_vectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tucker_penalty(cores: Tensor, threshold: float) -> Tensor:
-    """Mean squared excess over `threshold` of all singular values of the summed cores but the largest.
+    """Mean squared excess over `threshold` of all singular values of the summed cores but the largest; 0 for rank 1.
 
-    UltraMem (arXiv:2411.12364), section 3.1: it keeps the cores near the rank-1 approximation that ranks the axes.
-
-    Args:
-        cores: (cores, heads, rank, rank), score cores.
-        threshold: singular value from which on excess counts.
-
-    Returns:
-        a scalar, in float32 or wider; 0 for rank 1.
+    UltraMem (arXiv:2411.12364), section 3.1: it keeps the cores (cores, heads, rank, rank) near the rank-1
+    approximation that ranks the axes. A scalar, in float32 or wider.
     """
     trailing = torch.linalg.svdvals(_summed(cores))[..., 1:]
     return F.relu(trailing - threshold).square().sum() / max(trailing.numel(), 1)

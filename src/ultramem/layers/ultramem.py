@@ -15,14 +15,10 @@ class UltraMem(TuckerMemory):
     """UltraMem (arXiv:2411.12364). Arguments as in `MemoryLayer`."""
 
     defaults = {"key_expansion": 2, "value_projectors": "per_block"}
-    unused = {
-        "share_ratio": "does not pool its layers' tables",
-        "sharing": "does not pool its layers' tables",
-    }
+    unused = dict.fromkeys(("share_ratio", "sharing"), "does not pool its layers' tables")
     published_gain_exponent = -0.33
 
     @classmethod
     def layout(cls, config: MemoryConfig, num_layers: int) -> TableLayout:
-        """As in `MemoryLayer`."""
         assert config.key_expansion is not None
         return whole_tables(config.num_keys, num_layers, key_expansion=config.key_expansion, shared=False)

@@ -19,6 +19,5 @@ class UltraMemV2(TuckerMemory):
 
     @classmethod
     def layout(cls, config: MemoryConfig, num_layers: int) -> TableLayout:
-        """As in `MemoryLayer`."""
         assert config.key_expansion is not None
         return pooled_table(config.num_keys, num_layers, config.key_expansion, config.share_ratio, config.sharing)

@@ -49,11 +49,7 @@ def can_run_kernels(tensor: Tensor) -> bool:
 
 
 def takes_kernels(operation: str, supported: bool) -> bool:
-    """Whether an operation uses its kernels: if they support its arguments, unless the backend is `naive`.
-
-    Args:
-        operation: name of the operation.
-        supported: whether kernels support the arguments.
+    """Whether an operation, by name, uses its kernels: if they support its arguments, unless the backend is `naive`.
 
     Raises:
         UltraMemError: the backend is `fused`, and kernels do not support the arguments.

@@ -66,14 +66,9 @@ class Plot:
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
-    """Write a self-contained HTML report of a run, or a comparison of several.
+    """Write a self-contained HTML report of a run directory, or a comparison of several, and return its path.
 
-    Args:
-        runs: run directories of `ultramem train`.
-        output: file to write; by default, for a single run only, `report.html` in its directory.
-
-    Returns:
-        the written file.
+    The `output` is by default, for a single run only, `report.html` in its directory.
 
     Raises:
         UltraMemError: a directory is not a run, has no metrics yet or has an invalid file; `output` is missing for
@@ -139,12 +134,7 @@ def _run_page(run: Run) -> str:
     for metric in run.layer_series:
         layer_plots.setdefault(GROUPS.get(metric.group, metric.group), []).append(_heat_map(metric))
     return _render(
-        "run.html",
-        title=run.path.name,
-        run=run,
-        tiles=_tiles(run),
-        curves=_curves(run),
-        layer_plots=layer_plots,
+        "run.html", title=run.path.name, run=run, tiles=_tiles(run), curves=_curves(run), layer_plots=layer_plots
     )
 
 
@@ -198,7 +188,9 @@ def _heat_map(metric: LayerSeries) -> Plot:
 
 
 def _comparison_page(runs: list[Run]) -> str:
-    names = _distinct_names(runs)
+    names = [run.path.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.path) for run in runs]
     return _render(
         "comparison.html",
         title="Comparison of " + ", ".join(names),
@@ -207,12 +199,6 @@ def _comparison_page(runs: list[Run]) -> str:
         tasks=_compared_tasks(runs),
         differences=_config_differences(runs),
     )
-
-
-def _distinct_names(runs: list[Run]) -> list[str]:
-    """The directories' names, or their whole paths if two names are the same."""
-    names = [run.path.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
 def _comparison_row(run: Run, name: str, index: int) -> dict[str, Any]:

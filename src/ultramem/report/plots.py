@@ -52,13 +52,7 @@ _PIXELS_PER_INCH = 200
 
 
 def svg(draw: Callable[Concatenate[Axes, P], None], description: str, *arguments: P.args, **named: P.kwargs) -> Markup:
-    """Draw on fresh axes and return an SVG element to stand in a page.
-
-    Args:
-        draw: draws a plot on given axes.
-        description: description for screen readers.
-        arguments, named: arguments for `draw`.
-    """
+    """Draw on fresh axes and return an SVG element to stand in a page, with a description for screen readers."""
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": description}):
         figure = Figure()
@@ -77,14 +71,9 @@ def page_color(text: str) -> str:
 
 
 def smooth(values: Array, share: float = 0.02) -> Array:
-    """Centred moving average over `share` of all points; values that are not finite are left out.
+    """Centred moving average of (n,) values over `share` of all points: (n,).
 
-    Args:
-        values: (n,), values of a curve.
-        share: width of the average as a share of all points.
-
-    Returns:
-        (n,); NaN where no averaged value is finite.
+    Values that are not finite are left out; where no averaged value is finite, the average is NaN.
     """
     half = max(1, round(len(values) * share / 2))
     finite = np.isfinite(values)

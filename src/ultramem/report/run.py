@@ -20,17 +20,19 @@ from ultramem.runs.results import LossResult, TaskResult
 Array = NDArray[np.float64]
 Parsed = TypeVar("Parsed")
 
+_PROVENANCE = {
+    "started": "Started",
+    "device": "Device",
+    "world_size": "Processes",
+    "torch": "PyTorch",
+    "git": "Git revision",
+}
 _LAYER_METRIC = re.compile(r"(?P<group>[^/]+)/(?P<axis>layer|block) (?P<index>\d+)/(?P<name>.+)")
 
 
 @dataclass(frozen=True)
 class Series:
-    """A metric over the run.
-
-    Attributes:
-        steps: (n,), steps of the reports, ascending.
-        values: (n,), values of the metric.
-    """
+    """A metric over the run: the steps of its reports, (n,), ascending, and its values, (n,)."""
 
     steps: Array
     values: Array
@@ -81,29 +83,16 @@ class Summary:
         """Parse the content of the file."""
         parameters, memory = content["parameters"], content.get("memory")
         tokens = content.get("train_tokens")
+        counts = ("total", "active", "total_without_embeddings", "active_without_embeddings")
         return cls(
             system=str(content["system"]),
-            total=int(parameters["total"]),
-            active=int(parameters["active"]),
-            total_without_embeddings=int(parameters["total_without_embeddings"]),
-            active_without_embeddings=int(parameters["active_without_embeddings"]),
+            **{name: int(parameters[name]) for name in counts},
             flops_per_token=int(content["flops_per_token"]),
             bytes_per_token=int(content["bytes_per_token"]),
             memory=memory and {name: int(memory[name]) for name in ("table_rows", "window_rows", "layers")},
             train_tokens=None if tokens is None else int(tokens),
-            provenance={
-                label: str(content[name]) for name, label in _PROVENANCE.items() if content.get(name) is not None
-            },
+            provenance={label: str(content[key]) for key, label in _PROVENANCE.items() if content.get(key) is not None},
         )
-
-
-_PROVENANCE = {
-    "started": "Started",
-    "device": "Device",
-    "world_size": "Processes",
-    "torch": "PyTorch",
-    "git": "Git revision",
-}
 
 
 @dataclass(frozen=True)
@@ -166,8 +155,7 @@ class Run:
     def read(cls, path: Path) -> Run:
         """Read the directory at `path`.
 
-        Raises:
-            UltraMemError: the directory is not a run, has no metrics yet, or has an invalid file.
+        Raises UltraMemError if the directory is not a run, has no metrics yet, or has an invalid file.
         """
         path = path.resolve()
         for name in (CONFIG_NAME, SUMMARY_NAME):

@@ -16,7 +16,7 @@ from ultramem.configuration.yaml_text import parse_yaml
 from ultramem.errors import ConfigError, system_reason
 from ultramem.files.whole_files import read_text
 from ultramem.hosts.olmo_core import ModelConfig, preset
-from ultramem.layers.kinds import KINDS
+from ultramem.layers import KINDS
 from ultramem.runs.config import DataConfig, RunConfig
 from ultramem.runs.tokens import open_token_data
 

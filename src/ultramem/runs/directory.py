@@ -22,10 +22,12 @@ from ultramem.runs.config_files import load_config
 from ultramem.runs.layout import (
     CONFIG_NAME,
     EVALUATION_NAME,
+    HELD_OUT_METRICS,
     METRICS_NAME,
     REPORT_NAME,
     SAMPLES_NAME,
     SUMMARY_NAME,
+    TASK_METRICS,
     TASKS_NAME,
     TOKENIZER_NAME,
 )
@@ -140,6 +142,20 @@ class RunDirectory:
             write_text(self.path / SUMMARY_NAME, json.dumps(summary | earlier, indent=2) + "\n")
         return statistics
 
+    def is_finished(self, step: int | None, has_heldout: bool) -> bool:
+        """Whether a step is the last one, and the evaluations that are due after it are in the metrics.
+
+        Args:
+            step: step of the latest checkpoint.
+            has_heldout: whether the run has held-out data.
+        """
+        if step is None or step != self.config.trainer.total_steps:
+            return False
+        trainer, recorded = self.config.trainer, recorded_metrics(self.path / METRICS_NAME, step)
+        due = {HELD_OUT_METRICS: has_heldout and trainer.evaluate_interval is not None}
+        due[TASK_METRICS] = bool(trainer.evaluate_tasks)
+        return all(any(name.startswith(prefix) for name in recorded) for prefix, wanted in due.items() if wanted)
+
     def _check_owner(self) -> None:
         if not (self.path / CONFIG_NAME).is_file():
             foreign = sorted(path.name for pattern in CONTENTS for path in self.path.glob(pattern))
@@ -169,6 +185,15 @@ class RunDirectory:
         for pattern in CONTENTS:
             for path in self.path.glob(pattern):
                 remove(path)
+
+
+def recorded_metrics(metrics_file: Path, step: int) -> dict[str, float]:
+    """The metrics of a step in a run's `metrics.jsonl`, of which the last line counts; empty if there are none."""
+    if not metrics_file.is_file():
+        return {}
+    with metrics_file.open(encoding="utf-8") as file:
+        lines = [line for line in file if line.startswith(f'{{"step": {step},')]
+    return json.loads(lines[-1])["metrics"] if lines else {}
 
 
 def _changeable(key: str) -> bool:

@@ -14,9 +14,10 @@ TRAIN_LOSS = "train/CE loss"
 GRADIENT_NORM = "optim/total grad norm"
 THROUGHPUT = "throughput/tokens per second"
 LEARNING_RATES = {"model": "optim/learning rate (model)", "values": "optim/learning rate (values)"}
+HELD_OUT_METRICS = "eval/heldout/"  # before each of these
 HELD_OUT = {
-    "loss": "eval/heldout/CE loss",
-    "perplexity": "eval/heldout/perplexity",
-    "bits_per_byte": "eval/heldout/bits per byte",
+    "loss": f"{HELD_OUT_METRICS}CE loss",
+    "perplexity": f"{HELD_OUT_METRICS}perplexity",
+    "bits_per_byte": f"{HELD_OUT_METRICS}bits per byte",
 }
 TASK_METRICS = "tasks/"  # before the name of a task

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ultramem.tables.optimizer_steps import after_each_step
-from ultramem.tables.torch_internals import describe_contents
+from ultramem.tables.torch_internals import after_each_step, describe_contents
 
 
 class ComputingCopy:
@@ -20,13 +19,7 @@ class ComputingCopy:
         self._copied: list[tuple[int, int]] = []  # contents of the tables when they were copied
 
     def in_dtype(self, values: Tensor, pre_values: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Values and pre-values in `dtype`: themselves if they have it, else the copy.
-
-        Args:
-            values: (rows, value_dim), of one table at every call.
-            pre_values: (rows, pre_value_dim), or None.
-            dtype: to compute in.
-        """
+        """Values and pre-values (rows, dim), of one table at every call, in `dtype`: if they have another, the copy."""
         if values.dtype == dtype:
             return values, pre_values
         tables = [values] if pre_values is None else [pre_values, values]

@@ -13,12 +13,7 @@ from torch.autograd.function import once_differentiable
 from ultramem.errors import UltraMemError
 from ultramem.ops.backend import HAS_KERNELS
 from ultramem.ops.weighted_lookup.reads import Products
-from ultramem.tables.torch_internals import (
-    NO_BACKWARD_PASS,
-    current_backward_pass,
-    keep_until_it_ends,
-    take_gradient,
-)
+from ultramem.tables.torch_internals import NO_BACKWARD_PASS, current_backward_pass, keep_until_it_ends, take_gradient
 
 if HAS_KERNELS:
     from ultramem.ops.weighted_lookup.table_gradient import table_gradients
@@ -48,10 +43,10 @@ class GradientAccumulator:
     def add_rows(self, which: int, table: Tensor, rows: Tensor, gradient: Tensor) -> None:
         """Add `gradient` (*rows.shape, dim) to the gradients of the values' (0) or pre-values' (1) rows."""
         sums = self._current().sums
-        if sums[which] is None:
-            sums[which] = torch.zeros_like(table, dtype=torch.promote_types(table.dtype, torch.float32))
         total = sums[which]
-        assert total is not None
+        if total is None:
+            dtype = torch.promote_types(table.dtype, torch.float32)
+            total = sums[which] = torch.zeros_like(table, dtype=dtype)
         total.index_add_(0, rows.flatten(), gradient.flatten(0, -2).to(total.dtype))
 
     def add_products(self, products: Products) -> None:
@@ -59,14 +54,13 @@ class GradientAccumulator:
         self._current().products.append(products)
 
     def take(self, tables: list[Tensor | None], nodes: list[Any]) -> list[Tensor | None]:
-        """The gradients that this backward pass has brought, in the tables' dtype.
+        """The gradients of values and pre-values that this backward pass has brought, in the tables' dtype.
 
-        Args:
-            tables: values and pre-values; None for one that needs no gradient.
-            nodes: of the autograd graph, to which their gradients go, or None.
+        A table that needs no gradient is None. `nodes` are those of the autograd graph that gradients go to, or None.
         """
         found = self._passes.pop(current_backward_pass(), None) or _Pass()
-        sums, products = found.empty()
+        sums, products = found.sums, found.products
+        found.sums, found.products = [None, None], []  # the engine holds it for longer
         if products:
             return table_gradients(products, tables, sums, [take_gradient(node) for node in nodes])
         return [
@@ -91,24 +85,14 @@ class _Pass:
         self.sums: list[Tensor | None] = [None, None]
         self.products: list[Products] = []
 
-    def empty(self) -> tuple[list[Tensor | None], list[Products]]:
-        """What was left; nothing is held here any longer."""
-        left = self.sums, self.products
-        self.sums, self.products = [None, None], []
-        return left
-
 
 class TableLink:
-    """What lookups take to tell autograd that they depend on a table.
-
-    Args:
-        accumulator: of the table's gradient.
-    """
+    """What lookups take to tell autograd that they depend on a table."""
 
     def __init__(self, accumulator: GradientAccumulator) -> None:
         self._accumulator = accumulator
         self._link: Tensor | None = None
-        self._tables: list[_Description] = []  # what it was made from
+        self._tables: list[tuple[object, ...]] = []  # what it was made from
 
     def get(self, values: Tensor, pre_values: Tensor | None) -> Tensor | None:
         """The link (1,) of these tables; None where no gradient is wanted, or a compiled program finds none.
@@ -137,10 +121,7 @@ class TableLink:
             self._link = _Link.apply(self._accumulator, values, pre_values)
 
 
-_Description = tuple[int, torch.dtype, torch.device, bool]
-
-
-def _describe(values: Tensor, pre_values: Tensor | None) -> list[_Description]:
+def _describe(values: Tensor, pre_values: Tensor | None) -> list[tuple[object, ...]]:
     """Which tables they are, and what may change of them."""
     tables = [values] if pre_values is None else [values, pre_values]
     return [(id(table), table.dtype, table.device, table.requires_grad) for table in tables]

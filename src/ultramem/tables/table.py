@@ -15,10 +15,7 @@ class Table(nn.Module):
     A table in another form is a subclass that defines `gather`, `init_weights`, `device` and `dtype`; and `lookup`,
     where it can do better than to gather rows and sum them.
 
-    Args:
-        rows: of the table.
-        value_dim: width of a row's value.
-        pre_value_dim: width of a row's pre-value; 0 without pre-values.
+    It has `rows` rows, of a value of width `value_dim` and a pre-value of `pre_value_dim`, or 0 without pre-values.
     """
 
     def __init__(self, rows: int, value_dim: int, pre_value_dim: int = 0) -> None:

@@ -1,14 +1,19 @@
-"""What tables need of PyTorch that its documentation does not promise: all of it is here.
+"""What tables need of PyTorch's engine and optimizers; most of it, its documentation does not promise.
 
 Tested on PyTorch 2.11 and 2.13.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+T = TypeVar("T")
 
 NO_BACKWARD_PASS = -1
 
@@ -34,22 +39,30 @@ def describe_contents(tensor: Tensor) -> tuple[int, int]:
 
 
 def take_gradient(node: Any) -> Tensor | None:
-    """Take the gradient that a parameter has already, if what `node` is given in this pass would be added to that.
+    """Take the gradient that a parameter has already, if what its `node` is given in this pass would be added to that.
 
     So micro-batches add to one buffer, without another one of the table's size and a pass over both.
-
-    Args:
-        node: of the autograd graph, to which the parameter's gradient goes, or None.
     """
     parameter = getattr(node, "variable", None)
     if parameter is None or parameter.grad is None or parameter._backward_hooks:
         return None
     try:
-        accumulates: bool = torch._C._will_engine_execute_node(node)
+        if not torch._C._will_engine_execute_node(node):
+            return None
     except RuntimeError:  # what is asked for is the gradient itself
-        return None
-    if not accumulates:
         return None
     gradient: Tensor = parameter.grad
     parameter.grad = None
     return gradient
+
+
+def after_each_step(owner: T, action: Callable[[T, Optimizer], None]) -> None:
+    """Call `action(owner, optimizer)` after each step of any optimizer of PyTorch, as long as the owner lives."""
+    reference = weakref.ref(owner)
+
+    def follow(optimizer: Optimizer, *_: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            action(alive, optimizer)
+
+    weakref.finalize(owner, register_optimizer_step_post_hook(follow).remove)

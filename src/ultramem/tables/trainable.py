@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ultramem.ops.backend import HAS_KERNELS, takes_kernels
-from ultramem.ops.kernels.numbered import register
+from ultramem.ops.kernels.operators import register
 from ultramem.ops.weighted_lookup.reads import Reads
 from ultramem.tables.computing_copy import ComputingCopy
 from ultramem.tables.filling import normal
@@ -20,18 +20,10 @@ if HAS_KERNELS:
 
 
 class TrainableTable(Table):
-    """Values and pre-values as parameters. However many lookups a pass makes, their gradient is made once.
+    """Values (rows, value_dim) and pre-values (rows, pre_value_dim), or None, as parameters; arguments as of `Table`.
 
-    Under autocast, kernels read a copy in its dtype, made once after each change of the parameters.
-
-    Args:
-        rows, value_dim, pre_value_dim: as of `Table`.
-        device: of the parameters.
-        dtype: of the parameters.
-
-    Attributes:
-        values: parameter (rows, value_dim).
-        pre_values: parameter (rows, pre_value_dim), or None.
+    However many lookups a pass makes, their gradient is made once. Under autocast, kernels read a copy in its dtype,
+    made once after each change of the parameters.
     """
 
     pre_values: nn.Parameter | None
@@ -47,20 +39,17 @@ class TrainableTable(Table):
     ) -> None:
         super().__init__(rows, value_dim, pre_value_dim)
         self.values = nn.Parameter(torch.empty(rows, value_dim, device=device, dtype=dtype))
+        self.register_parameter("pre_values", None)
         if pre_value_dim:
             self.pre_values = nn.Parameter(torch.empty(rows, pre_value_dim, device=device, dtype=dtype))
-        else:
-            self.register_parameter("pre_values", None)
         self._make_helpers()
 
     @property
     def device(self) -> torch.device:
-        """As of `Table`."""
         return self.values.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """As of `Table`."""
         return self.values.dtype
 
     def lookup(self, reads: Reads) -> Tensor:
@@ -71,7 +60,6 @@ class TrainableTable(Table):
         return fused.weighted_lookup(reads, self.values, self.pre_values, link=link, numbers=self._numbers)
 
     def gather(self, rows: Tensor, *, pre_values: bool) -> tuple[Tensor, Tensor | None]:
-        """As of `Table`."""
         link = self._link.get(self.values, self.pre_values)
         values = gather(0, self.values, rows, link, self._accumulator)
         if not pre_values:
@@ -80,7 +68,6 @@ class TrainableTable(Table):
         return values, gather(1, self.pre_values, rows, link, self._accumulator)
 
     def init_weights(self, std: float, generator: torch.Generator) -> None:
-        """As of `Table`."""
         for parameter in self.parameters():
             normal(parameter, std, generator)
 
@@ -102,7 +89,6 @@ class TrainableTable(Table):
     # A compiled program takes the link that it finds: hence there is one from the start, and another where parameters
     # are replaced, moved or copied. (FSDP, which replaces them in mid-pass, does so without calling this.)
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of `nn.Module`."""
         super().register_parameter(name, param)
         if hasattr(self, "_link"):
             self._link.make(self.values, self.pre_values)

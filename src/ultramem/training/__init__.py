@@ -9,8 +9,7 @@ from ultramem.runs.config import (
     TrainerConfig,
     WandbConfig,
 )
-from ultramem.training.configuration import load_config
-from ultramem.training.run import RunResult, train
+from ultramem.training.run import RunResult, load_config, train
 
 __all__ = [
     "DataConfig",

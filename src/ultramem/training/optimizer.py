@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from olmo_core.optim import (
-    WSD,
-    AdamWConfig,
-    ConstantWithWarmup,
-    CosWithWarmup,
-    LinearWithWarmup,
-    OptimGroupOverride,
-    Scheduler,
-)
+from olmo_core import optim
 from olmo_core.train import Trainer
 
 from ultramem.config import MemoryConfig
@@ -24,60 +16,51 @@ from ultramem.runs.layout import LEARNING_RATES
 GROUP_FLAG = "memory_values"  # marks a parameter group as values and pre-values of memory tables
 
 
-def optimizer_config(config: OptimizerConfig, model: MemoryTransformer) -> AdamWConfig:
+def optimizer_config(config: OptimizerConfig, model: MemoryTransformer) -> optim.AdamWConfig:
     """OLMo-core's configuration of AdamW, with a parameter group for the tables' values if the model has any."""
     values = [] if model.memory is None else [f"memory.{name}" for name in model.memory.value_parameters()]
     decay = config.weight_decay if config.value_weight_decay is None else config.value_weight_decay
     options = {GROUP_FLAG: True, "weight_decay": decay}
-    return AdamWConfig(
+    return optim.AdamWConfig(
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
         fused=True,
-        group_overrides=[OptimGroupOverride(values, options)] if values else None,
+        group_overrides=[optim.OptimGroupOverride(values, options)] if values else None,
     )
 
 
 def build_scheduler(
     config: ScheduleConfig, learning_rate: float, total_steps: int, memory: MemoryConfig | None
-) -> Scheduler:
-    """Build the schedule of the learning rates of the model and of the memory's values.
-
-    Args:
-        config: schedule of the model.
-        learning_rate: peak learning rate of the model.
-        total_steps: number of training steps.
-        memory: configuration of the memory; None for a model without memory.
-    """
+) -> optim.Scheduler:
+    """Build the schedule of the learning rate, which peaks at `learning_rate`, and that of the tables' values."""
     warmup: dict[str, Any] = (
         {"warmup_fraction": config.warmup_share} if config.warmup_steps is None else {"warmup": config.warmup_steps}
     )
     if config.kind == "constant":
-        schedule: Scheduler = ConstantWithWarmup(**warmup)
+        schedule: optim.Scheduler = optim.ConstantWithWarmup(**warmup)
     elif config.kind == "wsd":
         decay = max(round(config.decay_share * total_steps), 1)  # OLMo-core divides by it
-        schedule = WSD(**warmup, decay=decay, decay_fraction=None, decay_min_lr=config.final_share * learning_rate)
+        schedule = optim.WSD(
+            **warmup, decay=decay, decay_fraction=None, decay_min_lr=config.final_share * learning_rate
+        )
     else:
-        kinds = {"cosine": CosWithWarmup, "linear": LinearWithWarmup}
+        kinds = {"cosine": optim.CosWithWarmup, "linear": optim.LinearWithWarmup}
         schedule = kinds[config.kind](**warmup, alpha_f=config.final_share)
     return ModelAndValuesScheduler(schedule=schedule, memory=memory)
 
 
 @dataclass
-class ModelAndValuesScheduler(Scheduler):
+class ModelAndValuesScheduler(optim.Scheduler):
     """A schedule for the model, and one derived from it for the values of memory tables.
 
     With `value_lr_multiplier` m and `value_lr_decay` d the values' learning rate is
     `1 + (m - 1) * max(0, 1 - step / (max_steps * d))` times the model's (UltraMem, arXiv:2411.12364). With `value_lr`
     it is that constant.
-
-    Attributes:
-        schedule: schedule of the model.
-        memory: configuration of the memory.
     """
 
-    schedule: Scheduler | None = None
+    schedule: optim.Scheduler | None = None
     memory: MemoryConfig | None = None
 
     def get_lr(self, initial_lr: Any, current: int, t_max: int) -> Any:

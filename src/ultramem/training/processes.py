@@ -18,7 +18,7 @@ from olmo_core.train.train_module import TransformerDataParallelConfig
 from ultramem.device import choose_device, has_fast_bfloat16
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.runs.config import RunConfig, TrainerConfig
-from ultramem.training.environment import check_launch, environment_number, launched_processes
+from ultramem.training.launch import check_launch, environment_number, launched_processes
 
 T = TypeVar("T")
 
@@ -76,7 +76,8 @@ def join_processes(config: RunConfig) -> Iterator[Processes]:
         with redirect_stdout(StringIO()):  # it prints what it does
             init_distributed("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Processes(get_rank(), count, device, _autocast(trainer, device), data_parallel)
+        bfloat16 = has_fast_bfloat16(device) if trainer.precision == "auto" else trainer.precision == "bfloat16"
+        yield Processes(get_rank(), count, device, torch.bfloat16 if bfloat16 else None, data_parallel)
     finally:
         parallel._WORLD_MESH = None  # OLMo-core refuses to make a second one, which a notebook's next run needs
         if joins:
@@ -96,12 +97,6 @@ def _device(trainer: TrainerConfig) -> torch.device:
     if number >= count:
         raise ConfigError(f"LOCAL_RANK={number}: must be below {count}, the number of GPUs; start fewer processes")
     return torch.device("cuda", number)
-
-
-def _autocast(trainer: TrainerConfig, device: torch.device) -> torch.dtype | None:
-    if trainer.precision == "auto":
-        return torch.bfloat16 if has_fast_bfloat16(device) else None
-    return torch.bfloat16 if trainer.precision == "bfloat16" else None
 
 
 def _data_parallel(trainer: TrainerConfig, count: int, launched: bool) -> TransformerDataParallelConfig | None:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,24 +19,26 @@ from olmo_core.train import Trainer
 from rich.console import Console
 from rich.markup import escape
 
-from ultramem.convert.initial_weights import load_weights
+from ultramem.convert.initial_weights import load_weights, read_model_config
 from ultramem.data.tokenizers import load_model_tokenizer
 from ultramem.device import check_memory
 from ultramem.errors import ConfigError, UltraMemError, explain, system_reason
-from ultramem.evaluation.task_suite import TaskSuite, task_names
+from ultramem.evaluation.tasks import TaskSuite, task_names
 from ultramem.hosts.olmo_core import ModelStatistics
 from ultramem.hosts.olmo_core.checkpoint import check_stored_model
 from ultramem.hosts.olmo_core.sizes import bytes_to_train
 from ultramem.hosts.weights import check_finite_weights
+from ultramem.runs import config_files
 from ultramem.runs.checkpoints import MODEL_NAME
 from ultramem.runs.config import RunConfig
 from ultramem.runs.directory import RunDirectory
 from ultramem.runs.tokens import TokenData, check_token_data, open_token_data
-from ultramem.training.callbacks import DivergedError
-from ultramem.training.deterministic import deterministic_algorithms
-from ultramem.training.environment import environment_number
+from ultramem.training.checkpoints import load_checkpoint
+from ultramem.training.launch import environment_number
 from ultramem.training.processes import Processes, join_processes
-from ultramem.training.trainer import build_trainer, load_checkpoint
+from ultramem.training.reproducible import deterministic_algorithms
+from ultramem.training.stopping import DivergedError
+from ultramem.training.trainer import build_trainer
 
 # Warnings of PyTorch about what OLMo-core does on purpose, and of FSDP about views that are never changed in place.
 _KNOWN_WARNINGS = (
@@ -49,17 +51,26 @@ _KNOWN_WARNINGS = (
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a call of `train` ended.
+    """The run directory, the last step, which has a checkpoint, and how the call of `train` ended.
 
-    Attributes:
-        directory: run directory.
-        step: last step, which has a checkpoint.
-        status: `finished`, `interrupted` by a signal, or `already finished` before the call.
+    The status is `interrupted` after a signal, and `already finished` if the run was so before the call.
     """
 
     directory: Path
     step: int
     status: Literal["finished", "interrupted", "already finished"]
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file. If its model section does not describe a model, the model is that of the initial weights.
+
+    Overrides are such as `--optimizer.learning_rate=3e-4` or `model.memory=null`; values are YAML.
+
+    Raises:
+        ConfigError: the file is missing or not valid, or a key or value is invalid.
+        UltraMemError: what the configuration leaves to the data or the initial weights cannot be read from them.
+    """
+    return config_files.load_config(path, overrides, read_model_config)
 
 
 def train(
@@ -85,21 +96,25 @@ def train(
     data = open_token_data(config.data)
     check_token_data(data, config)
     _check_wandb(config)
-    suite = _load_tasks(config, data)
+    suite = _load_tasks(config, data)  # so that errors come before anything is written
     directory = RunDirectory(config)
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(config))
         _check_memory(config, processes)
         stack.enter_context(_quiet_engine(verbose))
+        if config.trainer.compile:
+            torch.compiler.reset()  # what an earlier run of this process left would change what is compiled now
         if config.trainer.deterministic:
             stack.enter_context(deterministic_algorithms())
 
-        def claim() -> tuple[int | None, ModelStatistics]:
+        def claim() -> tuple[int | None, bool, ModelStatistics]:
             stack.enter_context(directory.locked())
-            return directory.claim(overwrite), directory.describe(data, processes.device, processes.count)
+            step = directory.claim(overwrite)
+            statistics = directory.describe(data, processes.device, processes.count)
+            return step, directory.is_finished(step, bool(data.heldout)), statistics
 
-        step, statistics = processes.on_first(claim)
-        if step == config.trainer.total_steps:
+        step, finished, statistics = processes.on_first(claim)
+        if step is not None and finished:
             return RunResult(directory.path, step, "already finished")
         if step is not None:
             check_stored_model(directory.checkpoint(step) / MODEL_NAME, config.model)
@@ -112,15 +127,16 @@ def train(
         elif config.trainer.initial_weights is not None:
             load_weights(trainer.train_module.model, config.trainer.initial_weights, config.model)
         _fit(trainer, directory)
-        finished = trainer.global_step >= config.trainer.total_steps
-        return RunResult(directory.path, trainer.global_step, "finished" if finished else "interrupted")
+        complete = trainer.global_step >= config.trainer.total_steps
+        return RunResult(directory.path, trainer.global_step, "finished" if complete else "interrupted")
 
 
 def _check_memory(config: RunConfig, processes: Processes) -> None:
     """Refuse what cannot fit before anything is written: the state after a step, and the largest activations in it."""
     sharded = processes.data_parallel is not None and processes.data_parallel.name == DataParallelType.fsdp
     # On a CPU all processes of the machine share its memory.
-    together = (environment_number("LOCAL_WORLD_SIZE") or 1) if processes.device.type == "cpu" else 1
+    alone = processes.device.type == "cuda" or processes.count == 1
+    together = 1 if alone else environment_number("LOCAL_WORLD_SIZE") or 1
     share = together / processes.count if sharded else together
     check_memory(bytes_to_train(config.model, share), processes.device)
     batch, length = config.trainer.batch_size // processes.count, config.data.sequence_length
@@ -132,7 +148,6 @@ def _check_memory(config: RunConfig, processes: Processes) -> None:
 
 
 def _load_tasks(config: RunConfig, data: TokenData) -> TaskSuite | None:
-    """Load the tasks to evaluate on, so that errors come before anything is written."""
     trainer, interval = config.trainer, config.trainer.evaluate_tasks_interval
     if not trainer.evaluate_tasks:
         if interval is not None:
@@ -197,11 +212,9 @@ def _fit(trainer: Trainer, directory: RunDirectory) -> None:
         if described is None:
             raise
         latest = directory.latest_step()
-        left = (
-            "there is no checkpoint yet"
-            if latest is None
-            else f"the last good checkpoint is {directory.checkpoint(latest)}"
-        )
+        left = "there is no checkpoint yet"
+        if latest is not None:
+            left = f"the last good checkpoint is {directory.checkpoint(latest)}"
         raise UltraMemError(f"{described}; {left}") from error
 
 

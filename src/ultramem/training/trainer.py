@@ -3,45 +3,30 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from olmo_core.data import DataLoaderBase, NumpyDataLoaderConfig, NumpyFSLDataset
 from olmo_core.train import Duration, LoadStrategy, Trainer, TrainerConfig
 from olmo_core.train.callbacks import Callback
 from olmo_core.train.train_module import TransformerActivationCheckpointingConfig, TransformerTrainModule
 from rich.console import Console
-from torch.distributed.checkpoint.api import CheckpointException
 
 from ultramem.configuration.decoding import encode
 from ultramem.data.token_sequences import TokenSequences
-from ultramem.errors import UltraMemError
-from ultramem.evaluation.task_suite import TaskSuite
+from ultramem.evaluation.tasks import TaskSuite
 from ultramem.runs.config import RunConfig
 from ultramem.runs.layout import METRICS_NAME
 from ultramem.runs.tokens import TokenData
-from ultramem.training.callbacks import (
-    Checkpoints,
-    HeldoutCallback,
-    LayerMetrics,
-    MetricsFile,
-    ProgressReport,
-    StepSeed,
-    StopOnSignal,
-    StopWhenDiverged,
-    TaskCallback,
-    TensorBoard,
-    WeightsAndBiases,
-)
-from ultramem.training.data_loader import build_data_loader
-from ultramem.training.environment import environment_variable
-from ultramem.training.heldout import HeldoutBatches, HeldoutEvaluator
+from ultramem.training.checkpoints import Checkpoints
+from ultramem.training.evaluation import HeldoutBatches, HeldoutCallback, HeldoutEvaluator, TaskCallback
+from ultramem.training.metrics import LayerMetrics, MetricsFile, ProgressReport, TensorBoard, WeightsAndBiases
 from ultramem.training.optimizer import build_scheduler, optimizer_config
 from ultramem.training.processes import Processes
-
-# OLMo-core's state of a run has NumPy's random state besides plain values and tensors.
-_STATE_TYPES: list[Any] = [np.empty(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.UInt32DType]
+from ultramem.training.reproducible import StepSeed
+from ultramem.training.stopping import StopOnSignal, StopWhenDiverged
 
 
 class TrainModule(TransformerTrainModule):
@@ -88,11 +73,20 @@ def build_trainer(
     if data.heldout and trainer.evaluate_interval is not None:
         callbacks["heldout"] = _heldout_evaluation(config, data, module, micro_batch_size)
     if suite is not None:
-        callbacks["tasks"] = TaskCallback(suite, trainer.evaluate_tasks_interval, trainer.total_steps, checkpoints)
+        callbacks["tasks"] = TaskCallback(
+            suite, trainer.evaluate_tasks_interval, trainer.total_steps, checkpoints, trainer.directory / METRICS_NAME
+        )
     if config.logging.tensorboard:
         callbacks["tensorboard"] = TensorBoard(trainer.directory / "tensorboard")
     if config.logging.wandb is not None:
-        callbacks["wandb"] = _wandb(config)
+        os.environ.setdefault("WANDB_API_KEY", "none: offline")  # OLMo-core always needs one
+        callbacks["wandb"] = WeightsAndBiases(
+            project=config.logging.wandb.project,
+            entity=config.logging.wandb.entity,
+            name=trainer.directory.name,
+            config=encode(config),
+            cancel_tags=None,
+        )
     return TrainerConfig(
         save_folder=str(trainer.directory),
         load_strategy=LoadStrategy.never,  # `train` has found the checkpoint already
@@ -106,6 +100,27 @@ def build_trainer(
     ).build(module, build_data_loader(data, config, processes.device, module.dp_process_group))
 
 
+def build_data_loader(
+    data: TokenData, config: RunConfig, device: torch.device, group: dist.ProcessGroup | None
+) -> DataLoaderBase:
+    """Batches of shuffled training sequences; the order depends on the seed, not on the number of processes."""
+    dataset = NumpyFSLDataset(
+        *data.train,
+        sequence_length=config.data.sequence_length,
+        pad_token_id=data.eos_token_id,
+        eos_token_id=data.eos_token_id,
+        vocab_size=data.vocab_size,
+        dtype=np.uint16 if data.dtype == "uint16" else np.uint32,
+        include_instance_metadata=False,
+    )
+    return NumpyDataLoaderConfig(
+        global_batch_size=config.trainer.batch_size,
+        seed=config.trainer.seed,
+        work_dir=str(config.trainer.directory / "data_order"),
+        target_device_type=device.type,
+    ).build(dataset, dp_process_group=group)
+
+
 def _heldout_evaluation(
     config: RunConfig, data: TokenData, module: TrainModule, micro_batch_size: int
 ) -> HeldoutCallback:
@@ -114,36 +129,8 @@ def _heldout_evaluation(
     batches = HeldoutBatches(sequences, micro_batch_size // length, group)
     evaluator = HeldoutEvaluator(batches, data.heldout_bytes_per_token, module.device, group)
     return HeldoutCallback(
-        evaluators=[evaluator], eval_interval=trainer.evaluate_interval, fixed_steps=[trainer.total_steps]
+        evaluators=[evaluator],
+        eval_interval=trainer.evaluate_interval,
+        fixed_steps=[trainer.total_steps],
+        metrics_file=trainer.directory / METRICS_NAME,
     )
-
-
-def _wandb(config: RunConfig) -> WeightsAndBiases:
-    assert config.logging.wandb is not None
-    os.environ.setdefault("WANDB_API_KEY", "none: offline")  # OLMo-core always needs one
-    return WeightsAndBiases(
-        project=config.logging.wandb.project,
-        entity=config.logging.wandb.entity,
-        name=config.trainer.directory.name,
-        config=encode(config),
-        cancel_tags=None,
-    )
-
-
-def load_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
-    """Load a checkpoint; only plain types of the trainer state are unpickled."""
-    try:
-        # Every `torch.load`, also OLMo-core's, must refuse pickles that hold more than data.
-        weights_only = environment_variable("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
-        with weights_only, torch.serialization.safe_globals(_STATE_TYPES):
-            trainer.load_checkpoint(checkpoint, load_trainer_state=True, load_optim_state=True)
-    except (Exception, CheckpointException) as error:
-        if "fingerprint" in str(error):
-            raise UltraMemError(
-                f"the training data has changed since {checkpoint} was written; restore it, or start another run"
-            ) from error
-        lines = (str(error).strip() or type(error).__name__).splitlines()
-        reason = lines[-1 if isinstance(error, CheckpointException) else 0]  # the former begins with a traceback
-        raise UltraMemError(
-            f"{checkpoint} is damaged ({reason}); remove that directory to resume from the checkpoint before it"
-        ) from error

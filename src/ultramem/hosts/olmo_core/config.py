@@ -98,11 +98,7 @@ class ModelConfig:
         return self.linear_std / math.sqrt(2 * self.num_blocks)
 
     def build(self, device: str = "cpu") -> MemoryTransformer:
-        """Build the model with uninitialised parameters; OLMo-core's `init_weights` initialises them.
-
-        Args:
-            device: device of the parameters, such as `cpu` or `meta`.
-        """
+        """Build the model with uninitialised parameters on a device; OLMo-core's `init_weights` initialises them."""
         norm = LayerNormConfig(name=LayerNormType.rms, eps=self.norm_eps, bias=False)
         block = MemoryBlockConfig(
             sequence_mixer=AttentionConfig(

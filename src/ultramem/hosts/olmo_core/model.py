@@ -103,19 +103,16 @@ def read_memory(layer: MemoryLayer, x: Tensor, loss_div_factor: Tensor | float |
     Args:
         layer: memory layer.
         x: (batch, sequence, d_model), its input.
-        loss_div_factor: divisor of the training loss of the whole batch, a sum over tokens. A micro-batch contributes
-            to the mean auxiliary loss in proportion to its tokens.
+        loss_div_factor: as in `DroplessMoE`; a micro-batch contributes to the mean loss in proportion to its tokens.
     """
     read = _read_memory if can_run_kernels(x) else _read_memory_uncompiled
-    output: Tensor = read(layer, x, loss_div_factor)
-    return output
+    return read(layer, x, loss_div_factor)
 
 
 def _read_memory(layer: MemoryLayer, x: Tensor, loss_div_factor: Tensor | float | None) -> Tensor:
     y = layer(x)
     if layer.auxiliary_loss is not None:
-        tokens = x.shape[:-1].numel()
-        share = 1.0 if loss_div_factor is None else tokens / loss_div_factor
+        share = 1.0 if loss_div_factor is None else x.shape[:-1].numel() / loss_div_factor
         y = attach_auxiliary_loss(y, layer.auxiliary_loss * share)
     return y
 
@@ -161,12 +158,9 @@ class MemoryTransformer(Transformer):
     """OLMo-core's transformer with a `Memory`.
 
     Args:
-        memory: configuration of the memory; None for no memory.
+        memory: configuration of the memory; None for no memory. The attribute is the `Memory`, or None.
         memory_scheme: initialisation of the blocks, which `matched` memory layers follow.
         options: options of OLMo-core's `Transformer`.
-
-    Attributes:
-        memory: the `Memory`, or None.
     """
 
     memory: Memory | None

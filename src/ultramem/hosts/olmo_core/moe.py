@@ -53,14 +53,11 @@ class MoEConfig:
 
     def num_params(self, d_model: int) -> int:
         """Number of parameters of the layer, including the router."""
-        return self._params_with(self.num_experts, d_model)
+        return d_model * self.num_experts * (1 + 3 * self.hidden_size)
 
     def num_active_params(self, d_model: int) -> int:
         """Number of parameters of the layer that a token uses: the router and `top_k` experts."""
-        return self._params_with(self.top_k, d_model)
-
-    def _params_with(self, experts: int, d_model: int) -> int:
-        return d_model * (self.num_experts + 3 * experts * self.hidden_size)
+        return d_model * (self.num_experts + 3 * self.top_k * self.hidden_size)
 
     def build(self, d_model: int, *, init_device: str = "cpu") -> DroplessMoE:
         """The layer for a model of width `d_model`, with its parameters on `init_device`."""
@@ -76,10 +73,8 @@ def _check_aligned(owner: MoEConfig | DroplessMoE, name: str) -> None:
 class DroplessMoE(nn.Module):
     """A feed-forward layer in which each token goes to the `top_k` experts that its router finds most probable.
 
-    The router is linear with a softmax over all experts (OLMoE, section 2), in float32 or wider. Token copies
-    are sorted by expert and every expert takes all that are sent to it: there is no capacity to exceed. In
-    training the two auxiliary losses are attached to the graph, so that a backward pass from the output includes
-    them.
+    The router is linear with a softmax over all experts (OLMoE, section 2), in float32 or wider. Every expert takes all
+    token copies that are sent to it. In training a backward pass from the output includes the two auxiliary losses.
 
     Parameters: `router.weight` (experts, d_model), `gate_proj` and `up_proj` (experts, d_model, hidden_size),
     `down_proj` (experts, hidden_size, d_model).
@@ -103,8 +98,8 @@ class DroplessMoE(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(inward, device=init_device))
         self.up_proj = nn.Parameter(torch.empty(inward, device=init_device))
         self.down_proj = nn.Parameter(torch.empty(outward, device=init_device))
-        # Assignments of each expert, then the two losses summed over tokens. Not a buffer, because DDP
-        # would replace every process's with the first one's.
+        # Assignments of each expert, then the two losses summed over tokens. In a buffer, DDP would replace every
+        # process's with the first one's.
         self._metric_sums = torch.zeros(config.num_experts + 2, dtype=torch.float64, device="cpu")
         self.init_weights()
 
@@ -133,14 +128,17 @@ class DroplessMoE(nn.Module):
 
         Args:
             x: (..., d_model). The experts compute in its dtype, or in autocast's where that is on.
-            loss_div_factor: what the auxiliary losses, summed over the tokens of `x`, are divided by; the
-                number of tokens by default. Where a batch is split into micro-batches, its own token count
-                makes their losses add up to the token-weighted mean.
+            loss_div_factor: what the auxiliary losses, summed over the tokens of `x`, are divided by: the number of
+                tokens in the batch of which `x` is a part; that of `x` by default.
 
         Returns:
             (..., d_model), in the dtype of the computation.
         """
-        logits, probabilities = self._score(x.reshape(-1, self.d_model))
+        tokens = x.reshape(-1, self.d_model)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(tokens.to(dtype), self.router.weight.to(dtype))
+            probabilities = logits.softmax(dim=-1)
         weights, experts = probabilities.topk(self.config.top_k, dim=-1)
         if self.config.normalize_top_k:
             weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -151,16 +149,9 @@ class DroplessMoE(nn.Module):
 
         if self.training and torch.is_grad_enabled():
             loss = self._auxiliary_loss(logits, probabilities, group_ends)
-            tokens = len(logits)
-            divisor = max(tokens, 1) if loss_div_factor is None else loss_div_factor
-            weights = attach_auxiliary_loss(weights, loss * (tokens / divisor))
+            divisor = max(len(tokens), 1) if loss_div_factor is None else loss_div_factor
+            weights = attach_auxiliary_loss(weights, loss * (len(tokens) / divisor))
         return self._mix(x, weights, order, group_ends)
-
-    def _score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(tokens.dtype, torch.float32)
-        with torch.autocast(tokens.device.type, enabled=False):
-            logits = F.linear(tokens.to(dtype), self.router.weight.to(dtype))
-            return logits, logits.softmax(dim=-1)
 
     def _mix(self, x: Tensor, weights: Tensor, order: Tensor, group_ends: Tensor) -> Tensor:
         device = x.device.type
@@ -193,11 +184,9 @@ class DroplessMoE(nn.Module):
     def compute_metrics(self, reset: bool = True) -> dict[str, tuple[Tensor, ReduceType | None]]:
         """Scalars over this process's training tokens since the last reset, and how to reduce over processes.
 
-        `load imbalance` is the busiest expert's share of the assignments times the number of experts (1 is
-        perfect balance); `load balancing loss` and `router Z loss` are means over tokens, without their weights.
-
-        Args:
-            reset: whether to set the counts to zero.
+        `load imbalance` is the busiest expert's share of the assignments times the number of experts (1 is perfect
+        balance); `load balancing loss` and `router Z loss` are means over tokens, without their weights. With `reset`
+        the counts are set to zero.
         """
         from olmo_core.train.common import ReduceType  # brings the whole trainer, which only training needs
 
@@ -228,11 +217,8 @@ def load_balancing_loss(probabilities: Tensor, assignments: Tensor) -> Tensor:
     f_i is expert i's share of the assignments, P_i its mean router probability; the gradient is P's alone.
 
     Args:
-        probabilities: (tokens, experts).
+        probabilities: (tokens, experts); the result is 0 if there are no tokens.
         assignments: (experts,), how many token copies went to each expert.
-
-    Returns:
-        a scalar; 0 if there are no tokens.
     """
     tokens, num_experts = probabilities.shape
     shares = assignments.to(probabilities.dtype) / assignments.sum().clamp(min=1)
@@ -240,13 +226,9 @@ def load_balancing_loss(probabilities: Tensor, assignments: Tensor) -> Tensor:
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
-    """Mean over tokens of `logsumexp(logits)²` (ST-MoE, arXiv:2202.08906, equation 5).
+    """Mean over tokens of `logsumexp(logits)²` (ST-MoE, arXiv:2202.08906, equation 5); logits (tokens, experts).
 
-    Args:
-        logits: (tokens, experts).
-
-    Returns:
-        a scalar; 0 if there are no tokens.
+    It is 0 if there are no tokens.
     """
     return logits.logsumexp(dim=-1).square().sum() / max(len(logits), 1)
 
@@ -254,9 +236,9 @@ def router_z_loss(logits: Tensor) -> Tensor:
 def grouped_matmul(rows: Tensor, weights: Tensor, group_ends: Tensor) -> Tensor:
     """Multiply consecutive groups of rows by a matrix each.
 
-    In bfloat16 this is one grouped GEMM, which never waits for the device; its row lengths must be multiples of
-    8 elements. In other dtypes it is a loop over the groups: PyTorch's grouped GEMM either lacks them (float64),
-    loops as well, or cannot be compiled with them (float32).
+    In bfloat16 this is one grouped GEMM, which never waits for the device; its row lengths must be multiples of 8
+    elements. In other dtypes it is a loop over the groups: PyTorch's grouped GEMM either lacks them (float64), loops as
+    well, or cannot be compiled with them (float32).
 
     Args:
         rows: (rows, in).
@@ -279,8 +261,8 @@ def _matmul_per_group(rows: Tensor, weights: Tensor, group_ends: Tensor) -> Tens
     return torch.cat([group @ weight for group, weight in groups])
 
 
-# Dispatch and combine are each other's transpose. Written so, both are gathers in both directions, where
-# automatic differentiation would scatter with atomic additions, in an order that changes from run to run.
+# Dispatch and combine are each other's transpose. Written so, both are gathers in both directions, where automatic
+# differentiation would scatter with atomic additions, in an order that changes from run to run.
 class _Dispatch(torch.autograd.Function):
     """Copy each token to the places where its experts expect it: (..., d) to (tokens * k, d)."""
 
@@ -312,18 +294,12 @@ class _Combine(torch.autograd.Function):
 class MoEBlock(TransformerBlock):
     """A pre-norm transformer block whose feed-forward is a `DroplessMoE`.
 
-    The auxiliary losses are averaged over the model's blocks, as in OLMoE, and each micro-batch's counts by its
-    share of the tokens in the batch.
+    The auxiliary losses are averaged over the model's blocks, as in OLMoE, and each micro-batch's counts by its share
+    of the tokens in the batch.
     """
 
     def forward(self, x: Tensor, *, loss_div_factor: Tensor | float | None = None, **kwargs: Any) -> Tensor:
-        """Run the block.
-
-        Args:
-            x: (batch, sequence, d_model).
-            loss_div_factor: tokens in the batch of which `x` is a part; those of `x` by default.
-            kwargs: passed to the attention.
-        """
+        """Run the block on x (batch, sequence, d_model); `loss_div_factor` as for `DroplessMoE`, others as ever."""
         h = self.attention_residual_stream(x, self.attention(self.attention_norm(x), **kwargs))
         tokens = max(x.shape[:-1].numel(), 1) if loss_div_factor is None else loss_div_factor
         mixed = self.feed_forward(self.feed_forward_norm(h), loss_div_factor=tokens * self.n_layers)

@@ -37,12 +37,7 @@ class ModelStatistics:
 
 
 def model_statistics(config: ModelConfig, sequence_length: int) -> ModelStatistics:
-    """Compute the costs on the meta device, without allocating memory.
-
-    Args:
-        config: configuration of the model.
-        sequence_length: sequence length for the attention's operations.
-    """
+    """Compute the costs without allocating memory; the attention's operations depend on the sequence length."""
     model = config.build(device="meta")
     total = sum(parameter.numel() for parameter in model.parameters())
     matrix = config.vocab_size * config.d_model

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,11 +16,10 @@ from transformers import PreTrainedModel
 
 from ultramem.config import MemoryConfig
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.hosts.transformers.blocks import check_blocks, find_blocks
 from ultramem.hosts.transformers.modes import evaluation_mode
 from ultramem.layers import HostScheme, MemoryLayer
 from ultramem.memory import Memory
-from ultramem.tables.optimizer_steps import after_each_step
+from ultramem.tables.torch_internals import after_each_step
 
 IGNORED_LABEL = -100
 
@@ -72,10 +73,7 @@ def attach_memory(
 
 
 def detach_memory(model: PreTrainedModel) -> Memory:
-    """Remove the memory from a model, which is then as before `attach_memory`.
-
-    Returns:
-        the memory.
+    """Remove the memory from a model, which is then as before `attach_memory`, and return it.
 
     Raises:
         UltraMemError: the model has no memory, or was built with it.
@@ -84,7 +82,8 @@ def detach_memory(model: PreTrainedModel) -> Memory:
     if connection is None:
         built = ": it was built with its own, which cannot be removed" if hasattr(model, "memory") else ""
         raise UltraMemError(f"{type(model).__name__} has no memory that was attached to it{built}")
-    connection.remove()
+    for handle in connection.handles:
+        handle.remove()
     memory: Memory = model.memory
     del model.memory, model._memory_connection
     return memory
@@ -103,13 +102,88 @@ def check_host_config(config: MemoryConfig) -> None:
         )
 
 
-class Connection:
-    """Hooks on the feed-forwards of a model's blocks that read the memory and add its outputs.
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """Find the list of a decoder's blocks.
 
-    Args:
-        memory: the model's memory.
-        blocks: the model's blocks.
+    Raises:
+        UltraMemError: there is no such list, or its blocks have no module `mlp`.
     """
+    name, config = type(model).__name__, model.config.get_text_config()
+    count = getattr(config, "num_hidden_layers", None)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    fitting = [
+        module for module in lists if all(isinstance(getattr(block, "mlp", None), nn.Module) for block in module)
+    ]
+    if len(fitting) != 1:
+        found = "no list" if not lists else "no" if not fitting else f"{len(fitting)} lists"
+        raise UltraMemError(
+            f"{name} does not fit: memory layers stand beside a block's module `mlp`, and {found} of {count} blocks "
+            "has one"
+        )
+    return fitting[0]
+
+
+def check_blocks(model: PreTrainedModel, blocks: nn.ModuleList, numbers: set[int]) -> None:
+    """Run two tokens through the model to check that its blocks can have a memory layer; one block of each class.
+
+    The feed-forward's input must be the output of a norm, and its output must be added to the residual stream
+    unchanged. On the `meta` device, which computes nothing, only the first is checked.
+
+    Raises:
+        UltraMemError: a block does not fit.
+    """
+    for number in {type(blocks[number]): number for number in sorted(numbers, reverse=True)}.values():
+        fault = _fault(model, blocks[number])
+        if fault:
+            raise UltraMemError(f"{type(model).__name__} does not fit: in block {number} {fault}")
+
+
+def _fault(model: PreTrainedModel, block: nn.Module) -> str | None:
+    plain = _observe(model, block, 0.0)
+    if not plain.reads_norm:
+        return "the input of `mlp` is not the output of a norm, which a memory layer needs"
+    if not isinstance(plain.output, Tensor):
+        return (
+            f"`mlp` returns {type(plain.output).__name__}, not a tensor to which a memory layer's output could be added"
+        )
+    if plain.output.is_meta:
+        return None
+    shift = plain.output.abs().max().item() + 1.0
+    change = _observe(model, block, shift).result.double() - plain.result.double()
+    if not torch.allclose(change, torch.full_like(change, shift), rtol=0.02, atol=0.02 * shift):
+        return "the output of `mlp` is changed, as by a norm or a factor, before it joins the residual stream"
+    return None
+
+
+@torch.no_grad()
+def _observe(model: PreTrainedModel, block: nn.Module, shift: float) -> SimpleNamespace:
+    """Observations of a block in a pass: whether `mlp` reads a norm's output, the output of `mlp`, and the block's."""
+    seen = SimpleNamespace(reads_norm=False, output=None, result=None)
+    normed: list[Any] = []
+
+    def after_norm(_: nn.Module, inputs: Any, output: Any) -> None:
+        normed.append(output)
+
+    def after_feed_forward(_: nn.Module, inputs: Any, output: Any) -> Any:
+        seen.reads_norm = any(inputs and inputs[0] is output for output in normed)
+        seen.output = output
+        return output + shift if shift else output
+
+    def after_block(_: nn.Module, inputs: Any, output: Any) -> None:
+        seen.result = output[0] if isinstance(output, tuple) else output
+
+    norms = [module for module in block.children() if "norm" in type(module).__name__.lower()]
+    hooks = [(norm, after_norm) for norm in norms]
+    hooks += [(block.get_submodule("mlp"), after_feed_forward), (block, after_block)]
+    with ExitStack() as handles, evaluation_mode(model):
+        for module, hook in hooks:
+            handles.enter_context(module.register_forward_hook(hook))
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    return seen
+
+
+class Connection:
+    """Hooks on the feed-forwards of a model's blocks that read the memory and add its outputs."""
 
     def __init__(self, memory: Memory, blocks: nn.ModuleList) -> None:
         self.memory = memory
@@ -127,11 +201,6 @@ class Connection:
             for number in sorted({*reads, *adds})
         ]
         after_each_step(self, _follow_step)
-
-    def remove(self) -> None:
-        """Remove the hooks."""
-        for handle in self.handles:
-            handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "outputs": {}}  # they have a graph, which cannot be copied

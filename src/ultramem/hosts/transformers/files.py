@@ -1,22 +1,36 @@
-"""Loading and saving models in transformers directories."""
+"""Loading and saving models in transformers directories, and attached memories apart from their models."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from ultramem.config import MOST_BLOCKS
-from ultramem.errors import UltraMemError, first_line
-from ultramem.files.whole_files import read_json_object
+from ultramem.config import MOST_BLOCKS, MemoryConfig
+from ultramem.errors import UltraMemError, first_line, system_reason
+from ultramem.files.whole_files import read_json_object, write_text
+from ultramem.hosts.transformers.attachment import attach_memory, detach_memory
 from ultramem.hosts.weights import check_finite_weights
+from ultramem.memory import Memory
 
 MODEL_CONFIG_NAME = "config.json"  # marks a directory as a model's
 # Files of a model's directory; one with other files is never replaced.
 MODEL_CONTENTS = ("*.json", "*.safetensors", "*.jinja", "modeling_ultramem.py", "README.md", "memory")
+MEMORY_CONFIG_NAME, MEMORY_WEIGHTS_NAME = "memory_config.json", "memory.safetensors"
 
 
 def load_config_file(directory: Path) -> PreTrainedConfig:
@@ -58,6 +72,32 @@ def load_model_file(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def load_model_and_tokenizer(
+    directory: Path, memory: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model, with parameters in float32, and its tokenizer; attach the memory in `memory`, if given.
+
+    Raises:
+        UltraMemError: a file is missing or damaged, or the tokenizer does not fit or has no end-of-text token.
+    """
+    model = load_model_file(directory, torch.float32)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # of transformers and tokenizers, of any kind
+        reason = first_line(error)
+        raise UltraMemError(f"the tokenizer in {directory} cannot be loaded ({reason}); put it there") from error
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UltraMemError(
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens, but the model {rows}; put its own there"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UltraMemError(f"the tokenizer in {directory} has no end-of-text token; set its eos_token there")
+    if memory is not None:
+        load_memory(model, memory).float()
+    return model, tokenizer
+
+
 def save_model_file(model: PreTrainedModel, directory: Path, **options: Any) -> None:
     """Call `save_pretrained`.
 
@@ -78,3 +118,84 @@ def _plain_errors(directory: Path, load: Any) -> Any:
     except Exception as error:  # of transformers and safetensors, of any kind
         reason = first_line(error)
         raise UltraMemError(f"{directory} cannot be loaded ({reason}); write it again") from error
+
+
+def save_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
+    """Save only the memory, as `memory_config.json` and `memory.safetensors`.
+
+    Raises:
+        UltraMemError: the model has no memory, or the directory cannot be written.
+    """
+    memory = getattr(model, "memory", None)
+    if not isinstance(memory, Memory):
+        raise UltraMemError(f"{type(model).__name__} has no memory; attach one with attach_memory")
+    path = Path(directory)
+    content = {
+        "memory": dataclasses.asdict(memory.config),
+        "d_model": memory.d_model,
+        "num_blocks": memory.num_blocks,
+        "base_model": model.name_or_path or type(model).__name__,
+    }
+    tensors = {name: tensor.detach().contiguous() for name, tensor in memory.state_dict().items()}
+    temporary = path / f"{MEMORY_WEIGHTS_NAME}.partial"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.replace(path / MEMORY_WEIGHTS_NAME)
+        write_text(path / MEMORY_CONFIG_NAME, json.dumps(content, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise UltraMemError(f"{path} cannot be written ({error}); choose another directory") from error
+
+
+def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Memory:
+    """Attach a memory that `save_memory` wrote, in its own dtype.
+
+    Raises:
+        ConfigError: the stored configuration is not valid.
+        UltraMemError: a file is missing or damaged, has weights that are not finite, or does not fit the model.
+    """
+    path = Path(directory)
+    content = _read_memory_config(path / MEMORY_CONFIG_NAME)
+    hidden, blocks = model.config.get_text_config().hidden_size, model.config.get_text_config().num_hidden_layers
+    if (content["d_model"], content["num_blocks"]) != (hidden, blocks):
+        raise UltraMemError(
+            f"{path} is the memory of a model with {content['num_blocks']} blocks of width {content['d_model']} "
+            f"({content['base_model']}); {type(model).__name__} here has {blocks} of width {hidden}"
+        )
+    try:
+        config = MemoryConfig(**content["memory"])
+        tensors = load_file(path / MEMORY_WEIGHTS_NAME)
+    except (OSError, SafetensorError, TypeError) as error:
+        raise UltraMemError(f"{path} is damaged or incomplete ({error}); save the memory again") from error
+    check_finite_weights(tensors, path / MEMORY_WEIGHTS_NAME)
+    memory = attach_memory(model, config)
+    # Integers instead of floating-point numbers, or the reverse, count as another shape.
+    expected = {name: (*tensor.shape, tensor.is_floating_point()) for name, tensor in memory.state_dict().items()}
+    found = {name: (*tensor.shape, tensor.is_floating_point()) for name, tensor in tensors.items()}
+    if found != expected:
+        detach_memory(model)
+        wrong = min(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        raise UltraMemError(
+            f"{path / MEMORY_WEIGHTS_NAME} does not fit its {MEMORY_CONFIG_NAME}: {wrong} is missing or of another "
+            "shape"
+        )
+    memory.to(dtype=tensors["layers.0.query_proj.weight"].dtype)
+    memory.load_state_dict(tensors)
+    memory.refresh()
+    return memory
+
+
+def _read_memory_config(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UltraMemError(
+            f"{path} cannot be read ({system_reason(error)}); give a directory written by save_memory"
+        ) from error
+    except ValueError as error:
+        raise UltraMemError(f"{path} is not valid JSON ({error}); save the memory again") from error
+    needed = ("memory", "d_model", "num_blocks", "base_model")
+    missing = [name for name in needed if not isinstance(content, dict) or name not in content]
+    if missing:
+        raise UltraMemError(f"{path}: {missing[0]} is missing; save the memory again")
+    return content

@@ -86,11 +86,7 @@ class _SavedWithCode(_NamedInItsDirectory):
 
 
 class UltraMemModel(_SavedWithCode, Qwen3Model):
-    """The decoder without its output layer.
-
-    Attributes:
-        memory: the `ultramem.Memory`.
-    """
+    """The decoder without its output layer; its `memory` is an `ultramem.Memory`."""
 
     config_class = UltraMemConfig
     config: UltraMemConfig
@@ -156,8 +152,6 @@ def _mark_initialised(memory: Memory) -> None:
         part._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
-def register() -> None:
-    """Register the models with the Auto classes."""
-    AutoConfig.register("ultramem", UltraMemConfig, exist_ok=True)
-    AutoModel.register(UltraMemConfig, UltraMemModel, exist_ok=True)
-    AutoModelForCausalLM.register(UltraMemConfig, UltraMemForCausalLM, exist_ok=True)
+AutoConfig.register("ultramem", UltraMemConfig, exist_ok=True)
+AutoModel.register(UltraMemConfig, UltraMemModel, exist_ok=True)
+AutoModelForCausalLM.register(UltraMemConfig, UltraMemForCausalLM, exist_ok=True)

@@ -33,7 +33,6 @@ from ultramem.tables.table import Table
 from ultramem.tables.trainable import TrainableTable
 
 OptimizerKind = Literal["sgd", "adamw"]
-_SMALLEST_CAPACITY = 256
 
 
 def find_tables(model: nn.Module) -> list[TrainableTable]:
@@ -49,13 +48,9 @@ def find_tables(model: nn.Module) -> list[TrainableTable]:
 
 
 class RowCounter:
-    """Counts how often each table row is read, by all layers that share the table.
+    """Counts how often each table row is read, by all layers that share the table, in training or in evaluation mode.
 
     Reads of padding, according to the `attention_mask`, do not count.
-
-    Args:
-        model: model with a memory.
-        training: whether to count passes in training mode or in evaluation mode.
     """
 
     def __init__(self, model: PreTrainedModel, *, training: bool) -> None:
@@ -110,12 +105,7 @@ class RowCounter:
 
 @dataclass(frozen=True)
 class Background:
-    """Reads of a background corpus.
-
-    Attributes:
-        batches: number of batches.
-        frequencies: for each table (rows,), int64, number of batches that read the row.
-    """
+    """Number of batches of a background corpus; for each table (rows,), int64, how many of them read the row."""
 
     batches: int
     frequencies: list[Tensor]
@@ -125,9 +115,7 @@ class Background:
 def count_background(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Background:
     """Count for each row the batches of a background corpus that read it.
 
-    Args:
-        model: model with a memory.
-        batches: arguments of the model, on its device; each with as many tokens as a training batch will have.
+    Batches are arguments of the model, on its device, each with as many tokens as a training batch will have.
 
     Raises:
         UltraMemError: the model has no memory, or there is no batch.
@@ -245,8 +233,8 @@ class SparseRows(Optimizer):
             parameter.index_copy_(0, rows, (kept - group["lr"] * update).to(parameter.dtype))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"kind": self.kind, "rows": self.rows, "_trained": self._trained}
-        return {**super().__getstate__(), **own}  # type: ignore[misc]
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
+        return state | {"kind": self.kind, "rows": self.rows, "_trained": self._trained}
 
     def state_dict(self) -> dict[str, Any]:
         """The usual state, and `trained`: for each table the rows that were ever trained, and their state."""
@@ -260,11 +248,7 @@ class SparseRows(Optimizer):
 
 
 class _TrainedRows:
-    """The rows of a table that were ever trained. Each has a slot with its number of steps and AdamW's averages.
-
-    Attributes:
-        number: number of these rows.
-    """
+    """The `number` rows of a table that were ever trained, each with a slot of its steps and AdamW's averages."""
 
     def __init__(self, has_averages: bool) -> None:
         self.number = 0
@@ -283,7 +267,11 @@ class _TrainedRows:
         self._slots[new] = torch.arange(self.number, self.number + len(new), dtype=torch.int32, device=rows.device)
         self.number += len(new)
         if self.number > len(self._steps):
-            self._grow(max(self.number, 2 * len(self._steps), _SMALLEST_CAPACITY))
+            added = max(self.number, 2 * len(self._steps), 256) - len(self._steps)
+            self._steps, *self._averages = (
+                torch.cat([tensor, tensor.new_zeros(added, *tensor.shape[1:])])
+                for tensor in (self._steps, *self._averages)
+            )
         slots = self._slots[rows].long()
         self._steps[slots] += 1
         return slots
@@ -297,13 +285,6 @@ class _TrainedRows:
         steps = self._steps[slots].unsqueeze(1)
         first_correction, second_correction = (1 - torch.pow(beta, steps.double()) for beta in betas)
         return first / first_correction.float() / ((second / second_correction.float()).sqrt() + eps)
-
-    def _grow(self, capacity: int) -> None:
-        def grown(tensor: Tensor) -> Tensor:
-            return torch.cat([tensor, tensor.new_zeros(capacity - len(tensor), *tensor.shape[1:])])
-
-        self._steps = grown(self._steps)
-        self._averages = [grown(averages) for averages in self._averages]
 
     def state_dict(self) -> dict[str, Any]:
         if self._slots is None:

@@ -13,10 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ultramem.ops.kernels.compaction import column_bits, write_chosen
-from ultramem.ops.kernels.launching import Launcher
-from ultramem.ops.kernels.sizes import ceil_div, next_power_of_2
-from ultramem.ops.kernels.threshold import LIMIT, find_threshold, finite, to_ordered
+from ultramem.ops.kernels.launching import Launcher, ceil_div, next_power_of_2
+from ultramem.ops.kernels.selection import LIMIT, column_bits, find_threshold, finite, to_ordered, write_chosen
 
 MAX_KEYS = 8192  # an index of 13 bits is packed with the score when candidates are put in order
 
@@ -193,6 +191,8 @@ def best_keys(
     """The best k keys of each axis; arguments as in `best_cells`, but for `in_order`: by descending score."""
     _, rank, tokens, heads, _ = axis_scores.shape
     weighted = cores is not None
+    # Distance of the integer images in float32 of neighbouring numbers.
+    step = 1 << 16 if axis_scores.dtype == torch.bfloat16 and not weighted else 1
     new = axis_scores.new_empty
     candidates = Candidates(
         new((tokens, heads, 2, k), dtype=torch.int32),
@@ -202,7 +202,7 @@ def best_keys(
     _axis_candidates_kernel(
         (tokens * heads, 2), axis_scores, *axis_scores.stride()[:4], u, t, cores, *candidates, heads, keys, k,
         RANK=rank, WEIGHTED=weighted, CORES=1 if cores is None else cores.shape[0], **_layout(keys, k),
-        BLOCK_K=next_power_of_2(k), STEP=1 if weighted else _image_distance(axis_scores.dtype), SORT=in_order,
+        BLOCK_K=next_power_of_2(k), STEP=step, SORT=in_order,
     )  # fmt: skip
     return candidates
 
@@ -224,8 +224,3 @@ def _layout(keys: int, k: int) -> dict[str, int | bool]:
         "GROUPS": groups if groups <= columns and main <= keys else 0,
         "num_warps": num_warps,
     }
-
-
-def _image_distance(dtype: torch.dtype) -> int:
-    """Distance of the integer images in float32 of neighbouring numbers."""
-    return 1 << 16 if dtype == torch.bfloat16 else 1

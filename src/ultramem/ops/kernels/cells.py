@@ -1,8 +1,7 @@
 """The best k cells of the grid of two axes' candidates.
 
-Both kinds of retrieval use them: cells are bilinear in the scores of their row and column (Tucker), or sums (product
-keys). A program, one warp, serves one token and head: it makes the grid tile by tile, in registers, and writes nothing
-but the result.
+Cells are bilinear in the scores of their row and column (Tucker), or sums (product keys). A program, one warp, serves
+one token and head: it makes the grid tile by tile, in registers, and writes nothing but the result.
 """
 
 from __future__ import annotations
@@ -15,10 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ultramem.ops.kernels.candidates import best_keys
-from ultramem.ops.kernels.compaction import column_bits, write_chosen
-from ultramem.ops.kernels.launching import Launcher
-from ultramem.ops.kernels.sizes import ceil_div, next_power_of_2
-from ultramem.ops.kernels.threshold import LIMIT, find_threshold, finite
+from ultramem.ops.kernels.launching import Launcher, ceil_div, next_power_of_2
+from ultramem.ops.kernels.selection import LIMIT, column_bits, find_threshold, finite, write_chosen
 
 MAX_CANDIDATES = 256  # eight tiles each way, of which a word has a bit for each
 TILE = tl.constexpr(32)
@@ -222,8 +219,7 @@ def best_cells(
         k: cells to choose, at most `MAX_CANDIDATES`.
         axis_k: candidates of each axis, at most `MAX_CANDIDATES`.
         cores: (cores, heads, rank, rank), float32, contiguous, for Tucker scores; None for sums, with rank 1.
-        u: (heads, rank), float32, contiguous, with `cores`: weights of the ranks by which rows are ranked.
-        t: (heads, rank), float32, contiguous, with `cores`: the same for columns.
+        u, t: (heads, rank), float32, contiguous, with `cores`: weights of the ranks by which rows, columns are ranked.
     """
     _, rank, tokens, heads, _ = axis_scores.shape
     weighted = cores is not None

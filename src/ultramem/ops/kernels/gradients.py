@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ultramem.ops.kernels.launching import Launcher
-from ultramem.ops.kernels.sizes import next_power_of_2
+from ultramem.ops.kernels.launching import Launcher, next_power_of_2
 
 
 @triton.jit
@@ -79,23 +78,15 @@ def _gradient_kernel(
 
 
 def best_cells_backward(
-    score_gradients: Tensor,
-    chosen_keys: Tensor,
-    chosen_scores: Tensor,
-    axis_gradients: Tensor,
-    cores: Tensor | None = None,
+    score_gradients: Tensor, chosen_keys: Tensor, chosen_scores: Tensor, axis_gradients: Tensor, cores: Tensor | None
 ) -> Tensor | None:
-    """Write the gradients of the axes' scores; those of keys that were not chosen are left alone.
+    """Write the gradients of the axes' scores, but for those of keys that were not chosen; return the cores', or None.
 
     Args:
         score_gradients: (tokens, heads, k, cores), float32.
-        chosen_keys: the `keys` of `Cells`.
-        chosen_scores: of `Cells`.
+        chosen_keys, chosen_scores: `keys` and `chosen_scores` of `Cells`.
         axis_gradients: (2, rank, tokens, heads, keys or more), written in its dtype.
-        cores: as in `best_cells`.
-
-    Returns:
-        gradient of the cores, float32, or None without cores.
+        cores: as in `best_cells`; their gradient is float32.
     """
     tokens, heads, k, num_cores = score_gradients.shape
     rank = axis_gradients.shape[1]

@@ -16,24 +16,14 @@ class Launcher:
 
     Triton inspects all arguments at every launch for the properties that a kernel is specialised for: 16-byte
     alignment, integers that are 1 or multiples of 16. Here integers are compared by value, which is less work.
-
-    Args:
-        kernel: kernel, as returned by `triton.jit`.
     """
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+        self.kernel = kernel  # as returned by `triton.jit`
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any, num_warps: int, **constants: Any) -> None:
-        """Launch it.
-
-        Args:
-            grid: programs along each axis.
-            arguments: of the kernel, but for its constants; the first is a tensor.
-            num_warps: of a program.
-            constants: the compile-time constants, in the kernel's order.
-        """
+        """Launch `grid` programs; the first argument is a tensor, constants are in the kernel's order."""
         if not isinstance(self.kernel, triton.JITFunction):  # in the interpreter
             self.kernel[grid](*arguments, **constants, num_warps=num_warps)
         elif arguments[0].device.index == torch.cuda.current_device():
@@ -58,3 +48,14 @@ class Launcher:
 
 def _properties(argument: Any) -> Any:
     return (argument.dtype, argument.data_ptr() & 15) if isinstance(argument, Tensor) else argument
+
+
+# Triton has the same two functions, for use inside kernels: several µs for a call.
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, and at least 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(n: int, divisor: int) -> int:
+    """n / divisor, rounded up."""
+    return -(-n // divisor)

@@ -1,10 +1,12 @@
-"""Registering kernels, with their gradient, as operators of torch."""
+"""Registering kernels, with their gradient, as operators of torch; and objects, for operators to find by number."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -19,28 +21,25 @@ class FusedOperator:
 
     Args:
         name: of the operator.
-        forward: launches the kernels; annotated as `torch.library.custom_op` wants it.
-        fake: returns empty tensors as `forward` does.
-        backward: launches the kernels of the gradient, likewise.
-        backward_fake: returns empty tensors as `backward` does.
-        backward_operator: what the operator of the gradient calls, if not `backward`.
+        forward, backward: launch the kernels, and those of the gradient; annotated as `torch.library.custom_op` wants.
+        fake, backward_fake: return empty tensors as they do.
         save: `(ctx, inputs, output)`, what `backward` needs.
         gradients: `(backward, ctx, *output_gradients)`, a gradient or None for each input.
+        backward_operator: what the operator of the gradient calls, if not `backward`.
         backward_tags: of the operator of the gradient.
-        schema: of the operator, where `forward` has no annotations to tell.
-        backward_schema: of the operator of the gradient, likewise.
+        schema, backward_schema: of the operators, where `forward` and `backward` have no annotations to tell.
     """
 
     def __init__(
         self,
         name: str,
-        *,
         forward: Callable[..., Any],
         fake: Callable[..., Any],
         backward: Callable[..., Any],
         backward_fake: Callable[..., Any],
         save: Callable[..., None],
         gradients: Callable[..., tuple[Tensor | None, ...]],
+        *,
         backward_operator: Callable[..., Any] | None = None,
         backward_tags: tuple[torch.Tag, ...] = (),
         schema: str | None = None,
@@ -57,25 +56,35 @@ class FusedOperator:
         )
         of_gradient.register_fake(backward_fake)
         self._operator.register_autograd(partial(gradients, of_gradient), setup_context=save)
-        methods = {
-            "forward": lambda ctx, *inputs: _forward_and_save(forward, save, ctx, inputs),
-            "backward": once_differentiable(partial(gradients, backward)),
-        }
-        self._function: Any = type(
-            name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()}
-        )
+
+        def forward_and_save(ctx: Any, *inputs: Any) -> Any:  # `setup_context` would inspect signatures at every call
+            output = forward(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        methods = {"forward": forward_and_save, "backward": once_differentiable(partial(gradients, backward))}
+        static = {key: staticmethod(method) for key, method in methods.items()}
+        self._function: Any = type(name, (torch.autograd.Function,), static)
 
     def __call__(self, *args: Any) -> Any:
-        seen = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not _is_plain(args[0])
+        plain = type(args[0]) in (Tensor, torch.nn.Parameter)
+        seen = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not plain
         return self._operator(*args) if seen else self._function.apply(*args)
 
 
-# A `setup_context` of its own would cost an inspection of signatures at every call.
-def _forward_and_save(forward: Callable[..., Any], save: Callable[..., None], ctx: Any, inputs: tuple[Any, ...]) -> Any:
-    output = forward(*inputs)
-    save(ctx, inputs, output)
-    return output
+# Operators take only tensors and plain values: Python objects go by number.
+_numbers = itertools.count()
+_objects: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, torch.nn.Parameter)
+def register(*things: Any) -> Tensor:
+    """Numbers (things,) of objects, int64 on the CPU; they find the objects as long as these live."""
+    found = [next(_numbers) for _ in things]
+    _objects.update(zip(found, things, strict=True))
+    with torch.inference_mode(False):  # a tensor, so that a compiler makes one program for all objects
+        return torch.tensor(found, device="cpu")
+
+
+def find(numbers: Tensor | None, which: int) -> Any:
+    """The object of one of the numbers; None if there are no numbers, or the object is gone."""
+    return None if numbers is None else _objects.get(numbers.tolist()[which])

@@ -35,7 +35,7 @@ def product_key_topk(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Ten
 
 def _forward(queries: Tensor, padded: Tensor, keys: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """`padded` (heads, 2, padded keys, key_dim) are the keys, of which each axis has `keys`."""
-    scores = axis_scores(_batch(queries), padded.flatten(0, 1).unsqueeze(1))
+    scores = axis_scores(queries, padded.flatten(0, 1).unsqueeze(1))
     cells = best_cells(_by_axis(scores, padded.shape[0]), keys, k, min(k, keys))
     return cells.scores.squeeze(-1), cells.indices, cells.keys
 
@@ -52,31 +52,17 @@ def _fake(queries: Tensor, padded: Tensor, keys: int, k: int) -> tuple[Tensor, T
 def _backward(gradient: Tensor, queries: Tensor, padded: Tensor, chosen_keys: Tensor) -> tuple[Tensor, Tensor]:
     heads = padded.shape[0]
     gradients = padded.new_zeros(heads * 2, queries.shape[0], 1, padded.shape[2])
-    best_cells_backward(
-        gradient.contiguous().unsqueeze(-1), chosen_keys, gradient.new_empty(0), _by_axis(gradients, heads)
-    )
+    score_gradients, no_scores = gradient.contiguous().unsqueeze(-1), gradient.new_empty(0)
+    best_cells_backward(score_gradients, chosen_keys, no_scores, _by_axis(gradients, heads), None)
     query_gradients, key_gradients = _backward_fake(gradient, queries, padded, chosen_keys)
-    axis_scores_backward(
-        gradients,
-        _batch(queries),
-        padded.flatten(0, 1).unsqueeze(1),
-        _batch(query_gradients),
-        key_gradients.flatten(0, 1).unsqueeze(1),
-    )
+    by_batch, gradients_by_batch = (part.flatten(0, 1).unsqueeze(1) for part in (padded, key_gradients))
+    axis_scores_backward(gradients, queries, by_batch, query_gradients, gradients_by_batch)
     return query_gradients, key_gradients
 
 
 def _backward_fake(gradient: Tensor, queries: Tensor, padded: Tensor, chosen_keys: Tensor) -> tuple[Tensor, Tensor]:
     contiguous = torch.contiguous_format
-    return (
-        torch.empty_like(queries, memory_format=contiguous),
-        torch.empty_like(padded, memory_format=contiguous),
-    )
-
-
-def _batch(queries: Tensor) -> Tensor:
-    """Queries (tokens, heads, 2, key_dim) as (heads * 2, tokens, key_dim); a view if they are contiguous."""
-    return queries.permute(1, 2, 0, 3).flatten(0, 1)
+    return torch.empty_like(queries, memory_format=contiguous), torch.empty_like(padded, memory_format=contiguous)
 
 
 def _by_axis(scores: Tensor, heads: int) -> Tensor:
@@ -95,12 +81,4 @@ def _gradients(backward: Callable[..., Any], ctx: Any, gradient: Tensor, *_: Any
     return (*backward(gradient, *ctx.saved_tensors), None, None)
 
 
-_product_key_topk = FusedOperator(
-    "product_key_topk",
-    forward=_forward,
-    fake=_fake,
-    backward=_backward,
-    backward_fake=_backward_fake,
-    save=_save,
-    gradients=_gradients,
-)
+_product_key_topk = FusedOperator("product_key_topk", _forward, _fake, _backward, _backward_fake, _save, _gradients)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def _forward(
     queries: Tensor, padded: Tensor, cores: Tensor, u: Tensor, t: Tensor, keys: int, k: int, axis_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`padded` (2, rank, heads, padded keys, key_dim) are the keys, of which each axis has `keys`."""
-    scores = axis_scores(_batch(queries), padded.flatten(0, 1)).unflatten(0, queries.shape[1:3])
+    scores = axis_scores(queries, padded.flatten(0, 1)).unflatten(0, queries.shape[1:3])
     cells = best_cells(scores, keys, k, axis_k, cores, u, t)
     return cells.scores, cells.indices, cells.keys, cells.chosen_scores
 
@@ -68,30 +69,16 @@ def _backward(
     core_gradients = best_cells_backward(gradient.contiguous(), chosen_keys, chosen_scores, gradients, cores)
     assert core_gradients is not None
     query_gradients, key_gradients, _ = _backward_fake(gradient, queries, padded, cores, chosen_keys, chosen_scores)
-    axis_scores_backward(
-        gradients.flatten(0, 1),
-        _batch(queries),
-        padded.flatten(0, 1),
-        _batch(query_gradients),
-        key_gradients.flatten(0, 1),
-    )
+    by_batch, padded_by_batch, keys_by_batch = (part.flatten(0, 1) for part in (gradients, padded, key_gradients))
+    axis_scores_backward(by_batch, queries, padded_by_batch, query_gradients, keys_by_batch)
     return query_gradients, key_gradients, core_gradients
 
 
 def _backward_fake(
     gradient: Tensor, queries: Tensor, padded: Tensor, cores: Tensor, chosen_keys: Tensor, chosen_scores: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    contiguous = torch.contiguous_format
-    return (
-        torch.empty_like(queries, memory_format=contiguous),
-        torch.empty_like(padded, memory_format=contiguous),
-        torch.empty_like(cores, memory_format=contiguous),
-    )
-
-
-def _batch(queries: Tensor) -> Tensor:
-    """Queries (tokens, 2, rank, key_dim) as (2 * rank, tokens, key_dim); a view if they are contiguous."""
-    return queries.permute(1, 2, 0, 3).flatten(0, 1)
+    new = partial(torch.empty_like, memory_format=torch.contiguous_format)
+    return new(queries), new(padded), new(cores)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -105,12 +92,4 @@ def _gradients(backward: Callable[..., Any], ctx: Any, gradient: Tensor, *_: Any
     return (*backward(gradient, *ctx.saved_tensors), *(None,) * 5)
 
 
-_tucker_topk = FusedOperator(
-    "tucker_topk",
-    forward=_forward,
-    fake=_fake,
-    backward=_backward,
-    backward_fake=_backward_fake,
-    save=_save,
-    gradients=_gradients,
-)
+_tucker_topk = FusedOperator("tucker_topk", _forward, _fake, _backward, _backward_fake, _save, _gradients)

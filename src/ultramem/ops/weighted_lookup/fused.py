@@ -12,10 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ultramem.ops.backend import autocast_dtype, can_run_kernels
-from ultramem.ops.kernels.launching import Launcher
-from ultramem.ops.kernels.numbered import find
-from ultramem.ops.kernels.operators import FusedOperator
-from ultramem.ops.kernels.sizes import next_power_of_2
+from ultramem.ops.kernels.launching import Launcher, next_power_of_2
+from ultramem.ops.kernels.operators import FusedOperator, find
 from ultramem.ops.weighted_lookup.reads import Products, Reads
 from ultramem.ops.weighted_lookup.table_gradient import table_gradients
 
@@ -60,10 +58,7 @@ def weighted_lookup(
 ) -> Tensor:
     """As the definition in `naive.py`, computed and returned in autocast's dtype where that is on.
 
-    Args:
-        reads: what is read.
-        values: (table_rows, value_dim).
-        pre_values: (table_rows, pre_value_dim), or None.
+    Args, beyond those of the definition:
         link: by which autograd knows that the lookup depends on the table. With it the table has no gradient from this
             lookup: what is known of it goes to the `ProductCollector`.
         numbers: (2,), int64, on the CPU, by which a `TableCopy` and a `ProductCollector` are found, or None.
@@ -71,19 +66,11 @@ def weighted_lookup(
     dtype = autocast_dtype(values)
     if link is not None:
         values, pre_values = values.detach(), None if pre_values is None else pre_values.detach()
-    result: Tensor = _weighted_lookup(
-        reads.rows.contiguous(),
-        reads.scores.float().contiguous(),
-        None if reads.pre_input is None else reads.pre_input.to(dtype).contiguous(),
-        reads.pre_activation,
-        None if reads.virtual_copies is None else reads.virtual_copies.contiguous(),
-        reads.sums,
-        values,
-        pre_values,
-        link,
-        numbers,
-        dtype,
-    )
+    rows, scores = reads.rows.contiguous(), reads.scores.float().contiguous()
+    pre_input = None if reads.pre_input is None else reads.pre_input.to(dtype).contiguous()
+    copies = None if reads.virtual_copies is None else reads.virtual_copies.contiguous()
+    prepared = rows, scores, pre_input, reads.pre_activation, copies, reads.sums
+    result: Tensor = _weighted_lookup(*prepared, values, pre_values, link, numbers, dtype)
     return result
 
 
@@ -344,13 +331,13 @@ def _gradients(backward: Callable[..., Any], ctx: Any, gradient: Tensor) -> tupl
 
 _weighted_lookup = FusedOperator(
     "weighted_lookup",
-    forward=_forward,
-    fake=_fake,
-    backward=_backward,
-    backward_fake=_backward_fake,
+    _forward,
+    _fake,
+    _backward,
+    _backward_fake,
+    _save,
+    _gradients,
     backward_operator=_backward_of_operator,
-    save=_save,
-    gradients=_gradients,
     # What it leaves with the table, a replayed graph of kernels would not leave there.
     backward_tags=(torch.Tag.cudagraph_unsafe,),
     schema=f"({_READS}, {_TABLE}, Tensor? link, Tensor? numbers, ScalarType dtype) -> Tensor",

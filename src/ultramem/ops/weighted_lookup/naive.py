@@ -22,15 +22,9 @@ def weighted_lookup(reads: Reads, values: Tensor, pre_values: Tensor | None = No
 
 
 def weighted_sum(reads: Reads, values: Tensor, pre_values: Tensor | None = None) -> Tensor:
-    """The lookup's sums, of rows that were gathered already.
+    """The lookup's sums (tokens, virtual copies * value_dim), in the values' dtype, of rows that were gathered already.
 
-    Args:
-        reads: what is read.
-        values: (tokens, k, value_dim), the rows' values.
-        pre_values: (tokens, k, pre_value_dim), the rows' pre-values, with `reads.pre_input`.
-
-    Returns:
-        (tokens, virtual copies * value_dim), in the values' dtype.
+    The rows' values are (tokens, k, value_dim); with `reads.pre_input`, their pre-values (tokens, k, pre_value_dim).
     """
     scores, cores = reads.scores, reads.scores.shape[-1]
     if reads.pre_input is not None:

@@ -47,8 +47,7 @@ class Products(NamedTuple):
         virtual_copies: (tokens, k), int64, or None.
         weights: (tokens, k, cores), float32.
         gradients: (tokens, virtual copies * value_dim), gradient of the lookup's result.
-        pre_weights: (tokens, k), float32, or None.
-        pre_inputs: (tokens, pre_value_dim), or None.
+        pre_weights, pre_inputs: (tokens, k), float32, and (tokens, pre_value_dim), or None.
     """
 
     rows: Tensor

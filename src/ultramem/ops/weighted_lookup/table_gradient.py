@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ultramem.ops.kernels.launching import Launcher
-from ultramem.ops.kernels.sizes import ceil_div, next_power_of_2
+from ultramem.ops.kernels.launching import Launcher, ceil_div, next_power_of_2
 from ultramem.ops.weighted_lookup.reads import Products
 
 _CHUNK = 128

@@ -1,30 +1,31 @@
-"""Evaluation on held-out data during training: the sequences of each process, and the loss over all of them."""
+"""Evaluation during training, on held-out data and on tasks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from olmo_core.distributed.utils import get_rank, get_world_size
+from olmo_core.distributed.utils import broadcast_object, get_rank, get_world_size
 from olmo_core.eval import Evaluator
+from olmo_core.train.callbacks import Callback, EvaluatorCallback
 from torch import Tensor
 
 from ultramem.data.token_sequences import TokenSequences
+from ultramem.evaluation.tasks import TaskSuite
+from ultramem.runs.directory import recorded_metrics
+from ultramem.runs.layout import HELD_OUT_METRICS, TASK_METRICS
+from ultramem.training.checkpoints import Checkpoints, timed_apart
 
 
 class HeldoutBatches:
-    """This process's share of the held-out sequences, in batches; all processes have the same number of batches.
-
-    Args:
-        sequences: sequences of all processes.
-        batch_size: sequences per batch.
-        group: processes that share the sequences.
-    """
+    """This process's share of the held-out sequences, in batches; all of the group have the same number of batches."""
 
     def __init__(self, sequences: TokenSequences, batch_size: int, group: dist.ProcessGroup | None) -> None:
         self.sequences, self.batch_size = sequences, batch_size
@@ -49,11 +50,7 @@ class HeldoutBatches:
 class HeldoutEvaluator(Evaluator):
     """Mean loss on held-out sequences: `CE loss` (nats per token), `perplexity`, and `bits per byte` if known.
 
-    Args:
-        batches: batches of sequences.
-        bytes_per_token: UTF-8 bytes of text per token, or None.
-        device: device of the model.
-        group: processes that share the sequences.
+    `bytes_per_token` is the number of UTF-8 bytes of text per token, if known.
     """
 
     def __init__(
@@ -87,3 +84,61 @@ class HeldoutEvaluator(Evaluator):
     def reset_metrics(self) -> None:
         """Set the sums to zero."""
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, predicted tokens
+
+
+def make_up_for_kill(callback: Callback, metrics_file: Path, prefix: str) -> None:
+    """Evaluate the step that a run resumes from, if it was killed between that step's checkpoint and its evaluation.
+
+    `prefix` begins the names of the evaluation's metrics in the file. The callback's `post_step` evaluates, if due.
+    """
+    if callback.step == 0:
+        return
+    recorded = recorded_metrics(metrics_file, callback.step)
+    if not broadcast_object(any(name.startswith(prefix) for name in recorded)):
+        callback.post_step()
+        callback.trainer._log_metrics()  # no step follows the last one
+
+
+@dataclass
+class HeldoutCallback(EvaluatorCallback):
+    """Evaluates on held-out data, without an effect on the metrics of training."""
+
+    metrics_file: Path = field(default_factory=Path)
+
+    def pre_train(self) -> None:
+        """Make up for an evaluation that is missing."""
+        make_up_for_kill(self, self.metrics_file, HELD_OUT_METRICS)
+
+    def perform_eval(self, prefix: str = "eval") -> None:
+        """Evaluate, and keep the metrics of training as they are."""
+        with timed_apart(self):
+            super().perform_eval(prefix)
+
+
+@dataclass
+class TaskCallback(Callback):
+    """Evaluates the model on tasks every `interval` steps, if given, and at the end; all processes share the work."""
+
+    suite: TaskSuite
+    interval: int | None
+    last_step: int
+    checkpoints: Checkpoints
+    metrics_file: Path
+
+    def pre_train(self) -> None:
+        """Make up for an evaluation that is missing."""
+        make_up_for_kill(self, self.metrics_file, TASK_METRICS)
+
+    def post_step(self) -> None:
+        """Evaluate if it is time."""
+        if self.step != self.last_step and (self.interval is None or self.step % self.interval):
+            return
+        if self.step == self.last_step:  # a failure from here on must not cost the steps
+            self.checkpoints.post_train()
+        model = self.trainer.train_module.model
+        with timed_apart(self):
+            model.eval()
+            results = self.suite.run(model, group=self.trainer.dp_process_group)
+            model.train()
+        for result in results:
+            self.trainer.record_metric(f"{TASK_METRICS}{result.name}", result.value)

@@ -1,7 +1,8 @@
-"""The k best of some numbers, found by a threshold that k of them reach: passes over registers, no sorting.
+"""The k best of some numbers: found by a threshold that k of them reach, then listed. No sorting.
 
-Here live the numbers' order, the choice of the next threshold to try, and the search. What the numbers are, and how
-many reach a threshold, is the business of the kernel that searches.
+What the numbers are, and how many reach a threshold, is the business of the kernel that searches. What it chooses are
+bits of words, a word for one or several columns of cells, so that only the words' counts are summed across threads and
+nothing but the result is written.
 """
 
 from __future__ import annotations
@@ -77,9 +78,8 @@ def find_threshold(count_reaching: tl.constexpr, numbers, low, highest, count_lo
         enough: k or more.
         STEP: distance of the integer images of neighbouring numbers.
 
-    Returns:
-        the raised `low`; `high`; how many numbers reach `high`, at most k. If `enough` is k, these are the best, and
-        together with any others that reach `low`, which are all equal, the best k.
+    Returns the raised `low`; `high`; how many numbers reach `high`, at most k. If `enough` is k, these are the best,
+    and together with any others that reach `low`, which are all equal, the best k.
     """
     high = _from_ordered(to_ordered(highest) + STEP)
     count_high = 0
@@ -93,3 +93,39 @@ def find_threshold(count_reaching: tl.constexpr, numbers, low, highest, count_lo
         passes += 1
     exact = count_low == k
     return low, tl.where(exact, low, high), tl.where(exact, k, count_high)
+
+
+@triton.jit
+def column_bits(chosen, FIRST: tl.constexpr):
+    """For each column a word in which bit `FIRST + row` says whether the cell is chosen."""
+    rows = FIRST + tl.arange(0, chosen.shape[0])
+    return tl.sum(tl.where(chosen, (1 << rows)[:, None], 0), axis=0)
+
+
+@triton.jit
+def _count_bits(words):
+    words = words.to(tl.uint32, bitcast=True)
+    words = words - ((words >> 1) & 0x55555555)
+    words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F
+    return ((words * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def write_chosen(words, base, row_stride, first, last, out, ROWS: tl.constexpr):
+    """Write the numbers of the cells marked in `words` to places from `first` on, but none to `last` or beyond.
+
+    A word holds `32 // ROWS` columns of `ROWS` cells; the number of a cell is `base + row * row_stride + column`.
+    Returns the next place.
+    """
+    entries = tl.arange(0, words.shape[0])
+    counts = _count_bits(words)
+    places = first + tl.cumsum(counts) - counts
+    while tl.max((words != 0).to(tl.int32)) == 1:
+        lowest = (words & -words).to(tl.float32)
+        bit = ((lowest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+        number = base + bit % ROWS * row_stride + entries * (32 // ROWS) + bit // ROWS
+        tl.store(out + places, number, mask=(words != 0) & (places < last))
+        places += 1
+        words = words & (words - 1)
+    return first + tl.sum(counts)

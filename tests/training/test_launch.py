@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ultramem.errors import ConfigError
-from ultramem.training.environment import check_launch, launched_processes
+from ultramem.training.launch import check_launch, launched_processes
 
 COMPLETE = {
     "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "here",

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ultramem.data.token_sequences import TokenSequences
-from ultramem.training.heldout import HeldoutBatches, HeldoutEvaluator
+from ultramem.training.evaluation import HeldoutBatches, HeldoutEvaluator
 
 
 def batches_of(sequences, batch_size, rank, processes):

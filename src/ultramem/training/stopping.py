@@ -19,11 +19,7 @@ from ultramem.runs.layout import GRADIENT_NORM
 
 @dataclass
 class StopOnSignal(Callback):
-    """Stops the run on SIGTERM or SIGINT, after a checkpoint at the step's end; a second SIGINT exits at once.
-
-    Attributes:
-        console: console for a message about it.
-    """
+    """Stops the run on SIGTERM or SIGINT, after a checkpoint at the step's end; a second SIGINT exits at once."""
 
     console: Console = field(default_factory=Console)
 

@@ -1,14 +1,30 @@
-"""Deterministic training: every time the same bits."""
+"""Training that gives the same bits each time: deterministic algorithms, and random numbers by the step."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from olmo_core.distributed.utils import get_rank
+from olmo_core.train.callbacks import Callback
 
-from ultramem.training.environment import environment_variable
+
+@contextmanager
+def environment_variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable of this process within a `with` block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 @contextmanager
@@ -30,3 +46,16 @@ def deterministic_algorithms() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         settings.fill_uninitialized_memory = filled
+
+
+@dataclass
+class StepSeed(Callback):
+    """Seeds random numbers (dropout) by the run's seed and the step, so that a resumed run draws the same ones."""
+
+    seed: int = 0
+
+    def pre_step(self, batch: dict[str, Any]) -> None:
+        """Seed this process's generators."""
+        del batch
+        entropy = np.random.SeedSequence([self.seed, self.step, get_rank()])
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from ultramem.runs.tokens import open_token_data
-from ultramem.training.data_loader import build_data_loader
+from ultramem.training.trainer import build_data_loader
 
 
 def test_each_sequence_comes_once_an_epoch(token_files, make_config):

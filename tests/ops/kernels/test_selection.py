@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from ultramem.ops.kernels.threshold import find_threshold
+from ultramem.ops.kernels.selection import find_threshold
 
 pytestmark = pytest.mark.kernels
 
