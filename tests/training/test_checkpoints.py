@@ -165,7 +165,7 @@ def test_earlier_checkpoint(config, runs, losses_of, capsys):
         with pytest.raises(StoppedError):
             train(config, from_checkpoint="step4")
     output = capsys.readouterr().out
-    assert "kept as step8.unused, step12.unused, metrics.jsonl.unused\nresuming from step 4\n" in output
+    assert "resuming from step 4\nkept as step8.unused, step12.unused, metrics.jsonl.unused\n" in output
     assert (directory / "metrics.jsonl.unused").read_text() == before
     assert max(losses_of(directory)) < 7
     assert train(config).status == "finished"
