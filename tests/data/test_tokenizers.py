@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ultramem.data.tokenizers import load_tokenizer, train_bpe
 from ultramem.errors import ConfigError, UltraMemError
+from ultramem.files.checksums import Checksums
 
 
 def word_level(directory: Path, *tokens: str, name: str = "tokenizer.json") -> Path:
@@ -106,3 +107,16 @@ def test_bpe_merges_by_frequency_and_restores_any_text() -> None:
 def test_bpe_does_not_depend_on_the_order_of_texts() -> None:
     texts = [Path(__file__).read_text(encoding="utf-8"), "some other text", "and one more, a third"]
     assert train_bpe(texts, 400).tokenizer.to_str() == train_bpe(texts[::-1], 400).tokenizer.to_str()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_damage_is_found(tmp_path: Path, name: str) -> None:
+    """In a token directory or a model's, which have checksums."""
+    word_level(tmp_path, "a", "</s>")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "a"}')
+    Checksums.compute(tmp_path, ["tokenizer.json", "tokenizer_config.json"]).save()
+    assert load_tokenizer(str(tmp_path)).eos_token_id == load_tokenizer(str(tmp_path / "tokenizer.json")).eos_token_id
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(text.replace('"a"', '"b"'))
+    with pytest.raises(UltraMemError, match=rf"{name} is damaged: it differs from its checksum; copy it again"):
+        load_tokenizer(str(tmp_path))

@@ -198,6 +198,7 @@ def test_relative_paths_start_at_the_working_directory(write, monkeypatch, tmp_p
         ("--trainer.device=tpu", "trainer.device='tpu': must be one of auto, cpu, cuda"),
         ("--trainer.parallel=tp", "trainer.parallel='tp': must be one of auto, none, ddp, fsdp"),
         ("--trainer.compile=1", "trainer.compile=1: must be true or false"),
+        ("--trainer.async_checkpoints=1", "trainer.async_checkpoints=1: must be true or false"),
         ("--trainer.deterministic=1", "trainer.deterministic=1: must be true or false"),
         ("--trainer.activation_checkpointing=no", "trainer.activation_checkpointing='no': must be true or false"),
         ("--trainer.directory=3", "trainer.directory=3: must be a path"),
@@ -212,6 +213,7 @@ def test_relative_paths_start_at_the_working_directory(write, monkeypatch, tmp_p
         ("--data.dtype=int8", "data.dtype='int8': must be one of uint16, uint32"),
         ("--data.train_files=[a.npy]", "data.train_files: directory="),
         ("--data.heldout_files=[a.npy]", "data.heldout_files: directory="),
+        ("--data.verify=1", "data.verify=1: must be true or false"),
         ("--data.more_directories=3", "data.more_directories=3: must be"),
         (
             "--data.directory=null",

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, product
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
@@ -19,7 +20,7 @@ from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.device import autocast
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.files.json_files import read_json
-from ultramem.files.whole_files import write_json
+from ultramem.files.whole_files import check_output, write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import SAMPLES_NAME
@@ -120,7 +121,10 @@ class TextGenerator:
             logits = self.model(context, logits_to_keep=1)
         logits = logits[0, -1, : self.tokenizer.vocab_size].float().cpu()  # the embedding may have more rows
         if not logits.isfinite().all():
-            raise UltraMemError("the model's output is not finite, as its training diverged; use an earlier checkpoint")
+            raise UltraMemError(
+                "the model's output is not finite, as its training diverged; use an earlier checkpoint: RUN/stepN, and "
+                "for training --from-checkpoint stepN"
+            )
         return logits
 
 
@@ -187,6 +191,10 @@ def show_samples(
     `path` and `device` are those of `TextGenerator.from_checkpoint`. With `save` the samples are appended to the run's
     `samples.json`. Errors are those of `TextGenerator` and `save_samples`.
     """
+    if save:
+        samples_file = find_checkpoint(path).run / SAMPLES_NAME
+        check_output(samples_file)
+        _read_samples(samples_file)
     generator = TextGenerator.from_checkpoint(path, device)
     samples = print_samples(generator, prompts or [""], config, num_samples)
     if save:
@@ -219,13 +227,19 @@ def save_samples(run: Path, samples: Sequence[Sample]) -> Path:
     Raises UltraMemError if the existing file is not a list, or the file cannot be written.
     """
     path = run / SAMPLES_NAME
-    earlier = []
-    if path.is_file():
-        earlier = read_json(path, "fix or remove it")
-        if not isinstance(earlier, list):
-            raise UltraMemError(f"{path} is not a list of samples; remove it")
-    write_json(path, earlier + [{"prompt": s.prompt, "text": s.text, **asdict(s.config)} for s in samples])
+    added = [{"prompt": s.prompt, "text": s.text, **asdict(s.config)} for s in samples]
+    write_json(path, _read_samples(path) + added)
     return path
+
+
+def _read_samples(path: Path) -> list[Any]:
+    """The samples in a file; none if it does not exist."""
+    if not path.is_file():
+        return []
+    samples = read_json(path, "fix or remove it")
+    if not isinstance(samples, list):
+        raise UltraMemError(f"{path} is not a list of samples; remove it")
+    return samples
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

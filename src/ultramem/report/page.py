@@ -13,8 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ultramem.configuration.yaml_text import parse_yaml
-from ultramem.errors import UltraMemError, system_reason
-from ultramem.files.whole_files import write_text
+from ultramem.errors import UltraMemError
+from ultramem.files.whole_files import cannot_write, check_output, write_text
 from ultramem.report import plots
 from ultramem.report.run import Array, LayerSeries, Run, Series
 from ultramem.runs.layout import (
@@ -80,14 +80,11 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
         if len(paths) > 1:
             raise UltraMemError("a comparison of runs needs a file to write; give it with --output FILE")
         output = paths[0] / REPORT_NAME
-    if not output.parent.is_dir():
-        raise UltraMemError(f"{output} cannot be written ({output.parent} is not a directory); choose another --output")
     read = [Run.read(path) for path in paths]
+    check_output(output, lambda path: b" ultramem</title>" in path.read_bytes()[: 2**16])
     page = _run_page(read[0]) if len(read) == 1 else _comparison_page(read)
-    try:
+    with cannot_write(output):
         write_text(output, page)
-    except OSError as error:
-        raise UltraMemError(f"{output} cannot be written ({system_reason(error)}); choose another --output") from error
     return output
 
 

@@ -33,6 +33,8 @@ class DataConfig:
         vocab_size: with `train_files`: one more than the largest token id.
         eos_token_id: with `train_files`: the token that ends a document.
         dtype: with `train_files`: `uint16` or `uint32`.
+        verify: whether to read every token file once, before training and before an evaluation, and compare it with its
+            checksum and with what the run began with. Switch it off where that takes too long, with terabytes.
     """
 
     directory: Path | None = None
@@ -43,6 +45,7 @@ class DataConfig:
     vocab_size: int | None = None
     eos_token_id: int | None = None
     dtype: Literal["uint16", "uint32"] | None = None
+    verify: bool = True
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -143,6 +146,8 @@ class TrainerConfig:
             them.
         checkpoint_interval: steps between checkpoints; there is always one at the end.
         keep_checkpoints: number of checkpoints to keep, besides the last one of a run; null for all.
+        async_checkpoints: whether to go on training while a checkpoint is written. Takes a copy of parameters and
+            optimizer state in the CPU's memory meanwhile.
         metrics_interval: steps between progress reports. Metrics of every step are written.
         memory_metrics_interval: steps between reports of what each memory layer or mixture of experts reads.
         evaluate_interval: steps between evaluations on held-out data; null for none.
@@ -169,6 +174,7 @@ class TrainerConfig:
     activation_checkpointing: bool = False
     checkpoint_interval: int = 1000
     keep_checkpoints: int | None = 2
+    async_checkpoints: bool = False
     metrics_interval: int = 10
     memory_metrics_interval: int = 100
     evaluate_interval: int | None = 1000

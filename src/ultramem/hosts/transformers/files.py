@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +29,73 @@ from ultramem.configuration.decoding import decode, dotted_keys
 from ultramem.configuration.field_types import check_types
 from ultramem.data.tokenizers import plain_errors
 from ultramem.errors import ConfigError, UltraMemError, first_line
-from ultramem.files.json_files import damaged, read_json
-from ultramem.files.whole_files import write_text
+from ultramem.files.checksums import CHECKSUMS_NAME, Checksums, check_files
+from ultramem.files.directories import Product
+from ultramem.files.json_files import damaged, read_json, read_json_object
+from ultramem.files.whole_files import whole_file, write_text
 from ultramem.hosts.transformers.attachment import attach_memory, detach_memory
 from ultramem.memory import Memory
 
 MODEL_CONFIG_NAME = "config.json"  # marks a directory as a model's
-# Files of a model's directory; one with other files is never replaced.
-MODEL_CONTENTS = ("*.json", "*.safetensors", "*.jinja", "modeling_ultramem.py", "README.md", "memory")
 MEMORY_CONFIG_NAME, MEMORY_WEIGHTS_NAME = "memory_config.json", "memory.safetensors"
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}  # neither the network nor code of the directory
+MODEL_FILES = (MODEL_CONFIG_NAME, "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+TOKENIZER_FILES = ("*token*.json", "*.jinja")
+
+
+def check_model_files(directory: Path, patterns: Sequence[str] = MODEL_FILES) -> None:
+    """Compare files of a directory with its `checksums.json`, if it has one that lists them.
+
+    Raises:
+        UltraMemError: a file is missing or damaged, or cannot be read.
+    """
+    names = (path.name for path in directory.iterdir())
+    check_files(directory, [name for name in names if any(map(partial(fnmatch, name), patterns))], "write it again")
+
+
+def save_checksums(directory: Path) -> None:
+    """Write `checksums.json` for all files in a directory, but not below it.
+
+    Raises:
+        OSError: a file cannot be read, or it cannot be written.
+    """
+    Checksums.compute(directory, [path.name for path in directory.iterdir() if path.is_file()]).save()
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether the model in a directory was written by a command of ours, and not, say, downloaded."""
+    if "model_type" not in read_json_object(directory / MODEL_CONFIG_NAME):
+        return False
+    card = directory / "README.md"
+    of_ours = (CHECKSUMS_NAME, "modeling_ultramem.py", "finetuning.json")  # the last two also in version 0.1
+    return any((directory / name).is_file() for name in of_ours) or (
+        card.is_file() and b"\n- ultramem\n" in card.read_bytes()
+    )
+
+
+MODEL_DIRECTORY = Product(
+    MODEL_CONFIG_NAME,
+    _is_ours,
+    re.compile(
+        r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|finetuning)\.json"
+        r"|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json|merges\.txt|tokenizer\.model"
+        r"|chat_template\.jinja|modeling_ultramem\.py|README\.md|memory/(memory_config\.json|memory\.safetensors)?"
+    ),
+)
 
 
 def load_config_file(directory: Path) -> PreTrainedConfig:
     """Load the configuration of the model in a directory.
 
     Raises:
-        UltraMemError: the configuration is missing or not valid.
+        UltraMemError: the configuration is missing, damaged or not valid.
     """
     if not (directory / MODEL_CONFIG_NAME).is_file():
         raise UltraMemError(
             f"{directory} has no {MODEL_CONFIG_NAME}; give a transformers directory, such as `ultramem export` writes"
         )
-    return _plain_errors(directory, lambda: AutoConfig.from_pretrained(directory, local_files_only=True))
+    check_model_files(directory, [MODEL_CONFIG_NAME])
+    return _plain_errors(directory, lambda: AutoConfig.from_pretrained(directory, **_LOCAL))
 
 
 def load_model_file(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -55,12 +104,11 @@ def load_model_file(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         UltraMemError: the model is missing or damaged, or a parameter is missing or has another shape.
     """
-    load_config_file(directory)
+    if load_config_file(directory).model_type != "ultramem":  # our own class checks its files
+        check_model_files(directory)
     model, report = _plain_errors(
         directory,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            directory, local_files_only=True, dtype=dtype, output_loading_info=True
-        ),
+        lambda: AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **_LOCAL),
     )
     wrong = [*report["missing_keys"], *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])]
     if wrong:
@@ -77,8 +125,9 @@ def load_model_and_tokenizer(
         UltraMemError: a file is missing or damaged, or the tokenizer does not fit or has no end-of-text token.
     """
     model = load_model_file(directory, torch.float32)
+    check_model_files(directory, TOKENIZER_FILES)
     with plain_errors(f"the tokenizer in {directory} cannot be loaded", "put it there"):
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, **_LOCAL)
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UltraMemError(
@@ -89,18 +138,6 @@ def load_model_and_tokenizer(
     if memory is not None:
         load_memory(model, memory).float()
     return model, tokenizer
-
-
-def save_model_file(model: PreTrainedModel, directory: Path, **options: Any) -> None:
-    """Call `save_pretrained`.
-
-    Raises:
-        UltraMemError: the directory cannot be written.
-    """
-    try:
-        model.save_pretrained(directory, **options)
-    except (OSError, SafetensorError) as error:
-        raise UltraMemError(f"{directory} cannot be written ({error}); choose another directory") from error
 
 
 def _plain_errors(directory: Path, load: Any) -> Any:
@@ -114,7 +151,7 @@ def _plain_errors(directory: Path, load: Any) -> Any:
 
 
 def save_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
-    """Save only the memory, as `memory_config.json` and `memory.safetensors`.
+    """Save only the memory, as `memory_config.json` and `memory.safetensors`, with their checksums.
 
     Raises:
         UltraMemError: the model has no memory, or the directory cannot be written.
@@ -130,12 +167,14 @@ def save_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> No
         "base_model": model.name_or_path or type(model).__name__,
     }
     tensors = {name: tensor.detach().contiguous() for name, tensor in memory.state_dict().items()}
-    temporary = path / f"{MEMORY_WEIGHTS_NAME}.partial"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.replace(path / MEMORY_WEIGHTS_NAME)
+        with whole_file(path / MEMORY_WEIGHTS_NAME) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
         write_text(path / MEMORY_CONFIG_NAME, json.dumps(content, indent=2) + "\n")
+        others = Checksums.load(path)  # the directory may also hold a model
+        own = Checksums.compute(path, (MEMORY_CONFIG_NAME, MEMORY_WEIGHTS_NAME))
+        Checksums(path, {**(others.files if others else {}), **own.files}).save()
     except (OSError, SafetensorError) as error:
         raise UltraMemError(f"{path} cannot be written ({error}); choose another directory") from error
 
@@ -147,6 +186,7 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
         UltraMemError: a file is missing or damaged, or the memory does not fit the model.
     """
     path = Path(directory)
+    check_files(path, (MEMORY_CONFIG_NAME, MEMORY_WEIGHTS_NAME), "save the memory again")
     stored = _read_memory_config(path / MEMORY_CONFIG_NAME)
     hidden, blocks = model.config.get_text_config().hidden_size, model.config.get_text_config().num_hidden_layers
     if (stored.d_model, stored.num_blocks) != (hidden, blocks):
@@ -170,7 +210,11 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
             "shape"
         )
     memory.to(dtype=tensors["layers.0.query_proj.weight"].dtype)
-    memory.load_state_dict(tensors)
+    try:
+        memory.load_state_dict(tensors)
+    except UltraMemError as error:
+        detach_memory(model)
+        raise UltraMemError(f"{path / MEMORY_WEIGHTS_NAME}: {error}") from error
     memory.refresh()
     return memory
 
