@@ -13,7 +13,6 @@ import argparse
 import json
 import re
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.measurement import check_outputs, console, environment, write_json
+from ultramem.cli.border import run_command
 from ultramem.device import choose_device
 from ultramem.errors import UltraMemError
 from ultramem.evaluation import evaluate, evaluate_tasks
@@ -178,7 +178,4 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UltraMemError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

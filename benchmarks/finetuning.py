@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import sysconfig
 import tempfile
 import time
@@ -35,9 +34,9 @@ from benchmarks.measurement import (
     write_json,
     write_plot,
 )
+from ultramem.cli.border import run_command
 from ultramem.data.facts import made_up_words
 from ultramem.device import autocast, choose_device
-from ultramem.errors import UltraMemError
 from ultramem.finetuning.config import FinetuneConfig
 from ultramem.finetuning.examples import make_examples, mean_loss, read_texts
 from ultramem.finetuning.methods import Finetuning, read_background
@@ -346,7 +345,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UltraMemError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -49,6 +49,7 @@ from benchmarks.measurement import (
     write_plot,
 )
 from ultramem import Memory, MemoryConfig
+from ultramem.cli.border import run_command
 from ultramem.device import autocast
 from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core import MoEConfig, preset
@@ -666,7 +667,4 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UltraMemError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

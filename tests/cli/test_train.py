@@ -90,6 +90,56 @@ def test_a_mistake_is_one_line(command, arguments, message):
     assert len(errors.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--model.num_blocks=1000000000", "model.num_blocks=1000000000: must be at least 1 and at most 4096"),
+        ("--model.d_model=1000000", "model.d_model=1000000: must be lower, as at least 128,0"),
+        ("--model.memory.num_keys=1000000", "model.memory.num_keys=1000000: must be lower, as at least 512,0"),
+        ("--model.vocab_size=1000000000", "model.vocab_size=1000000000: must be lower, as at least 512 GB of memory"),
+        ("--data.sequence_length=1000000000", "trainer.batch_size=128: must be a multiple of data.sequence_length"),
+    ],
+)
+def test_sizes_that_cannot_be_allocated(option, named, command, tmp_path, monkeypatch):
+    monkeypatch.setattr("ultramem.device.total_memory", lambda device: 24 * 10**9)
+    status, _, errors = command(option)
+    assert status == 1
+    assert errors.startswith(f"error: {named}")
+    assert len(errors.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_activations_that_cannot_be_allocated(command, tmp_path, monkeypatch):
+    """Logits and residual stream of a batch of 128 tokens: 128 * (128 + 2 * 32) * 4 bytes."""
+    for memory, ended in ((10**6, 0), (98303, 1)):
+        monkeypatch.setattr("ultramem.device.total_memory", lambda device, memory=memory: memory)
+        monkeypatch.setattr("ultramem.training.run.bytes_to_train", lambda *_: {"a": 0})
+        status, _, errors = command("--trainer.steps=1", "--overwrite")
+        assert status == ended
+    assert errors.startswith("error: trainer.micro_batch_size=128: must be lower, as at least 0 MB of memory are")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "x"}, "RANK='x': must be a whole number in the environment"),
+        ({"RANK": "0", "WORLD_SIZE": "-2"}, "WORLD_SIZE='-2': must be a whole number in the environment"),
+        ({"RANK": "0"}, "RANK=0: must be from 0 to below WORLD_SIZE=None in the environment"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK: must be set in the environment"),
+    ],
+)
+def test_wrong_environment(variables, message, command, tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    status, _, errors = command()
+    assert status == 1
+    assert errors.startswith(f"error: {message}")
+    assert len(errors.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_configuration(command, tmp_path):
     status, _, errors = command(config=tmp_path / "none.yaml")
     assert status == 1

@@ -225,3 +225,22 @@ def test_every_field_of_a_run_is_checked(kind: type, name: str) -> None:
 def test_the_words_of_the_command_line() -> None:
     with pytest.raises(ConfigError, match=r"^batch_size='64': must be a whole number$"):
         TrainerConfig(directory="x", batch_size="64")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "path='': must be a path; write . for the working directory"),
+        ("a\0b", "path='a\\x00b': must be a path without NUL characters"),
+        ("a\udcff", "path='a\\udcff': must be a path in valid Unicode; rename the file"),
+        ("~", "path='~': must be a path without ~, which only shells replace; write it out"),
+        ("~nobody/a", "path='~nobody/a': must be a path without ~, which only shells replace; write it out"),
+    ],
+)
+def test_paths(text: str, message: str) -> None:
+    for value in [text, *([Path(text)] if text else [])]:
+        with pytest.raises(ConfigError) as raised:
+            Config(path=value)  # type: ignore[arg-type]
+        assert str(raised.value) == message
+    for right in ("a/~", "./~", ".", "ä"):
+        assert Config(path=right).path == Path(right)  # type: ignore[arg-type]

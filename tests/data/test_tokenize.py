@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import random
 import resource
 import signal
@@ -177,7 +176,7 @@ def test_a_bpe_learns_from_a_capped_sample(corpus: Path, monkeypatch: pytest.Mon
     samples: list[list[str]] = []
     monkeypatch.setattr(tokenize_module, "BPE_SAMPLE_BYTES", 10_000)
     monkeypatch.setattr(
-        tokenize_module, "train_bpe", lambda texts, size: samples.append(texts) or train_bpe(texts, size)
+        tokenize_module, "call_in_process", lambda train, texts, size: samples.append(texts) or train(texts, size)
     )
     for seed in (0, 0, 1):
         tokenize(config(corpus, train_bpe=300, seed=seed, overwrite=True))
@@ -227,12 +226,14 @@ def test_broken_records_stop_or_are_skipped(corpus: Path) -> None:
         ({"tokenizer": None}, "tokenizer"),
         ({"train_bpe": 300, "tokenizer": "a"}, "either"),
         ({"train_bpe": 257}, "train_bpe=257: .* 258"),
+        ({"train_bpe": 10**11}, "train_bpe=100000000000: must be at most 4194304"),
         ({"train_bpe": 300, "eos_id": 3}, "eos_id"),
         ({"eos_token": "a", "eos_id": 3}, "eos_id=3: must not be given with eos_token='a'"),
         ({"heldout": 1.0}, "heldout=1.0: must be"),
         ({"heldout": -0.1}, "heldout=-0.1: must be"),
         ({"heldout": float("nan")}, "heldout=nan: must be"),
         ({"seed": -1}, "seed=-1: must be"),
+        ({"processes": 10**9}, "processes=1000000000: must be at most 1024"),
         ({"processes": 0}, "processes=0: must be at least 1"),
         ({"shard_tokens": 0}, "shard_tokens=0: must be"),
         ({"max_size": 0}, "max_size=0: must be"),
@@ -319,7 +320,8 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_rerun(corpus: Path, number
         lines = [json.dumps({"text": f"{copy} {text} " * 60}) + "\n" for text in make_texts(200, copy)]
         (corpus / f"more{copy}.jsonl").write_text("".join(lines))
     endless = corpus.parent / "endless.txt"  # or the run could be done before the signal comes
-    os.mkfifo(endless)
+    with endless.open("wb") as file:
+        file.truncate(2**36)
     run = start_command(corpus, None, "--processes", "2", str(endless))
     started = corpus.parent / "tokens.partial" / "new" / "train" / "part-00000.npy"
     while not started.exists():
@@ -327,7 +329,7 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_rerun(corpus: Path, number
         time.sleep(0.01)
     run.send_signal(number)
     out, err = run.communicate(timeout=60)  # ends when the workers too have closed their standard error
-    assert (run.returncode, out) == (1, "")
+    assert (run.returncode, out) == (130, "")
     assert err == f"error: interrupted: {corpus.parent / 'tokens'} was not written; run the same command again\n"
     assert sorted(path.name for path in corpus.parent.iterdir()) == ["corpus", "endless.txt", "tokenizer.json"]
 

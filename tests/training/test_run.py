@@ -388,6 +388,26 @@ def test_divergence_before_any_checkpoint(make_config):
         train(config)
 
 
+def test_divergence_at_the_first_step_is_not_the_learning_rates(make_config):
+    config = make_config("dense")
+    config = replace(config, model=replace(config.model, init_std=1e30))
+    with pytest.raises(UltraMemError, match=r"^the .* is nan at step 1, the first: check the weights that it"):
+        train(config)
+
+
+def test_weights_that_are_not_finite_are_named_on_resuming(make_config, monkeypatch):
+    config = make_config("dense", steps=20)
+    at_step(monkeypatch, 11, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train(config)
+
+    def load_spoilt(trainer, checkpoint, model):
+        trainer.train_module.model.embeddings.weight.data[3] = float("inf")
+
+    monkeypatch.setattr("ultramem.training.run.load_checkpoint", load_spoilt)
+    with pytest.raises(UltraMemError, match=r"step11 has weights that are not finite, in embeddings\.weight: "):
+        train(config)
+
+
 @pytest.mark.parametrize("place", ["tensors", "state"])
 def test_full_disk_loses_nothing(place, make_config, monkeypatch, losses_of):
     config = make_config()

@@ -6,16 +6,12 @@ import logging
 import sys
 from typing import Annotated
 
-from ultramem.errors import UltraMemError
-
 try:
     import typer
-    from rich.console import Console
-    from rich.markup import escape
 except ImportError:  # `pip install ultramem` alone has no command line tools
     sys.exit("ultramem: the command line needs more packages; install them with: pip install 'ultramem[train]'")
 
-from ultramem.cli import data, models, runs
+from ultramem.cli import border, data, models, runs
 from ultramem.cli.command import Command
 
 app = typer.Typer(
@@ -56,9 +52,5 @@ app.command(cls=Command, context_settings={"ignore_unknown_options": True})(mode
 
 
 def main() -> None:
-    """Run the command; a user's mistake ends in one line on standard error and status 1."""
-    try:
-        app()
-    except UltraMemError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
-        sys.exit(1)
+    """Run the command; a user's mistake ends in one line on standard error and status 1. See `border.run_command`."""
+    border.run_command(app)

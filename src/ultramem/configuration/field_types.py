@@ -132,8 +132,21 @@ def _checked(hint: Any, value: Any, name: str) -> Any:
             return _required(is_64_bit(int(value)), int(value), name, _OF_64_BITS)
         return float(_required(math.isfinite(value), value, name, "a finite number"))
     if hint is Path and isinstance(value, str | Path):
-        return Path(_required("\0" not in str(value), value, name, "a path without NUL characters"))
+        return _checked_path(str(value), name)
     return _required(isinstance(value, hint), value, name, _WORDS[hint])
+
+
+def _checked_path(value: str, name: str) -> Path:
+    _required(value != "", value, name, "a path; write . for the working directory")
+    _required("\0" not in value, value, name, "a path without NUL characters")
+    _required(_is_unicode(value), value, name, "a path in valid Unicode; rename the file")
+    _required(not value.startswith("~"), value, name, "a path without ~, which only shells replace; write it out")
+    return Path(value)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text holds no surrogates, which stand for bytes of a name that is not in UTF-8."""
+    return text.encode(errors="replace").decode() == text
 
 
 def _checked_items(hint: Any, value: Any, name: str) -> tuple[Any, ...]:

@@ -110,9 +110,13 @@ def find_sources(paths: Iterable[Path], include: Sequence[str] = (), exclude: Se
     found: dict[Path, SourceFile] = {}
     offset = 0
     for path in paths:
+        if not path.absolute().name:
+            raise UltraMemError(f"{path} is the whole file system; give files and directories in it")
         if path.is_dir():
             names = [name for name in _walk(path) if _matches(name, include or CORPUS_PATTERNS)]
             files = [path / name for name in names if not _matches(name, exclude)]
+        elif path.exists() and not path.is_file():
+            raise UltraMemError(f"{path} is neither a file nor a directory; give files that can be read again")
         elif path.exists():
             files = [] if _matches(path, exclude) else [path]
         else:

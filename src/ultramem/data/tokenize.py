@@ -37,7 +37,7 @@ from ultramem.data.token_files import (
     save_manifest,
 )
 from ultramem.data.tokenizers import SMALLEST_BPE, ChosenTokenizer, Encoder, load_tokenizer, train_bpe
-from ultramem.data.worker_processes import map_documents
+from ultramem.data.worker_processes import call_in_process, map_documents
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.files.directories import partial_directory
 
@@ -246,7 +246,7 @@ def _choose_tokenizer(config: TokenizeConfig, corpus: Corpus, display: Progress)
         return load_tokenizer(config.tokenizer, config.eos_token, config.eos_id, config.pad_token)
     sample = _sample(corpus, config.seed, display)
     training = display.add_task("training the BPE", total=None, documents=len(sample))
-    tokenizer = train_bpe(sample, config.train_bpe)
+    tokenizer = call_in_process(train_bpe, sample, config.train_bpe)
     display.remove_task(training)
     return tokenizer
 

@@ -22,6 +22,7 @@ from ultramem.files.json_files import read_json
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 SMALLEST_BPE = 256 + 2  # every byte and the two special tokens
+LONGEST_WORD = 1024  # bytes that a BPE learns from together: the time to learn grows with the square
 MOST_MISSING_IDS = 2**16  # the library takes hours over billions of them, and prints them
 COMMON_EOS_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 COMMON_PAD_TOKENS = (PADDING, "<pad>", "[PAD]")
@@ -147,10 +148,12 @@ def end_of_text_tokens(file: Path) -> list[str]:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> ChosenTokenizer:
     """Train a byte-level BPE with at most `vocab_size` tokens; `<|endoftext|>` has id 0 and `<|padding|>` id 1.
 
-    The result depends only on the texts, not on their order or the number of threads.
+    The result depends only on the texts, not on their order or the number of threads. Words longer than `LONGEST_WORD`
+    bytes, such as DNA, are learnt from in pieces.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST_WORD)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -159,6 +162,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> ChosenTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = words
     return ChosenTokenizer(tokenizer, f"byte-level BPE of {_vocab_size(tokenizer)} tokens", 0, 1)
 
 

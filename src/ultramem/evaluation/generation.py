@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.device import autocast
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.files.json_files import read_json
-from ultramem.files.whole_files import check_output, write_json
+from ultramem.files.whole_files import check_output, read_bytes, write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import SAMPLES_NAME
@@ -96,9 +96,10 @@ class TextGenerator:
         With an empty prompt the model starts a new document. A character of several tokens is yielded when it is
         complete, and left out if the text ends before. The same arguments give the same text.
 
-        Raises UltraMemError if the model's output is not finite.
+        Raises UltraMemError if the model's output is not finite, UnicodeEncodeError if the prompt is not Unicode.
         """
         tokenizer, eos_token_id = self.tokenizer.tokenizer, self.tokenizer.eos_token_id
+        prompt.encode()  # the tokenizer's own error does not say what is wrong
         tokens = self.tokenizer.encode([prompt])[0].ids or [eos_token_id]
         decoder = DecodeStream(ids=tokens)
         # Tokens are drawn on the CPU, so that they do not depend on the model's device.
@@ -171,7 +172,7 @@ def sample(
 def read_prompt(path: Path) -> str:
     """Read a text file. Raises UltraMemError if it cannot be read, or is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = system_reason(error) if isinstance(error, OSError) else "not UTF-8 text"
         raise UltraMemError(f"{path} cannot be read ({reason}); give a text file with --prompt-file") from error
@@ -209,7 +210,7 @@ def print_samples(
     The first sample of a prompt uses the seed of `config`, the others the seeds after it.
     """
     samples: list[Sample] = []
-    for prompt, number in product(prompts, range(num_samples)):
+    for prompt, number in ((prompt, number) for prompt in prompts for number in range(num_samples)):
         settings, text = replace(config, seed=config.seed + number), ""
         if len(prompts) * num_samples > 1:
             typer.secho(f"--- sample {len(samples) + 1}, seed {settings.seed}", bold=True)

@@ -128,13 +128,14 @@ def mean_loss(model: MemoryTransformer, sequences: TokenSequences, batch_size: i
     Raises UltraMemError if a token is not in the vocabulary, or the loss is not finite or too large for a perplexity.
     """
     device, console = model.device, Console(stderr=True)
+    console.quiet = not console.is_terminal  # else it gets an empty line at the end
     total = torch.zeros((), dtype=torch.float64, device=device)
     for inputs, labels in track(
         sequences.batches(batch_size),
         description="evaluating",
         total=-(-len(sequences) // batch_size),
         console=console,
-        disable=not console.is_terminal,
+        disable=console.quiet,
     ):
         with autocast(device):
             output = model(inputs, labels=labels, ignore_index=IGNORED, loss_reduction="none", return_logits=False)

@@ -189,7 +189,8 @@ def _evaluate(checkpoint: Checkpoint, suite: TaskSuite, batch_tokens: int, devic
     model, tokens = checkpoint.load_model(device), suite.tokens()
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    console.quiet = not console.is_terminal  # else it gets an empty line at the end
+    with Progress(*columns, console=console, disable=console.quiet) as progress:
         bar = progress.add_task(f"{checkpoint.run.name}/{checkpoint.name}", total=tokens)
         started = time.perf_counter()
         results = suite.run(model, batch_tokens=batch_tokens, on_tokens=lambda count: progress.advance(bar, count))

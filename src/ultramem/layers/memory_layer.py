@@ -100,6 +100,11 @@ class MemoryLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def count_parameters(cls, config: MemoryConfig, d_model: int, axis_keys: int) -> int:
+        """Number of a layer's parameters without its table, by arithmetic. A kind adds those that it creates."""
+        return cls.queries_per_token(config) * config.key_dim * (d_model + config.query_conv)
+
+    @classmethod
     def layout(cls, config: MemoryConfig, num_layers: int) -> TableLayout:
         """The tables and windows of a model with `num_layers` memory layers."""
         raise NotImplementedError

@@ -62,6 +62,14 @@ class TuckerMemory(MemoryLayer):
         return 2 * (config.tucker_rank if config.query_per_rank else 1)
 
     @classmethod
+    def count_parameters(cls, config: MemoryConfig, d_model: int, axis_keys: int) -> int:
+        """As in `MemoryLayer`."""
+        keys = config.heads * 2 * axis_keys * config.key_dim * config.tucker_rank
+        cores = config.cores * config.heads * config.tucker_rank**2
+        own = 2 * config.key_dim + keys + cores + d_model * (config.pre_value_dim + config.output_width)
+        return super().count_parameters(config, d_model, axis_keys) + own
+
+    @classmethod
     def check(cls, config: MemoryConfig, d_model: int | None = None) -> None:
         if config.value_dim % config.cores:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -73,7 +74,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
         UltraMemError: a directory is not a run, has no metrics yet or has an invalid file; `output` is missing for
             several runs; or the page cannot be written.
     """
-    paths = list(dict.fromkeys(path.resolve() for path in runs))
+    paths = list(dict.fromkeys(Path(os.path.realpath(path)) for path in runs))
     if not paths:
         raise UltraMemError("no run to report on; give at least one run directory")
     if output is None:

@@ -7,13 +7,15 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ultramem.device import choose_device
+from ultramem.device import check_memory, choose_device
 from ultramem.errors import UltraMemError
 from ultramem.files.checksums import Checksums, DamagedFileError
 from ultramem.files.owned import others_in, remove_ours
 from ultramem.files.whole_files import TEMPORARY_NAME
 from ultramem.hosts.olmo_core.checkpoint import METADATA_NAME, CheckpointReader, check_stored_model
 from ultramem.hosts.olmo_core.model import MemoryTransformer
+from ultramem.hosts.olmo_core.sizes import bytes_to_load
+from ultramem.hosts.weights import check_finite_weights
 from ultramem.runs.config import RunConfig
 from ultramem.runs.config_files import load_config
 from ultramem.runs.layout import CONFIG_NAME
@@ -54,11 +56,13 @@ class Checkpoint:
             device: `cpu`, `cuda`, or `auto` for CUDA if available.
 
         Raises:
-            ConfigError: the device is invalid or not available.
-            UltraMemError: the checkpoint is damaged, holds more than data, or does not match the run's configuration.
+            ConfigError: the device is invalid, not available or too small for the model.
+            UltraMemError: the checkpoint is damaged, holds more than data, has weights that are not finite, or does not
+                match the run's configuration.
         """
         place = choose_device(device)
         directory = self.run / self.name
+        check_memory(bytes_to_load(self.config.model), place)
         try:
             check_stored_model(directory, self.config.model)
             model = self.config.model.build("meta")
@@ -72,6 +76,7 @@ class Checkpoint:
                 model.memory.check_loaded(tensors, "memory.")
         except DamagedFileError as error:
             raise UltraMemError(f"{error}; {self._alternative()}") from error
+        check_finite_weights(model.state_dict(), directory)
         model.get_rope_buffers(self.config.data.sequence_length, place)  # computed once, for all shorter lengths too
         return model.eval().requires_grad_(False)
 

@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from olmo_core.distributed.parallel import DataParallelType
 from olmo_core.train import Trainer
 from rich.console import Console
 from rich.markup import escape
 
 from ultramem.convert.initial_weights import load_weights, read_model_config
 from ultramem.data.tokenizers import load_model_tokenizer
-from ultramem.errors import ConfigError, UltraMemError, system_reason
+from ultramem.device import check_memory
+from ultramem.errors import ConfigError, UltraMemError, explain, system_reason
 from ultramem.evaluation.tasks import TaskSuite, task_names
 from ultramem.files.checksums import DamagedFileError
+from ultramem.hosts.olmo_core.sizes import bytes_to_train
+from ultramem.hosts.weights import check_finite_weights
 from ultramem.runs import config_files
 from ultramem.runs.checkpoints import checkpoint_name
 from ultramem.runs.config import RunConfig
@@ -31,7 +35,8 @@ from ultramem.runs.contents import DataContents
 from ultramem.runs.directory import RunDirectory
 from ultramem.runs.tokens import TokenData, check_token_data, open_token_data
 from ultramem.training.checkpoints import load_checkpoint
-from ultramem.training.processes import Processes, join_processes
+from ultramem.training.launch import environment_number
+from ultramem.training.processes import Processes, in_all, join_processes
 from ultramem.training.reproducible import deterministic_algorithms
 from ultramem.training.stopping import DivergedError
 from ultramem.training.trainer import build_trainer
@@ -109,6 +114,7 @@ def train(
     directory = RunDirectory(config)
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(config))
+        _check_memory(config, processes)
         stack.enter_context(_quiet_engine(verbose))
         if config.trainer.compile:
             torch.compiler.reset()  # what an earlier run of this process left would change what is compiled now
@@ -152,6 +158,22 @@ def train(
         _fit(trainer, directory)
         complete = trainer.global_step >= config.trainer.total_steps
         return RunResult(directory.path, trainer.global_step, "finished" if complete else "interrupted")
+
+
+def _check_memory(config: RunConfig, processes: Processes) -> None:
+    """Refuse what cannot fit before anything is written: the state after a step, and the largest activations in it."""
+    sharded = processes.data_parallel is not None and processes.data_parallel.name == DataParallelType.fsdp
+    # On a CPU all processes of the machine share its memory.
+    alone = processes.device.type == "cuda" or processes.count == 1
+    together = 1 if alone else environment_number("LOCAL_WORLD_SIZE") or 1
+    share = together / processes.count if sharded else together
+    check_memory(bytes_to_train(config.model, share), processes.device)
+    batch, length = config.trainer.batch_size // processes.count, config.data.sequence_length
+    tokens = config.trainer.micro_batch_size or batch
+    what = f"data.sequence_length={length}" if tokens == length else f"trainer.micro_batch_size={tokens}"
+    # The logits, and the residual stream at each block.
+    width = config.model.vocab_size + config.model.num_blocks * config.model.d_model
+    check_memory({what: tokens * width * together * (2 if processes.autocast else 4)}, processes.device)
 
 
 def _load_tasks(config: RunConfig, data: TokenData) -> TaskSuite | None:
@@ -217,6 +239,7 @@ def _resume(
             if processes.rank == 0:
                 console.print(f"{checkpoint_name(step)} is damaged ({escape(str(error))}); resuming from {name}")
             step = earlier
+    in_all(lambda: check_finite_weights(trainer.train_module.model.state_dict(), directory.checkpoint(step)))
     if processes.rank == 0:
         console.print(f"resuming from step {step:,}")
     return step
@@ -224,6 +247,7 @@ def _resume(
 
 def _fit(trainer: Trainer, directory: RunDirectory) -> None:
     """Train. Errors of the user or the machine name the last good checkpoint."""
+    first = trainer.global_step + 1
     try:
         trainer.fit()
     except torch.OutOfMemoryError as error:
@@ -231,7 +255,7 @@ def _fit(trainer: Trainer, directory: RunDirectory) -> None:
             "the GPU is out of memory; lower trainer.micro_batch_size, or set trainer.activation_checkpointing=true"
         ) from error
     except (UltraMemError, OSError, RuntimeError) as error:
-        described = _describe(error)
+        described = _describe(error, first)
         if described is None:
             raise
         latest = directory.latest_step()
@@ -241,19 +265,24 @@ def _fit(trainer: Trainer, directory: RunDirectory) -> None:
         raise UltraMemError(f"{described}; {left}") from error
 
 
-def _describe(error: Exception) -> str | None:
-    """What is wrong and what to do; None for an error that is neither the user's nor the machine's."""
+def _describe(error: Exception, first: int) -> str | None:
+    """What is wrong and what to do; None for an error that is neither the user's nor the machine's.
+
+    Args:
+        error: the error.
+        first: first step of this call.
+    """
     not_finite = re.fullmatch(r"(\S+) loss encountered at step (\d+)", str(error))  # OLMo-core's words
     if not_finite is not None:
         error = DivergedError("loss", float(not_finite[1]), int(not_finite[2]))
     if isinstance(error, DivergedError):
+        if error.step == first:  # nothing has been learnt yet
+            return f"{error}, the first: check the weights that it started from, and the model's sizes and init_std"
         return f"{error}; start a new run with a lower optimizer.learning_rate"
-    if isinstance(error, UltraMemError):
-        return str(error)
     if isinstance(error, OSError):
         name, reason = error.filename or "a file", system_reason(error)
         return f"{name} cannot be written ({reason}); free some space and run the same command again"
-    return None
+    return explain(error)
 
 
 @contextmanager

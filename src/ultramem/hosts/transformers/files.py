@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ultramem.config import MemoryConfig
+from ultramem.config import LARGEST_COUNT, MemoryConfig
 from ultramem.configuration.decoding import decode, dotted_keys
 from ultramem.configuration.field_types import check_types
 from ultramem.data.tokenizers import plain_errors
@@ -34,6 +34,7 @@ from ultramem.files.directories import Product
 from ultramem.files.json_files import damaged, read_json, read_json_object
 from ultramem.files.whole_files import whole_file, write_text
 from ultramem.hosts.transformers.attachment import attach_memory, detach_memory
+from ultramem.hosts.weights import check_finite_weights
 from ultramem.memory import Memory
 
 MODEL_CONFIG_NAME = "config.json"  # marks a directory as a model's
@@ -95,6 +96,12 @@ def load_config_file(directory: Path) -> PreTrainedConfig:
             f"{directory} has no {MODEL_CONFIG_NAME}; give a transformers directory, such as `ultramem export` writes"
         )
     check_model_files(directory, [MODEL_CONFIG_NAME])
+    blocks = read_json_object(directory / MODEL_CONFIG_NAME).get("num_hidden_layers", 0)
+    if not isinstance(blocks, int) or blocks > LARGEST_COUNT:  # transformers would go on for hours
+        raise UltraMemError(
+            f"{directory / MODEL_CONFIG_NAME}: num_hidden_layers={blocks!r}: must be a whole number up to "
+            f"{LARGEST_COUNT}; restore the model's own"
+        )
     return _plain_errors(directory, lambda: AutoConfig.from_pretrained(directory, **_LOCAL))
 
 
@@ -102,7 +109,7 @@ def load_model_file(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load the causal language model in a directory, on the CPU. All parameters must be in its files.
 
     Raises:
-        UltraMemError: the model is missing or damaged, or a parameter is missing or has another shape.
+        UltraMemError: the model is missing or damaged, or a parameter is missing, has another shape or is not finite.
     """
     if load_config_file(directory).model_type != "ultramem":  # our own class checks its files
         check_model_files(directory)
@@ -113,6 +120,7 @@ def load_model_file(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     wrong = [*report["missing_keys"], *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])]
     if wrong:
         raise UltraMemError(f"{directory} is damaged: {min(wrong)} is missing or of another shape; write it again")
+    check_finite_weights(model.state_dict(), directory)
     return model
 
 
@@ -183,7 +191,7 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
     """Attach a memory that `save_memory` wrote, in its own dtype.
 
     Raises:
-        UltraMemError: a file is missing or damaged, or the memory does not fit the model.
+        UltraMemError: a file is missing or damaged, has weights that are not finite, or does not fit the model.
     """
     path = Path(directory)
     check_files(path, (MEMORY_CONFIG_NAME, MEMORY_WEIGHTS_NAME), "save the memory again")
@@ -198,6 +206,7 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
         tensors = load_file(path / MEMORY_WEIGHTS_NAME)
     except (OSError, SafetensorError) as error:
         raise UltraMemError(f"{path} is damaged or incomplete ({error}); save the memory again") from error
+    check_finite_weights(tensors, path / MEMORY_WEIGHTS_NAME)
     memory = attach_memory(model, stored.memory)
     # Integers instead of floating-point numbers, or the reverse, count as another shape.
     expected = {name: (*tensor.shape, tensor.is_floating_point()) for name, tensor in memory.state_dict().items()}
