@@ -207,7 +207,7 @@ def _fit(trainer: Trainer, directory: RunDirectory) -> None:
         raise UltraMemError(
             "the GPU is out of memory; lower trainer.micro_batch_size, or set trainer.activation_checkpointing=true"
         ) from error
-    except (UltraMemError, OSError, RuntimeError, MemoryError) as error:
+    except (UltraMemError, OSError, RuntimeError) as error:
         described = _describe(error, first)
         if described is None:
             raise
