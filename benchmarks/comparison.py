@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.measurement import console, environment, write_json
+from benchmarks.measurement import check_outputs, console, environment, write_json
 from ultramem.cli.border import run_command
 from ultramem.device import choose_device
 from ultramem.errors import UltraMemError
@@ -92,6 +92,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=[], metavar="TASK")
     arguments, replaced = parser.parse_known_args()
     results = arguments.results or arguments.directory / "results"
+    check_outputs(results, *(f"{row.name}.json" for row in arguments.rows))
+    check_outputs(arguments.directory, REPORT_NAME)
     found = []
     for row in arguments.rows:
         path = results / f"{row.name}.json"

@@ -33,6 +33,7 @@ from benchmarks.measurement import (
     OUT_OF_MEMORY,
     Stopwatch,
     benchmark_device,
+    check_outputs,
     console,
     environment,
     free_memory,
@@ -58,6 +59,7 @@ IGNORED_LABEL = -100
 def main() -> None:
     """Measure, print a table, write training.json, training.png and perhaps a profile."""
     arguments = parse_arguments()
+    check_outputs(arguments.output, "training.json", "training.png")
     device = benchmark_device(arguments.tiny)
     batch = (2, 64) if arguments.tiny else (arguments.batch_size, arguments.sequence_length)
     compiles = device.type == "cuda" and not arguments.no_compile

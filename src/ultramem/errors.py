@@ -6,12 +6,19 @@ import errno
 import os
 import re
 
+LONGEST_MESSAGE = 1000  # characters
+
 
 class UltraMemError(Exception):
     """A mistake of the user or in their input; the message says what is wrong and what to do.
 
-    Commands print it as one line, without a traceback, and exit with status 1.
+    Commands print it as one line, without a traceback, and exit with status 1. What cannot be printed, such as line
+    breaks and halves of characters, is escaped, and the middle of a very long message left out.
     """
+
+    def __str__(self) -> str:
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+        return text if len(text) <= LONGEST_MESSAGE else f"{text[:900]} ... {text[-100:]}"
 
 
 class ConfigError(UltraMemError, ValueError):
@@ -65,7 +72,7 @@ def explain(error: BaseException) -> str | None:
         the line; None for an error that is unforeseen, and so perhaps a fault of this library.
     """
     if isinstance(error, UltraMemError):
-        return " ".join(str(error).splitlines())
+        return str(error)
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
         return _explain_memory(str(error))
     if isinstance(error, OSError):

@@ -53,7 +53,7 @@ TOO_MUCH = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: c
     ("error", "status", "line"),
     [
         (UltraMemError("a: must be b; do c"), 1, "a: must be b; do c"),
-        (UltraMemError("two\nlines"), 1, "two lines"),
+        (UltraMemError("two\nlines"), 1, r"two\nlines"),
         (InterruptedWorkError("interrupted: run again"), 130, "interrupted: run again"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from ultramem.cli import main
+from ultramem.configuration.decoding import decode
+from ultramem.configuration.field_types import field_types
 from ultramem.evaluation import evaluate
-from ultramem.report.run import ReportedSample
+from ultramem.report.run import Parameters, ReportedSample
 from ultramem.runs.results import LossResult
 
 
@@ -27,7 +29,7 @@ def test_evaluate(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     content = json.loads((run.path / "evaluation.json").read_text())
     expected = evaluate(run.path)
     assert content["loss"] == expected.loss
-    assert LossResult.parse(content).unigram_bits_per_byte == expected.unigram_bits_per_byte
+    assert decode(LossResult, content).unigram_bits_per_byte == expected.unigram_bits_per_byte
     printed = capsys.readouterr().out
     for number in (expected.loss, expected.bits_per_byte, expected.unigram_bits_per_byte):
         assert f"{number:.4f}" in printed
@@ -93,7 +95,7 @@ def test_generate(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert call(monkeypatch, "generate", run.path, "import", *options) == 0
     (sample,) = json.loads((run.path / "samples.json").read_text(encoding="utf-8"))
     assert capsys.readouterr().out.startswith(f"{sample['text']}\n")
-    assert ReportedSample.parse(sample).settings == {"temperature": 1.2, "top-k": 9, "top-p": 0.9, "seed": 4}
+    assert decode(ReportedSample, sample).settings == {"temperature": 1.2, "top-k": 9, "top-p": 0.9, "seed": 4}
 
 
 def test_generate_several(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,3 +141,72 @@ def test_mistakes_end_in_one_line(
     assert captured.err.startswith("error: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "content", "message"),
+    [
+        (
+            "evaluate",
+            "run/config.yaml",
+            "model: {}\nmodel: {}\n",
+            ", line 2: not valid YAML: the key model is already in",
+        ),
+        (
+            "evaluate",
+            "run/config.yaml",
+            "a: &a [1]\nb: [*a, *a]\n",
+            ", line 1: not valid YAML: anchors (&) and aliases",
+        ),
+        (
+            "evaluate",
+            "tokens/manifest.json",
+            '{"format_version": 1, "splits": "x"}',
+            " is damaged (a list or an object is something",
+        ),
+        ("evaluate", "tokens/manifest.json", "[" * 10**5, " is damaged (it is nested too deeply); tokenize again"),
+        (
+            "generate",
+            "run/tokenizer.json",
+            '{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+            "vocabulary is empty",
+        ),
+        ("generate", "run/tokenizer_config.json", '{"eos_token": 5}', " is damaged (eos_token=5: must be text)"),
+        ("report", "run/summary.json", "{}", " is damaged (system is missing; set it); write it again or remove it"),
+        ("report", "run/evaluation.json", '{"tokens": 1e999}', " is damaged (checkpoint is missing; set it)"),
+        ("report", "run/tasks.json", '{"checkpoint": "a", "checkpoint": "b"}', "damaged ('checkpoint' is in it twice)"),
+        ("report", "run/samples.json", '[{"prompt": "a", "text": 5}]', " is damaged (entries.text=5: must be text"),
+        ("report", "run/samples.json", '"\\ud800"', " is damaged ('utf-8' codec can't encode"),
+    ],
+)
+def test_damaged_files_are_named(
+    run: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    file: str,
+    content: str,
+    message: str,
+) -> None:
+    summary = {"system": "dense", "parameters": dict.fromkeys(field_types(Parameters), 1)}
+    (run.path / "summary.json").write_text(json.dumps({**summary, "flops_per_token": 1, "bytes_per_token": 1}))
+    (run.path / "metrics.jsonl").write_text('{"step": 1, "metrics": {"train/CE loss": 3.0}}\n')
+    (run.path.parent / file).write_text(content)
+    assert call(monkeypatch, command, run.path) == 1
+    *_, printed = capsys.readouterr().err.splitlines()
+    assert printed.startswith("error: ")
+    assert str(run.path.parent / file) in printed or "vocabulary" in printed
+    assert message in printed
+
+
+def test_a_tokenizer_that_makes_its_library_panic(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = run.path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}))
+    assert call(monkeypatch, "generate", run.path) == 1
+    printed = capfd.readouterr().err
+    assert printed.startswith(f"error: {file} cannot be read as a tokenizer.json (Precompiled: ")
+    assert printed.endswith("; choose another tokenizer\n")
+    assert printed.count("\n") == 1

@@ -58,6 +58,18 @@ def test_interrupted_run_says_how_to_go_on(number, command, monkeypatch):
     assert "finished at step 12" in output
 
 
+def test_earlier_checkpoint(command, tmp_path):
+    assert command("--trainer.checkpoint_interval=4")[0] == 0
+    status, output, _ = command("--from-checkpoint", "step8", "--trainer.async_checkpoints=true")
+    assert status == 0
+    assert "resuming from step 8\nkept as step12.unused, metrics.jsonl.unused\n" in output
+    assert output.splitlines()[-1] == f"finished at step 12: {tmp_path / 'run'}"
+    status, _, errors = command("--from-checkpoint=step4")
+    message = f"error: --from-checkpoint=step4: must be one of step8, step10, step12 in {tmp_path / 'run'}\n"
+    assert (status, errors) == (1, message)
+    assert command("--from-checkpoint=step8", "--overwrite")[2].startswith("error: --from-checkpoint=step8: does not")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -78,8 +90,8 @@ def test_a_mistake_is_one_line(command, arguments, message):
 @pytest.mark.parametrize(
     ("option", "named"),
     [
-        ("--model.num_blocks=1000000000", "model.num_blocks=1000000000: must be at most 10000"),
-        ("--model.d_model=1000000000", "model.d_model=1000000000: must be lower, as at least 128,000,0"),
+        ("--model.num_blocks=1000000000", "model.num_blocks=1000000000: must be at least 1 and at most 4096"),
+        ("--model.d_model=1000000", "model.d_model=1000000: must be lower, as at least 128,0"),
         ("--model.memory.num_keys=1000000", "model.memory.num_keys=1000000: must be lower, as at least 512,0"),
         ("--model.vocab_size=1000000000", "model.vocab_size=1000000000: must be lower, as at least 512 GB of memory"),
         ("--data.sequence_length=1000000000", "trainer.batch_size=128: must be a multiple of data.sequence_length"),

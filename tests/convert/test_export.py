@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from typer.testing import CliRunner
@@ -172,14 +173,14 @@ def test_run_without_a_tokenizer(train_run: TrainRun, token_directory: Path, tmp
 def test_an_export_is_replaced_only_when_asked(train_run: TrainRun, tmp_path: Path) -> None:
     run, directory = train_run("dense"), tmp_path / "model"
     export(run, directory)
-    (directory / "mark.json").touch()
+    (directory / "finetuning.json").touch()  # a name of ours
     with pytest.raises(UltraMemError, match="exists already; replace it with --overwrite"):
         export(run, directory)
     with pytest.raises(UltraMemError, match="max_shard_size='large': must be a number of bytes"):
         export(run, directory, max_shard_size="large", overwrite=True)
-    assert (directory / "mark.json").exists()
+    assert (directory / "finetuning.json").exists()
     export(run, directory, overwrite=True)
-    assert not (directory / "mark.json").exists()
+    assert not (directory / "finetuning.json").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
     other = tmp_path / "other"
     other.mkdir()
@@ -231,8 +232,39 @@ def test_weights_that_are_not_complete(train_run: TrainRun, tmp_path: Path) -> N
 
 
 def test_what_else_is_in_a_directory_is_not_lost(train_run: TrainRun, tmp_path: Path) -> None:
-    export(train_run("dense"), tmp_path / "model")
-    (tmp_path / "model" / "thesis.tex").touch()
-    with pytest.raises(UltraMemError, match=r"also holds thesis\.tex, which would be lost"):
-        export(train_run("dense"), tmp_path / "model", overwrite=True)
-    assert (tmp_path / "model" / "thesis.tex").exists()
+    run, model = train_run("dense"), tmp_path / "model"
+    export(run, model)
+    for name in ("thesis.tex", "notes.json", "memory/thesis.tex"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).touch()
+        with pytest.raises(UltraMemError, match=rf"also holds {name.split('/')[0]}.*, which would be lost"):
+            export(run, model, overwrite=True)
+        (model / name).unlink()
+    (model / "memory").rmdir()
+
+
+@pytest.mark.parametrize("system", ["dense", "ultramem_v2"])
+def test_a_model_of_someone_else_is_not_replaced(system: str, train_run: TrainRun, tmp_path: Path) -> None:
+    run, model = train_run(system), tmp_path / "model"
+    export(run, model)
+    (model / "checksums.json").unlink(missing_ok=True)  # as version 0.1 wrote it
+    export(run, model, overwrite=True)
+    for sign in ("README.md", "modeling_ultramem.py", "checksums.json"):
+        (model / sign).unlink(missing_ok=True)
+    written = (model / "model.safetensors").read_bytes()
+    with pytest.raises(UltraMemError, match=r"model has a config\.json that ultramem did not write; choose another"):
+        export(run, model, overwrite=True)
+    assert (model / "model.safetensors").read_bytes() == written
+
+
+def test_a_full_disk_is_one_clear_line(train_run: TrainRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    run = train_run("dense")
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(
+        UltraMemError, match=r"model cannot be written \(.*No space left .*\) and the partial output was"
+    ):
+        export(run, tmp_path / "model")
+    assert not list(tmp_path.glob("model*"))

@@ -221,13 +221,12 @@ def test_broken_records_stop_or_are_skipped(corpus: Path) -> None:
         ({"tokenizer": None}, "tokenizer"),
         ({"train_bpe": 300, "tokenizer": "a"}, "either"),
         ({"train_bpe": 257}, "train_bpe=257: .* 258"),
-        ({"train_bpe": 10**11}, "train_bpe=100000000000: must be at most 33554690, as there is no more text"),
+        ({"train_bpe": 10**11}, "train_bpe=100000000000: must be at most 4194304"),
         ({"train_bpe": 300, "eos_id": 3}, "eos_id"),
         ({"heldout": 1.0}, "heldout=1.0: must be"),
         ({"heldout": -0.1}, "heldout=-0.1: must be"),
         ({"heldout": float("nan")}, "heldout=nan: must be"),
         ({"seed": -1}, "seed=-1: must be"),
-        ({"processes": 10**9}, "processes=1000000000: must be at most 1024"),
         ({"processes": 0}, "processes=0: must be at least 1"),
         ({"shard_tokens": 0}, "shard_tokens=0: must be"),
         ({"max_size": 0}, "max_size=0: must be"),
@@ -307,7 +306,7 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_rerun(corpus: Path, number
     with endless.open("wb") as file:
         file.truncate(2**36)
     run = start_command(corpus, None, "--processes", "2", str(endless))
-    started = corpus.parent / "tokens.partial" / "train" / "part-00000.npy"
+    started = corpus.parent / "tokens.partial" / "new" / "train" / "part-00000.npy"
     while not started.exists():
         assert run.poll() is None, run.communicate()
         time.sleep(0.01)

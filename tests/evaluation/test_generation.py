@@ -149,7 +149,7 @@ def test_saved_samples_are_added_to_the_others(run: Any) -> None:
     ]
 
 
-@pytest.mark.parametrize(("content", "message"), [("[", "is not valid JSON"), ("{}", "is not a list of samples")])
+@pytest.mark.parametrize(("content", "message"), [("[", "is damaged"), ("{}", "is not a list of samples")])
 def test_a_damaged_samples_file_is_kept(run: Any, content: str, message: str) -> None:
     path = run.path / "samples.json"
     path.write_text(content)

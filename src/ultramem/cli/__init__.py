@@ -4,38 +4,19 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Annotated, Any
-
-from ultramem.errors import UltraMemError, first_line
+from typing import Annotated
 
 try:
     import typer
-    from typer.core import TyperGroup
 except ImportError:  # `pip install ultramem` alone has no command line tools
     sys.exit("ultramem: the command line needs more packages; install them with: pip install 'ultramem[train]'")
 
 from ultramem.cli import border, data, models, runs
-
-
-class _Commands(TyperGroup):
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """As in Typer, which takes an empty path for the working directory."""
-        name, command, arguments = super().resolve_command(ctx, args)
-        if "" in arguments and name != "generate":  # whose prompts may be empty
-            raise UltraMemError("an argument is empty; for the working directory write .")
-        return name, command, arguments
-
-    def invoke(self, ctx: Any) -> Any:
-        """As in Typer, which would take a file that ends too early for the end of a dialogue."""
-        try:
-            return super().invoke(ctx)
-        except EOFError as error:
-            raise UltraMemError(f"a file ends too early ({first_line(error)}); write it again") from error
-
+from ultramem.cli.command import Command, Commands
 
 app = typer.Typer(
     help="Sparse memory layers for language models.",
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -61,16 +42,16 @@ def callback(
 
 
 # `ultramem --help` lists them in this order, which is that of a user's work.
-app.command()(data.tokenize)
-app.command()(data.write_facts)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(runs.train)
-app.command()(runs.evaluate)
-app.command()(runs.generate)
-app.command()(runs.report)
-app.command()(models.export)
-app.command()(models.finetune)
-app.command()(models.import_olmo)
-app.command(context_settings={"ignore_unknown_options": True})(models.import_flags)
+app.command(cls=Command)(data.tokenize)
+app.command(cls=Command)(data.write_facts)
+app.command(cls=Command, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(runs.train)
+app.command(cls=Command)(runs.evaluate)
+app.command(cls=Command)(runs.generate)
+app.command(cls=Command)(runs.report)
+app.command(cls=Command)(models.export)
+app.command(cls=Command)(models.finetune)
+app.command(cls=Command)(models.import_olmo)
+app.command(cls=Command, context_settings={"ignore_unknown_options": True})(models.import_flags)
 
 
 def main() -> None:

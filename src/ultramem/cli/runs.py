@@ -18,6 +18,14 @@ def train(
         Path, typer.Argument(help="YAML file with the run's configuration.", metavar="CONFIG [--KEY=VALUE]...")
     ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run in the directory.")] = False,
+    from_checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Resume from this checkpoint instead of the latest one. Later ones, and the metrics so far, are kept "
+            "under names that end in .unused.",
+            metavar="stepN",
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show OLMo-core's log.")] = False,
 ) -> None:
     """Train a model, or resume an interrupted run.
@@ -29,7 +37,8 @@ def train(
     from ultramem.training import load_config
     from ultramem.training import train as run
 
-    result = run(load_config(config, context.args), overwrite=overwrite, verbose=verbose)
+    settings = load_config(config, context.args)
+    result = run(settings, overwrite=overwrite, from_checkpoint=from_checkpoint, verbose=verbose)
     if int(os.environ.get("RANK", 0)) == 0:
         hints = {
             "interrupted": "; run the same command again to resume",
@@ -133,7 +142,7 @@ def generate(
     seed: Annotated[
         int, typer.Option(help="Seed for the first sample of each prompt; further samples use the seeds after it.")
     ] = 0,
-    num_samples: Annotated[int, typer.Option(help="Number of samples per prompt.", min=1)] = 1,
+    num_samples: Annotated[int, typer.Option(help="Number of samples per prompt.", min=1, max=2**20)] = 1,
     device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     save: Annotated[
         bool, typer.Option("--save", help="Append the samples to RUN/samples.json, for the report.")

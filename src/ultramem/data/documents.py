@@ -20,6 +20,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet
 
+from ultramem.configuration.field_types import shown
 from ultramem.errors import ConfigError, UltraMemError
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -88,10 +89,10 @@ def parse_size(text: str, name: str = "max_size") -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", text, flags=re.IGNORECASE)
     number, prefix, binary = match.groups(default="") if match else ("0", "", "")
-    size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
-    if size <= 0:
-        raise ConfigError(f"{name}={text!r}: must be a number of bytes or a size such as 2MB, 500MiB or 1.5GB")
-    return size
+    size = float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " ")
+    if not 1 <= size < 2**63:
+        raise ConfigError(f"{name}={shown(text)}: must be a number of bytes or a size such as 2MB, 500MiB or 1.5GB")
+    return int(size)
 
 
 def find_sources(paths: Iterable[Path], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[SourceFile]:

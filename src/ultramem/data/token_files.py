@@ -11,16 +11,20 @@ import gzip
 import io
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from ultramem.configuration.field_types import check_field, check_range, check_types
 from ultramem.data.documents import Document
 from ultramem.errors import ConfigError, UltraMemError
+from ultramem.files.directories import Product
+from ultramem.files.json_files import damaged, path_inside, read_json, read_json_object
 from ultramem.files.whole_files import write_text
 
 MANIFEST_NAME = "manifest.json"
@@ -29,6 +33,11 @@ FORMAT_VERSION = 1
 ITEM_SIZES = {"uint16": 2, "uint32": 4}
 COUNTS = ("documents", "tokens", "bytes")
 SAMPLED_BLOCKS, SAMPLED_TOKENS = 16, 2**16
+TOKEN_DIRECTORY = Product(
+    MANIFEST_NAME,
+    lambda directory: read_json_object(directory / MANIFEST_NAME).keys() >= {"format_version", "dtype", "splits"},
+    re.compile(r"manifest\.json|tokenizer\.json|(train|heldout)/(part-[0-9]{5,}\.(npy|csv\.gz))?"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,9 @@ class Split:
 
     name: str
     files: tuple[TokenFile, ...]
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     @property
     def paths(self) -> list[Path]:
@@ -99,7 +111,7 @@ class Manifest:
 
     directory: Path
     splits: Mapping[str, Split]
-    dtype: str
+    dtype: Literal["uint16", "uint32"]
     vocab_size: int
     eos_token_id: int
     pad_token_id: int
@@ -107,9 +119,21 @@ class Manifest:
     seed: int
     near_duplicates: int = 0
     skipped: int = 0
-    skipped_examples: Sequence[str] = ()
+    skipped_examples: tuple[str, ...] = ()
     sources: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_field(self, "splits", self.splits.keys() == {"train", "heldout"}, "train and heldout")
+        for split in self.splits.values():
+            for file in split.files:
+                check_types(file)  # not by itself: a writer makes a new one for each document
+                check_range(file, "documents", "bytes", least=0)
+                check_range(file, "tokens", least=1)
+        check_range(self, "vocab_size", least=1, most=256 ** ITEM_SIZES[self.dtype])
+        check_range(self, "eos_token_id", "pad_token_id", least=0, below=self.vocab_size)
+        check_range(self, "seed", "near_duplicates", "skipped", least=0)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -199,10 +223,12 @@ def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
             f"{root} has no {MANIFEST_NAME}: `ultramem tokenize` did not write it, or did not finish; "
             "tokenize again, or give the token files themselves"
         )
+    remedy = "tokenize again with --overwrite"
+    content = read_json(path, remedy)
     try:
-        manifest = _manifest_from_json(json.loads(path.read_text(encoding="utf-8")), root)
+        manifest = _manifest_from_json(content, root)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UltraMemError(f"{path} is damaged ({error!r}); tokenize again with --overwrite") from error
+        raise damaged(path, error, remedy) from error
     for split in manifest.splits.values():
         for file in split.files:
             _check_file(file, ITEM_SIZES[manifest.dtype])
@@ -234,11 +260,12 @@ def _counts(counted: TokenFile | Split) -> dict[str, int]:
 def _manifest_from_json(content: dict[str, Any], directory: Path) -> Manifest:
     if content["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format version {content['format_version']}, but this ultramem reads {FORMAT_VERSION}")
-    if content["dtype"] not in ITEM_SIZES:
-        raise ValueError(f"dtype {content['dtype']!r}, not uint16 or uint32")
     splits = {}
     for name, split in content["splits"].items():
-        files = (TokenFile(directory / file["path"], *(file[count] for count in COUNTS)) for file in split["files"])
+        files = (
+            TokenFile(path_inside(directory, file["path"]), *(file[count] for count in COUNTS))
+            for file in split["files"]
+        )
         splits[name] = Split(name, tuple(files))
     values = {"near_duplicates": 0, **content}  # missing in older manifests
     return Manifest(directory=directory, splits=splits, **{name: values[name] for name in _MANIFEST_VALUES})

@@ -25,18 +25,24 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from ultramem.configuration.field_types import check_field, check_least, check_types
+from ultramem.configuration.field_types import check_field, check_range, check_types
 from ultramem.data.documents import BrokenRecordError, Document, find_sources, read_documents
 from ultramem.data.near_duplicates import near_duplicates
-from ultramem.data.token_files import MANIFEST_NAME, TOKENIZER_NAME, Manifest, SplitWriter, load_manifest, save_manifest
+from ultramem.data.token_files import (
+    TOKEN_DIRECTORY,
+    TOKENIZER_NAME,
+    Manifest,
+    SplitWriter,
+    load_manifest,
+    save_manifest,
+)
 from ultramem.data.tokenizers import SMALLEST_BPE, ChosenTokenizer, Encoder, load_tokenizer, train_bpe
 from ultramem.data.worker_processes import call_in_process, map_documents
-from ultramem.errors import ConfigError, UltraMemError, system_reason
+from ultramem.errors import ConfigError, UltraMemError
 from ultramem.files.directories import partial_directory
 
 BPE_SAMPLE_BYTES = 32 * 2**20  # a larger sample takes more time and memory, but hardly changes the vocabulary
 SKIPPED_EXAMPLES = 10
-MOST_PROCESSES = 1024
 # Arguments that have a field of their own in the manifest, or do not change the result.
 NOT_ARGUMENTS = {"sources", "output", "tokenizer", "seed", "processes", "overwrite"}
 
@@ -99,19 +105,16 @@ class TokenizeConfig:
         if self.train_bpe is not None:
             what = f"at least {SMALLEST_BPE}, for bytes and special tokens"
             check_field(self, "train_bpe", self.train_bpe >= SMALLEST_BPE, what)
-            largest = SMALLEST_BPE + BPE_SAMPLE_BYTES
-            what = f"at most {largest}, as there is no more text to learn from; take some 10,000s"
-            check_field(self, "train_bpe", self.train_bpe <= largest, what)
             if (self.eos_token, self.eos_id, self.pad_token) != (None, None, None):
                 raise ConfigError(
                     f"train_bpe={self.train_bpe}: sets eos_token, eos_id and pad_token itself; leave them out"
                 )
-        check_field(self, "heldout", 0 <= self.heldout < 1, "a share from 0 to below 1, such as 0.02")
-        similar = self.near_duplicates is None or 0 < self.near_duplicates <= 1
-        check_field(self, "near_duplicates", similar, "a similarity above 0 and at most 1, such as 0.7")
-        check_field(self, "processes", self.processes <= MOST_PROCESSES, f"at most {MOST_PROCESSES}")
-        check_least(0, seed=self.seed)
-        check_least(1, processes=self.processes, shard_tokens=self.shard_tokens, max_size=self.max_size)
+        check_range(self, "train_bpe", most=2**22)
+        check_range(self, "heldout", least=0, below=1)
+        check_range(self, "near_duplicates", above=0, most=1)
+        check_range(self, "seed", least=0)
+        check_range(self, "processes", least=1, most=1024)
+        check_range(self, "shard_tokens", "max_size", least=1)
 
 
 class Corpus:
@@ -177,24 +180,18 @@ def tokenize(config: TokenizeConfig) -> Manifest:
     """
     corpus = Corpus(config)
     output = config.output.absolute()
-    try:
-        with (
-            _sigterm_interrupts(),
-            partial_directory(output, config.overwrite, MANIFEST_NAME) as directory,
-            _progress_display() as display,
-        ):
-            if config.near_duplicates is not None:
-                searching = display.add_task("looking for near-duplicates", total=None, documents=0)
-                corpus.left_out = near_duplicates(corpus, config.near_duplicates, config.processes)
-                display.remove_task(searching)
-            tokenizer = _choose_tokenizer(config, corpus, display)
-            tokenizer.tokenizer.save(str(directory / TOKENIZER_NAME))
-            _write_splits(config, corpus, tokenizer, directory, display)
-    except OSError as error:
-        raise UltraMemError(
-            f"{output} cannot be written ({system_reason(error)}) and the partial output was removed; free some space "
-            "or choose another --output, then run again"
-        ) from error
+    with (
+        _sigterm_interrupts(),
+        partial_directory(output, config.overwrite, TOKEN_DIRECTORY, config.sources) as directory,
+        _progress_display() as display,
+    ):
+        if config.near_duplicates is not None:
+            searching = display.add_task("looking for near-duplicates", total=None, documents=0)
+            corpus.left_out = near_duplicates(corpus, config.near_duplicates, config.processes)
+            display.remove_task(searching)
+        tokenizer = _choose_tokenizer(config, corpus, display)
+        tokenizer.tokenizer.save(str(directory / TOKENIZER_NAME))
+        _write_splits(config, corpus, tokenizer, directory, display)
     return load_manifest(output)
 
 
@@ -299,7 +296,7 @@ def _write_splits(
             arguments={name: value for name, value in asdict(config).items() if name not in NOT_ARGUMENTS},
             near_duplicates=len(corpus.left_out),
             skipped=corpus.skipped,
-            skipped_examples=corpus.skipped_examples,
+            skipped_examples=tuple(corpus.skipped_examples),
         )
     )
 

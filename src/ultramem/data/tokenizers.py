@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ultramem.configuration.field_types import shown
 from ultramem.errors import ConfigError, UltraMemError, first_line
+from ultramem.files.json_files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -44,9 +48,18 @@ class ChosenTokenizer:
         return _vocab_size(self.tokenizer)
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Literal["uint16", "uint32"]:
         """NumPy dtype of token files: `uint16` if every id fits, else `uint32`."""
         return "uint16" if self.vocab_size <= 2**16 else "uint32"
+
+    def encode(self, texts: Sequence[str]) -> list[Encoding]:
+        """Encodings of texts, without special tokens around them.
+
+        Raises:
+            UltraMemError: the tokenizer cannot encode a text.
+        """
+        with plain_errors(f"tokenizer {self.name} cannot encode a text"):
+            return self.tokenizer.encode_batch(texts, add_special_tokens=False)
 
 
 class Encoder:
@@ -63,8 +76,9 @@ class Encoder:
 
     def __call__(self, text: str) -> np.ndarray:
         """Token ids (n + 1,) of a text of n tokens, `uint16` or `uint32`, little-endian."""
-        # The library's other calls also compute the characters' offsets, which takes time and memory.
-        (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        with plain_errors("the tokenizer cannot encode a text"):
+            # The library's other calls also compute the characters' offsets, which takes time and memory.
+            (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array([*encoding.ids, self.eos_token_id], dtype=self.dtype)
 
 
@@ -149,7 +163,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> ChosenTokenizer:
 
 
 def _vocab_size(tokenizer: Tokenizer) -> int:
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    if not ids:
+        raise UltraMemError("the tokenizer's vocabulary is empty; choose another tokenizer")
+    return max(ids) + 1
 
 
 def _find_file(name: str) -> Path | None:
@@ -172,10 +189,39 @@ def _find_file(name: str) -> Path | None:
 
 
 def _read_file(file: Path) -> Tokenizer:
+    with _silent_panics(), plain_errors(f"{file} cannot be read as a tokenizer.json"):
+        tokenizer = Tokenizer.from_file(str(file))
+        _vocab_size(tokenizer)
+        tokenizer.encode("", add_special_tokens=False)
+        return tokenizer
+
+
+@contextmanager
+def plain_errors(what: str, remedy: str = "choose another tokenizer") -> Iterator[None]:
+    """Raise our error for what the tokenizers library raises: Exception, and for a panic what is none.
+
+    Raises:
+        UltraMemError: the library raised something.
+    """
     try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise UltraMemError(f"{file} cannot be read as a tokenizer.json: {error}") from error
+        yield
+    except (KeyboardInterrupt, SystemExit, UltraMemError):
+        raise
+    except BaseException as error:
+        raise UltraMemError(f"{what} ({first_line(error)}); {remedy}") from error
+
+
+@contextmanager
+def _silent_panics() -> Iterator[None]:
+    """Keep the library from writing to standard error itself."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def _fetch(name: str) -> Tokenizer:
@@ -194,12 +240,14 @@ def _read_settings(file: Path | None) -> dict[str, str]:
     beside = file.with_name("tokenizer_config.json") if file else None
     if beside is None or not beside.is_file():
         return {}
-    try:
-        settings = json.loads(beside.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UltraMemError(f"{beside} is not valid JSON: {error}; fix or remove it") from error
+    settings = read_json(beside, "fix or remove it")
+    if not isinstance(settings, dict):
+        raise UltraMemError(f"{beside} is damaged (it is no JSON object); fix or remove it")
     tokens = {role: settings.get(role) for role in ("eos_token", "pad_token")}
     texts = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
+    for role, text in texts.items():
+        if text is not None and not isinstance(text, str):
+            raise UltraMemError(f"{beside} is damaged ({role}={shown(text)}: must be text); fix or remove it")
     return {role: text for role, text in texts.items() if text}
 
 

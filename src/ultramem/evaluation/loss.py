@@ -21,7 +21,8 @@ from ultramem.data.token_files import Manifest, check_token_files, load_manifest
 from ultramem.data.token_sequences import IGNORED, TokenSequences
 from ultramem.device import autocast
 from ultramem.errors import UltraMemError
-from ultramem.files.whole_files import read_json_object, write_json
+from ultramem.files.json_files import read_json_object
+from ultramem.files.whole_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
 from ultramem.runs.layout import EVALUATION_NAME
@@ -45,13 +46,15 @@ class EvaluationData:
     manifest: Manifest | None = None
 
     def bits_per_byte(self, loss: float) -> float | None:
-        """Convert a mean loss in nats per token to bits per byte of text; None if the number of bytes is not known.
+        """Convert a mean loss in nats per token to bits per byte of text; None if that has none, or no known number.
 
         The loss of end-of-text tokens counts as that of text. Tokens that were not predicted count with the mean loss.
         """
         if self.manifest is None:
             return None
         split = self.manifest.split(self.name)
+        if not split.bytes:
+            return None
         return loss / math.log(2) * split.tokens / split.bytes
 
 
@@ -110,12 +113,12 @@ def evaluate(
         ConfigError: a value is invalid.
         UltraMemError: the checkpoint or the data is missing or damaged, or the loss is not finite.
     """
+    check_least(1, max_tokens=max_tokens, batch_size=batch_size, sequence_length=sequence_length)
     checkpoint = find_checkpoint(path)
     config = checkpoint.config
     found = find_data(checkpoint, data, split, dtype)
     length = config.data.sequence_length if sequence_length is None else sequence_length
     sequences = TokenSequences(found.files, found.dtype, config.model.vocab_size, length, max_tokens)
-    check_least(1, batch_size=batch_size)
     model = checkpoint.load_model(device)
     started = time.perf_counter()
     loss = mean_loss(model, sequences, batch_size or max(1, BATCH_TOKENS // length))
@@ -159,7 +162,10 @@ def mean_loss(model: MemoryTransformer, sequences: TokenSequences, batch_size: i
         total += output.ce_loss.double().sum()
     loss = float(total) / sequences.predicted_tokens
     if not loss <= LARGEST_LOSS:
-        raise UltraMemError(f"the loss is {loss}, as the training diverged; use an earlier checkpoint")
+        raise UltraMemError(
+            f"the loss is {loss}, as the training diverged; use an earlier checkpoint: RUN/stepN, and for training "
+            "--from-checkpoint stepN"
+        )
     return loss
 
 

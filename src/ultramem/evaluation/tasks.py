@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,11 +16,13 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from ultramem.configuration.decoding import decode
 from ultramem.configuration.field_types import check_least
 from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.errors import ConfigError
 from ultramem.evaluation import memory_tasks, table3
 from ultramem.evaluation.scoring import BATCH_TOKENS, Request, Score, score
+from ultramem.files.json_files import read_json_object
 from ultramem.files.whole_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
@@ -204,10 +205,10 @@ def _task(result: TaskResult) -> str:
 def _saved_results(path: Path, settings: Mapping[str, object]) -> list[TaskResult]:
     """Results in a file if it has these settings; none if it is missing or not valid."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
         same = all(content[name] == value for name, value in settings.items())
-        return [TaskResult.parse(result) for result in content["results"] if same]
-    except (OSError, ValueError, TypeError, KeyError):
+        return [decode(TaskResult, result) for result in content["results"] if same]
+    except (ValueError, TypeError, KeyError):
         return []
 
 

@@ -1,9 +1,12 @@
-"""Results of evaluations in the run directory: losses in `evaluation.json`, tasks in `tasks.json`."""
+"""Results in the run directory: losses in `evaluation.json`, tasks in `tasks.json`, metrics in `metrics.jsonl`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+
+from ultramem.configuration.field_types import check_range, check_types
+from ultramem.files.json_files import parse_json, read_json_object
 
 
 @dataclass(frozen=True)
@@ -28,22 +31,11 @@ class LossResult:
     perplexity: float
     bits_per_byte: float | None
     unigram_bits_per_byte: float | None
-    complete: bool = True
+    complete: bool = True  # version 0.1 does not say
 
-    @staticmethod
-    def parse(content: dict[str, Any]) -> LossResult:
-        """Parse the content of the file."""
-        bits, unigram = content.get("bits_per_byte"), content.get("unigram_bits_per_byte")
-        return LossResult(
-            checkpoint=str(content["checkpoint"]),
-            split=str(content["split"]),
-            tokens=int(content["tokens"]),
-            loss=float(content["loss"]),
-            perplexity=float(content["perplexity"]),
-            bits_per_byte=None if bits is None else float(bits),
-            unigram_bits_per_byte=None if unigram is None else float(unigram),
-            complete=bool(content.get("complete", True)),  # version 0.1 does not say
-        )
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_range(self, "tokens", least=0)
 
 
 @dataclass(frozen=True)
@@ -68,10 +60,24 @@ class TaskResult:
     chance: float
     cut: float = 0.0
 
-    @staticmethod
-    def parse(content: dict[str, Any]) -> TaskResult:
-        """Parse one result of the file."""
-        shares = {name: float(content[name]) for name in ("value", "standard_error", "chance", "cut")}
-        return TaskResult(
-            name=str(content["name"]), metric=str(content["metric"]), questions=int(content["questions"]), **shares
-        )
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_range(self, "questions", least=0)
+
+
+def parse_report(line: str) -> tuple[int, dict[str, float]] | None:
+    """Step and metrics of one line of `metrics.jsonl`; None if it is unreadable."""
+    try:
+        report = parse_json(line)
+        step, metrics = report["step"], report["metrics"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if type(step) is not int or step < 0:
+        return None
+    return step, {name: float(value) for name, value in metrics if type(value) in (int, float)}
+
+
+def holds_results(path: Path) -> bool:
+    """Whether a file holds results of an evaluation."""
+    content = read_json_object(path)
+    return "checkpoint" in content and ("loss" in content or "results" in content)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ultramem.files.whole_files import read_json_object
+from ultramem.files.json_files import read_json_object
 from ultramem.hosts.olmo_core import ModelConfig, ModelStatistics
 from ultramem.runs.config import RunConfig
 from ultramem.runs.layout import SUMMARY_NAME

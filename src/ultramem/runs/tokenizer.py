@@ -33,7 +33,7 @@ def _eos_token_id(checkpoint: Checkpoint) -> int | None:
     """As the run recorded it at its start. Version 0.1 did not, so for its runs as in the data, if it still exists."""
     data = checkpoint.config.data
     for known in (read_summary(checkpoint.run).get(EOS_TOKEN_ID), data.eos_token_id):
-        if isinstance(known, int):
+        if type(known) is int:  # not a bool
             return known
     if data.directory is None or not data.directory.is_dir():
         return None

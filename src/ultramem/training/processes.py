@@ -6,13 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from olmo_core.config import DType
 from olmo_core.distributed import parallel
-from olmo_core.distributed.utils import broadcast_object, get_rank, get_world_size, init_distributed
+from olmo_core.distributed.utils import (
+    all_gather_object,
+    broadcast_object,
+    get_rank,
+    get_world_size,
+    init_distributed,
+)
 from olmo_core.train.train_module import TransformerDataParallelConfig
 
 from ultramem.device import choose_device, has_fast_bfloat16
@@ -55,6 +61,19 @@ class Processes:
         if message is not None:
             raise UltraMemError(message)
         return result
+
+
+def in_all(function: Callable[[], T]) -> T:
+    """Call `function` in every process; if it raises an `UltraMemError` in one, all raise it."""
+    outcome: T | UltraMemError
+    try:
+        outcome = function()
+    except UltraMemError as error:
+        outcome = error
+    for failure in all_gather_object(outcome if isinstance(outcome, UltraMemError) else None):
+        if failure is not None:
+            raise failure
+    return cast(T, outcome)
 
 
 @contextmanager

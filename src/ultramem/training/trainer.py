@@ -20,6 +20,7 @@ from ultramem.evaluation.tasks import TaskSuite
 from ultramem.runs.config import RunConfig
 from ultramem.runs.layout import METRICS_NAME
 from ultramem.runs.tokens import TokenData
+from ultramem.training.checkpointer import CheckpointerConfig
 from ultramem.training.checkpoints import Checkpoints
 from ultramem.training.evaluation import HeldoutBatches, HeldoutCallback, HeldoutEvaluator, TaskCallback
 from ultramem.training.metrics import LayerMetrics, MetricsFile, ProgressReport, TensorBoard, WeightsAndBiases
@@ -59,7 +60,11 @@ def build_trainer(
         scheduler=build_scheduler(config.schedule, optimizer.learning_rate, trainer.total_steps, config.model.memory),
         device=processes.device,
     )
-    checkpoints = Checkpoints(save_interval=trainer.checkpoint_interval, max_checkpoints=trainer.keep_checkpoints)
+    checkpoints = Checkpoints(
+        save_interval=trainer.checkpoint_interval,
+        max_checkpoints=trainer.keep_checkpoints,
+        save_async=trainer.async_checkpoints,
+    )
     callbacks: dict[str, Callback] = {
         "checkpointer": checkpoints,
         "layer_metrics": LayerMetrics(module.model, trainer.memory_metrics_interval),
@@ -89,6 +94,7 @@ def build_trainer(
         )
     return TrainerConfig(
         save_folder=str(trainer.directory),
+        checkpointer=CheckpointerConfig(),
         load_strategy=LoadStrategy.never,  # `train` has found the checkpoint already
         device=str(processes.device),
         max_duration=Duration.steps(trainer.total_steps),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,43 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ultramem.config import MOST_BLOCKS, MemoryConfig
-from ultramem.errors import UltraMemError, first_line, system_reason
-from ultramem.files.whole_files import read_json_object, write_text
+from ultramem.config import LARGEST_COUNT, MemoryConfig
+from ultramem.configuration.decoding import decode, dotted_keys
+from ultramem.configuration.field_types import check_types
+from ultramem.data.tokenizers import plain_errors
+from ultramem.errors import ConfigError, UltraMemError, first_line
+from ultramem.files.checksums import CHECKSUMS_NAME
+from ultramem.files.directories import Product
+from ultramem.files.json_files import damaged, read_json, read_json_object
+from ultramem.files.whole_files import whole_file, write_text
 from ultramem.hosts.transformers.attachment import attach_memory, detach_memory
 from ultramem.hosts.weights import check_finite_weights
 from ultramem.memory import Memory
 
 MODEL_CONFIG_NAME = "config.json"  # marks a directory as a model's
-# Files of a model's directory; one with other files is never replaced.
-MODEL_CONTENTS = ("*.json", "*.safetensors", "*.jinja", "modeling_ultramem.py", "README.md", "memory")
 MEMORY_CONFIG_NAME, MEMORY_WEIGHTS_NAME = "memory_config.json", "memory.safetensors"
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether the model in a directory was written by a command of ours, and not, say, downloaded."""
+    if "model_type" not in read_json_object(directory / MODEL_CONFIG_NAME):
+        return False
+    card = directory / "README.md"
+    of_ours = (CHECKSUMS_NAME, "modeling_ultramem.py", "finetuning.json")  # the last two also in version 0.1
+    return any((directory / name).is_file() for name in of_ours) or (
+        card.is_file() and b"\n- ultramem\n" in card.read_bytes()
+    )
+
+
+MODEL_DIRECTORY = Product(
+    MODEL_CONFIG_NAME,
+    _is_ours,
+    re.compile(
+        r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|finetuning)\.json"
+        r"|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json|merges\.txt|tokenizer\.model"
+        r"|chat_template\.jinja|modeling_ultramem\.py|README\.md|memory/(memory_config\.json|memory\.safetensors)?"
+    ),
+)
 
 
 def load_config_file(directory: Path) -> PreTrainedConfig:
@@ -44,10 +71,10 @@ def load_config_file(directory: Path) -> PreTrainedConfig:
             f"{directory} has no {MODEL_CONFIG_NAME}; give a transformers directory, such as `ultramem export` writes"
         )
     blocks = read_json_object(directory / MODEL_CONFIG_NAME).get("num_hidden_layers", 0)
-    if not isinstance(blocks, int) or blocks > MOST_BLOCKS:  # transformers would go on for hours
+    if not isinstance(blocks, int) or blocks > LARGEST_COUNT:  # transformers would go on for hours
         raise UltraMemError(
-            f"{directory / MODEL_CONFIG_NAME}: num_hidden_layers={blocks!r}: must be a whole number up to {MOST_BLOCKS}"
-            "; restore the model's own"
+            f"{directory / MODEL_CONFIG_NAME}: num_hidden_layers={blocks!r}: must be a whole number up to "
+            f"{LARGEST_COUNT}; restore the model's own"
         )
     return _plain_errors(directory, lambda: AutoConfig.from_pretrained(directory, local_files_only=True))
 
@@ -81,11 +108,8 @@ def load_model_and_tokenizer(
         UltraMemError: a file is missing or damaged, or the tokenizer does not fit or has no end-of-text token.
     """
     model = load_model_file(directory, torch.float32)
-    try:
+    with plain_errors(f"the tokenizer in {directory} cannot be loaded", "put it there"):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # of transformers and tokenizers, of any kind
-        reason = first_line(error)
-        raise UltraMemError(f"the tokenizer in {directory} cannot be loaded ({reason}); put it there") from error
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UltraMemError(
@@ -96,18 +120,6 @@ def load_model_and_tokenizer(
     if memory is not None:
         load_memory(model, memory).float()
     return model, tokenizer
-
-
-def save_model_file(model: PreTrainedModel, directory: Path, **options: Any) -> None:
-    """Call `save_pretrained`.
-
-    Raises:
-        UltraMemError: the directory cannot be written.
-    """
-    try:
-        model.save_pretrained(directory, **options)
-    except (OSError, SafetensorError) as error:
-        raise UltraMemError(f"{directory} cannot be written ({error}); choose another directory") from error
 
 
 def _plain_errors(directory: Path, load: Any) -> Any:
@@ -137,11 +149,10 @@ def save_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> No
         "base_model": model.name_or_path or type(model).__name__,
     }
     tensors = {name: tensor.detach().contiguous() for name, tensor in memory.state_dict().items()}
-    temporary = path / f"{MEMORY_WEIGHTS_NAME}.partial"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.replace(path / MEMORY_WEIGHTS_NAME)
+        with whole_file(path / MEMORY_WEIGHTS_NAME) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
         write_text(path / MEMORY_CONFIG_NAME, json.dumps(content, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise UltraMemError(f"{path} cannot be written ({error}); choose another directory") from error
@@ -151,24 +162,22 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
     """Attach a memory that `save_memory` wrote, in its own dtype.
 
     Raises:
-        ConfigError: the stored configuration is not valid.
         UltraMemError: a file is missing or damaged, has weights that are not finite, or does not fit the model.
     """
     path = Path(directory)
-    content = _read_memory_config(path / MEMORY_CONFIG_NAME)
+    stored = _read_memory_config(path / MEMORY_CONFIG_NAME)
     hidden, blocks = model.config.get_text_config().hidden_size, model.config.get_text_config().num_hidden_layers
-    if (content["d_model"], content["num_blocks"]) != (hidden, blocks):
+    if (stored.d_model, stored.num_blocks) != (hidden, blocks):
         raise UltraMemError(
-            f"{path} is the memory of a model with {content['num_blocks']} blocks of width {content['d_model']} "
-            f"({content['base_model']}); {type(model).__name__} here has {blocks} of width {hidden}"
+            f"{path} is the memory of a model with {stored.num_blocks} blocks of width {stored.d_model} "
+            f"({stored.base_model}); {type(model).__name__} here has {blocks} of width {hidden}"
         )
     try:
-        config = MemoryConfig(**content["memory"])
         tensors = load_file(path / MEMORY_WEIGHTS_NAME)
-    except (OSError, SafetensorError, TypeError) as error:
+    except (OSError, SafetensorError) as error:
         raise UltraMemError(f"{path} is damaged or incomplete ({error}); save the memory again") from error
     check_finite_weights(tensors, path / MEMORY_WEIGHTS_NAME)
-    memory = attach_memory(model, config)
+    memory = attach_memory(model, stored.memory)
     # Integers instead of floating-point numbers, or the reverse, count as another shape.
     expected = {name: (*tensor.shape, tensor.is_floating_point()) for name, tensor in memory.state_dict().items()}
     found = {name: (*tensor.shape, tensor.is_floating_point()) for name, tensor in tensors.items()}
@@ -185,17 +194,23 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
     return memory
 
 
-def _read_memory_config(path: Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _StoredMemory:
+    """The content of `memory_config.json`."""
+
+    memory: MemoryConfig
+    d_model: int
+    num_blocks: int
+    base_model: str
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+def _read_memory_config(path: Path) -> _StoredMemory:
+    remedy = "give a directory written by save_memory, or save the memory again"
+    content = read_json(path, remedy)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UltraMemError(
-            f"{path} cannot be read ({system_reason(error)}); give a directory written by save_memory"
-        ) from error
-    except ValueError as error:
-        raise UltraMemError(f"{path} is not valid JSON ({error}); save the memory again") from error
-    needed = ("memory", "d_model", "num_blocks", "base_model")
-    missing = [name for name in needed if not isinstance(content, dict) or name not in content]
-    if missing:
-        raise UltraMemError(f"{path}: {missing[0]} is missing; save the memory again")
-    return content
+        return decode(_StoredMemory, content, [*dotted_keys(_StoredMemory)])
+    except ConfigError as error:
+        raise damaged(path, error, remedy) from error
