@@ -118,6 +118,12 @@ def test_generate_several(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["evaluate", "RUN", "--max-tokens", "0"], "max_tokens=0"),
         (["evaluate", "RUN", "nothing"], "neither a run directory"),
         (["evaluate", "RUN", "RUN", "--output", "all.json"], "--output=all.json: needs a single checkpoint"),
+        (["evaluate", "RUN", "--output", "RUN/evaluation.json"], "/evaluation.json: must not be a run's own file; cho"),
+        (["evaluate", "RUN", "--output", "RUN/config.yaml"], "/config.yaml: must not be a run's own file; choose"),
+        (["evaluate", "RUN", "--data", "RUN", "--data", "RUN"], "must be one directory, or token files"),
+        (["evaluate", "RUN", "--dtype", "uint16"], "dtype=uint16: applies only to token files given as data"),
+        (["evaluate", "RUN", "--tasks", "piqa", "--split", "heldout"], "--split: does not apply here; leave it out"),
+        (["evaluate", "RUN", "--tasks", "piqa", "--unigram"], "--unigram: does not apply here; leave it out"),
         (["evaluate", "RUN", "--max-questions", "5"], "--max-questions: does not apply here; use it with --tasks"),
         (["evaluate", "RUN", "--tasks", "memory"], "task recall: no question fits in the 16 tokens"),
         (["evaluate", "RUN", "--tasks", "squad"], "tasks=squad: must be one of table3, memory, arc_challenge"),
@@ -141,6 +147,51 @@ def test_mistakes_end_in_one_line(
     assert captured.err.startswith("error: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_evaluate_other_data(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run.path / "evaluation.json"
+    assert call(monkeypatch, "evaluate", run.path) == 0
+    own = file.read_text()
+    other = shutil.copytree(run.data, run.data.with_name("other"))
+    (other / "heldout" / "part-00001.npy").write_bytes(bytes(66))
+    capsys.readouterr()
+    note = f"not written: {file} is for the run's own held-out data; choose another file with --output\n"
+    for options in (["--data", other], ["--split", "train"], ["--data", other / "heldout" / "part-00001.npy"]):
+        assert call(monkeypatch, "evaluate", run.path, *options) == 0
+        assert capsys.readouterr().out.endswith(note)
+        assert file.read_text() == own
+    (other / "tokenizer.json").write_text("{}")
+    assert call(monkeypatch, "evaluate", run.path, "--data", other) == 1
+    assert "other was made with another tokenizer than the data of" in capsys.readouterr().err
+    assert file.read_text() == own
+
+
+def test_evaluate_some_questions(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run.path / "tasks.json"
+    results = [
+        {"name": "piqa", "metric": "m", "value": 0.5, "standard_error": 0, "questions": 9, "chance": 0, "cut": 0}
+    ]
+    whole = json.dumps({"checkpoint": "step7", "context_length": 16, "max_questions": None, "results": results})
+    file.write_text(whole)
+    options = ["--tasks", "arc_easy", "--max-questions", 2]
+    assert call(monkeypatch, "evaluate", run.path, *options) == 0
+    note = f"not written: {file} has step7 on all questions; choose another file with --output\n"
+    assert capsys.readouterr().out.endswith(note)
+    assert file.read_text() == whole
+    assert call(monkeypatch, "evaluate", run.path, *options, "--output", run.path / "some.json") == 0
+    assert json.loads((run.path / "some.json").read_text())["max_questions"] == 2
+
+
+def test_another_tokenizer_in_the_run(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = {"file": "tokenizer.json", "bytes": 3, "crc32": "00000000"}
+    summary = {"eos_token_id": 0, "data": {"train": [], "heldout": [], "tokenizer": tokenizer}}
+    (run.path / "summary.json").write_text(json.dumps(summary))
+    for command in (["generate", run.path], ["evaluate", run.path, "--tasks", "piqa"], ["export", run.path, "out"]):
+        assert call(monkeypatch, *command) == 1
+        assert "run/tokenizer.json is not the one that the run began with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """`ultramem train` as a user sees it: output, one line for a mistake, and exit statuses."""
 
 import os
+import shutil
 import signal
 import sys
 
+import numpy as np
 import pytest
 
 from ultramem.cli import main
+from ultramem.data.token_files import load_manifest
 from ultramem.training.reproducible import StepSeed
 
 
@@ -141,3 +144,70 @@ def test_missing_configuration(command, tmp_path):
     status, _, errors = command(config=tmp_path / "none.yaml")
     assert status == 1
     assert errors == f"error: {tmp_path / 'none.yaml'}: cannot be read (No such file or directory); check the path\n"
+
+
+@pytest.fixture
+def tokens(token_directory, tmp_path):
+    """A token directory of one's own, with checksums."""
+    directory = shutil.copytree(token_directory, tmp_path / "tokens")
+    load_manifest(directory).save_checksums()
+    return directory
+
+
+def change(path, *, checksums):
+    """Another token at one place, as damage or, with other checksums, as other data of the same size."""
+    tokens = np.fromfile(path, dtype="<u2")
+    tokens[7] = (tokens[7] + 1) % 100
+    tokens.tofile(path)
+    if checksums:
+        load_manifest(path.parents[1]).save_checksums()
+
+
+@pytest.mark.parametrize("name", ["train/part-00000.npy", "heldout/part-00000.npy", "train/part-00000.csv.gz"])
+def test_damaged_token_files(name, command, tokens, tmp_path):
+    arguments = f"--data.directory={tokens}", "--trainer.steps=2"
+    assert command(*arguments)[0] == 0
+    kept = sorted((tmp_path / "run").iterdir())
+    content = bytearray((tokens / name).read_bytes())
+    content[-2] ^= 1
+    (tokens / name).write_bytes(content)
+    for more in (["--overwrite"], ["--overwrite", "--trainer.seed=3"]):
+        status, _, errors = command(*arguments, *more)
+        assert status == 1
+        assert errors.startswith(f"error: {tokens / name} is damaged: it differs from its checksum; copy it again")
+        assert len(errors.splitlines()) == 1
+    assert sorted((tmp_path / "run").iterdir()) == kept
+    assert command(*arguments)[1].startswith("already finished")
+    assert "finished at step 2" in command(*arguments, "--overwrite", "--data.verify=false")[1]
+
+
+def test_resumed_on_other_data(command, tokens, monkeypatch):
+    """Of the same size; without checksums, as of version 0.1, too."""
+    arguments = f"--data.directory={tokens}", "--trainer.evaluate_interval=null", "--trainer.steps=2"
+    stop_at(monkeypatch, 1)
+    assert "interrupted at step 1" in command(*arguments)[1]
+    for checksums in (True, False):
+        for split in ("train", "heldout"):
+            file = tokens / split / "part-00000.npy"
+            content = file.read_bytes()
+            change(file, checksums=checksums)
+            status, _, errors = command(*arguments)
+            words = "has changed since the run began; restore it, or start another run"
+            assert (status, errors) == (1, f"error: {file} {words}\n")
+            file.write_bytes(content)
+        load_manifest(tokens).save_checksums()
+        if checksums:
+            (tokens / "checksums.json").unlink()
+    monkeypatch.undo()
+    assert "finished at step 2" in command(*arguments, "--data.verify=false")[1]
+
+
+def stop_at(monkeypatch, step):
+    original = StepSeed.pre_step
+
+    def pre_step(self, batch):
+        original(self, batch)
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(StepSeed, "pre_step", pre_step)

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,9 @@ def test_every_document_is_written_once_in_order(corpus: Path) -> None:
     assert all(file.tokens <= 5000 for file in manifest.split("train").files)
     assert [file.path.name for file in manifest.split("train").files][:2] == ["part-00000.npy", "part-00001.npy"]
     assert manifest.sources["files"] == 3
+    written = content(manifest.directory)
+    checksums = json.loads(written.pop("checksums.json"))["files"]
+    assert checksums == {name: [[len(text), f"{zlib.crc32(text):08x}"]] for name, text in written.items()}
 
 
 def test_olmo_core_reads_the_files(corpus: Path) -> None:
@@ -223,6 +228,7 @@ def test_broken_records_stop_or_are_skipped(corpus: Path) -> None:
         ({"train_bpe": 257}, "train_bpe=257: .* 258"),
         ({"train_bpe": 10**11}, "train_bpe=100000000000: must be at most 4194304"),
         ({"train_bpe": 300, "eos_id": 3}, "eos_id"),
+        ({"eos_token": "a", "eos_id": 3}, "eos_id=3: must not be given with eos_token='a'"),
         ({"heldout": 1.0}, "heldout=1.0: must be"),
         ({"heldout": -0.1}, "heldout=-0.1: must be"),
         ({"heldout": float("nan")}, "heldout=nan: must be"),
@@ -236,6 +242,16 @@ def test_broken_records_stop_or_are_skipped(corpus: Path) -> None:
 def test_bad_configuration(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         config(tmp_path, **options)
+
+
+def test_options_without_a_source_of_their_kind(corpus: Path) -> None:
+    (corpus / "c.txt").unlink()
+    with pytest.raises(ConfigError, match=r"separator='---': applies to .txt files, and there is none; leave it out"):
+        tokenize(config(corpus, separator="---"))
+    files = replace(config(corpus, include=("*.py", "*.md")), sources=(corpus / "a.jsonl",))
+    with pytest.raises(ConfigError, match=r"include=\*.py, \*.md: applies to directories, and none is given; leave"):
+        tokenize(files)
+    assert not (corpus.parent / "tokens").exists()
 
 
 def test_names_with_line_breaks_and_commas_keep_the_table_readable(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ultramem.data.tokenizers import Encoder, load_tokenizer, train_bpe
 from ultramem.errors import ConfigError, UltraMemError
+from ultramem.files.checksums import Checksums
 
 
 def word_level(directory: Path, *tokens: str, name: str = "tokenizer.json") -> Path:
@@ -146,3 +147,16 @@ def test_a_bpe_of_unbroken_text_takes_no_longer(letters: str) -> None:
     assert time.perf_counter() - start < 5
     assert chosen.tokenizer.decode(tokens[:-1].tolist()) == text
     assert len(tokens) < len(text) / 2
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_damage_is_found(tmp_path: Path, name: str) -> None:
+    """In a token directory or a model's, which have checksums."""
+    word_level(tmp_path, "a", "</s>")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "a"}')
+    Checksums.compute(tmp_path, ["tokenizer.json", "tokenizer_config.json"]).save()
+    assert load_tokenizer(str(tmp_path)).eos_token_id == load_tokenizer(str(tmp_path / "tokenizer.json")).eos_token_id
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(text.replace('"a"', '"b"'))
+    with pytest.raises(UltraMemError, match=rf"{name} is damaged: it differs from its checksum; copy it again"):
+        load_tokenizer(str(tmp_path))

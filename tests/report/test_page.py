@@ -222,7 +222,7 @@ def test_text_from_files_is_escaped(make_run: MakeRun) -> None:
     (path / "config.yaml").write_text(f"model: {json.dumps(attack)}\n")
     (path / "samples.json").write_text(json.dumps([{"prompt": attack, "text": attack + attack, "seed": 1}]))
     evaluation = json.loads((path / "evaluation.json").read_text())
-    (path / "evaluation.json").write_text(json.dumps({**evaluation, "split": attack, "checkpoint": attack}))
+    (path / "evaluation.json").write_text(json.dumps({**evaluation, "checkpoint": attack}))
     other = make_run("<b>other", lines=LOSS_ONLY)
     for written in (write_report([path]), write_report([path, other], path / "both.html")):
         found = Page(written)

@@ -213,6 +213,7 @@ def test_relative_paths_start_at_the_working_directory(write, monkeypatch, tmp_p
         ("--data.dtype=int8", "data.dtype='int8': must be one of uint16, uint32"),
         ("--data.train_files=[a.npy]", "data.train_files: directory="),
         ("--data.heldout_files=[a.npy]", "data.heldout_files: directory="),
+        ("--data.verify=1", "data.verify=1: must be true or false"),
         ("--data.more_directories=3", "data.more_directories=3: must be"),
         (
             "--data.directory=null",

@@ -9,6 +9,7 @@ import torch
 
 from ultramem.errors import UltraMemError
 from ultramem.runs.config import LoggingConfig
+from ultramem.runs.contents import DataContents, FileContent, recorded_contents
 from ultramem.runs.directory import CHECKPOINT_BYTES, RunDirectory
 from ultramem.runs.tokens import open_token_data
 from ultramem.training import train
@@ -351,14 +352,33 @@ def test_directory_that_cannot_be_made(make_config, tmp_path):
 
 def test_the_end_of_a_text_is_recorded(run):
     data = open_token_data(run.config.data)
-    run.describe(data, torch.device("cpu"), 1)
+    contents = DataContents.of(data, verify=True)
+    run.describe(data, contents, torch.device("cpu"), 1)
     summary = json.loads((run.path / "summary.json").read_text())
     assert summary["eos_token_id"] == data.eos_token_id == 0
     # Of a run that version 0.1 began, what was known stays.
     del summary["eos_token_id"]
     old = summary | {"started": "long ago"}
     (run.path / "summary.json").write_text(json.dumps(old))
-    run.describe(data, torch.device("cpu"), 1)
+    run.describe(data, contents, torch.device("cpu"), 1)
     assert json.loads((run.path / "summary.json").read_text()) == old | {"eos_token_id": 0}
-    run.describe(replace(data, eos_token_id=3), torch.device("cpu"), 1)
+    del old["data"]
+    (run.path / "summary.json").write_text(json.dumps(old))
+    run.describe(data, contents, torch.device("cpu"), 1)
+    assert recorded_contents(run.path) == contents
+    run.describe(replace(data, eos_token_id=3), contents, torch.device("cpu"), 1)
     assert json.loads((run.path / "summary.json").read_text())["eos_token_id"] == 0
+
+
+def test_other_data_is_refused(run):
+    data = open_token_data(run.config.data)
+    contents = DataContents.of(data, verify=True)
+    run.describe(data, contents, torch.device("cpu"), 1)
+    other = replace(contents, train=(FileContent("part-00000.npy", contents.train[0].bytes, "00000000"),))
+    run.check_data(data, contents, overwrite=False)
+    with pytest.raises(UltraMemError, match=r"train/part-00000.npy has changed since the run began"):
+        run.check_data(data, other, overwrite=False)
+    run.check_data(data, other, overwrite=True)
+    (run.path / "tokenizer.json").write_text("{ }")
+    with pytest.raises(UltraMemError, match=r"run/tokenizer.json is not that of the data, .*tokens.*/tokenizer.json"):
+        run.check_data(data, contents, overwrite=False)

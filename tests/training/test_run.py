@@ -615,7 +615,9 @@ def test_changed_data(make_config, token_directory, tmp_path):
     tokens.write_bytes(original[:-64])
     longer = replace(config, trainer=replace(config.trainer, steps=4))
     longer.save(config.trainer.directory / "config.yaml")
-    with pytest.raises(UltraMemError, match="the training data has changed since"):
+    with pytest.raises(
+        UltraMemError, match=r"train.npy has changed since the run began; restore it, or start another run"
+    ):
         train(longer)
 
 

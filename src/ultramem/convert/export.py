@@ -21,7 +21,7 @@ from ultramem.files.directories import partial_directory
 from ultramem.files.json_files import read_json_object
 from ultramem.files.whole_files import write_text
 from ultramem.hosts.olmo_core import model_statistics
-from ultramem.hosts.transformers.files import MODEL_DIRECTORY
+from ultramem.hosts.transformers.files import MODEL_DIRECTORY, save_checksums
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
 from ultramem.runs.layout import EVALUATION_NAME, TOKENIZER_NAME
 from ultramem.runs.summary import read_summary
@@ -78,6 +78,7 @@ def export(
         )
         _write(model, tokenizer, partial, dtype, shard_bytes)
         write_text(partial / "README.md", model_card(found, tokenizer is not None))
+        save_checksums(partial)
     return ExportResult(Path(directory), found.step, tokenizer is not None)
 
 
@@ -110,6 +111,7 @@ def import_published(
                 f"tokenizer {tokenizer} has {len(chosen)} tokens, but the model {config.vocab_size}; give its own"
             )
         _write(to_transformers(state, config, **_token_ids(chosen)), chosen, partial, dtype, shard_bytes)
+        save_checksums(partial)
 
 
 def _checked(dtype: str, max_shard_size: str) -> int:
@@ -194,7 +196,8 @@ def _figures(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     if "device" in summary:
         rows.append(("trained on", f"{summary['device']}, PyTorch {summary.get('torch')}"))
     evaluation = read_json_object(checkpoint.run / EVALUATION_NAME)
-    if evaluation.get("checkpoint") == checkpoint.name:
+    of_run = evaluation.get("split", "heldout") == "heldout" and evaluation.get("data") is None
+    if of_run and evaluation.get("checkpoint") == checkpoint.name:
         rows += [
             (f"held-out {label}", f"{evaluation[name]:.4f}")
             for name, label in (("loss", "loss"), ("perplexity", "perplexity"), ("bits_per_byte", "bits per byte"))

@@ -337,7 +337,8 @@ def _state(published: PublishedModel, config: ModelConfig, tensors: Mapping[str,
     """Convert the published state to ours."""
     state = {}
     unused = {name for name in tensors if not _is_idle(name, config)}
-    for name, parameter in config.build("meta").state_dict().items():
+    model = config.build("meta")
+    for name, parameter in model.state_dict().items():
         pieces = []
         for source in _sources(name, tuple(parameter.shape), published):
             tensor = tensors.get(source.name)
@@ -356,6 +357,8 @@ def _state(published: PublishedModel, config: ModelConfig, tensors: Mapping[str,
         state[name] = whole.reshape(parameter.shape).to(parameter.dtype)
     if unused:
         raise UltraMemError(f"{min(unused)} has no place in the model; {_REMEDY}")
+    if model.memory is not None:
+        model.memory.check_loaded(state, "memory.")
     return state
 
 

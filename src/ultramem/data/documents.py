@@ -134,6 +134,16 @@ def find_sources(paths: Iterable[Path], include: Sequence[str] = (), exclude: Se
     return list(found.values())
 
 
+def check_include(paths: Iterable[Path], include: Sequence[str]) -> None:
+    """Check that there is a directory for `include` to choose from.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if include and not any(path.is_dir() for path in paths):
+        raise ConfigError(f"include={', '.join(include)}: applies to directories, and none is given; leave it out")
+
+
 def read_documents(
     files: Iterable[SourceFile], text_field: str = "text", separator: str | None = None
 ) -> Iterator[Document | BrokenRecordError]:

@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from ultramem.configuration.field_types import check_field, check_range, check_types
-from ultramem.data.documents import BrokenRecordError, Document, find_sources, read_documents
+from ultramem.data.documents import BrokenRecordError, Document, check_include, find_sources, read_documents
 from ultramem.data.near_duplicates import near_duplicates
 from ultramem.data.token_files import (
     TOKEN_DIRECTORY,
@@ -109,6 +109,8 @@ class TokenizeConfig:
                 raise ConfigError(
                     f"train_bpe={self.train_bpe}: sets eos_token, eos_id and pad_token itself; leave them out"
                 )
+        if self.eos_token is not None and self.eos_id is not None:
+            raise ConfigError(f"eos_id={self.eos_id}: must not be given with eos_token={self.eos_token!r}")
         check_range(self, "train_bpe", most=2**22)
         check_range(self, "heldout", least=0, below=1)
         check_range(self, "near_duplicates", above=0, most=1)
@@ -122,7 +124,10 @@ class Corpus:
 
     def __init__(self, config: TokenizeConfig) -> None:
         self.config = config
+        check_include(config.sources, config.include)
         self.files = find_sources(config.sources, config.include, config.exclude)
+        if config.separator is not None and not any(file.suffix == ".txt" for file in self.files):
+            raise ConfigError(f"separator={config.separator!r}: applies to .txt files, and there is none; leave it out")
         self.size_on_disk = sum(file.num_bytes for file in self.files)
         self.left_out: set[int] = set()  # near-duplicates, by their number among all documents
         self.text_bytes = self.position = self.skipped = 0
@@ -266,7 +271,7 @@ def _sample(corpus: Corpus, seed: int, display: Progress) -> list[str]:
 def _write_splits(
     config: TokenizeConfig, corpus: Corpus, tokenizer: ChosenTokenizer, directory: Path, display: Progress
 ) -> None:
-    """Write the token files, then the manifest."""
+    """Write the token files, then the manifest and the checksums."""
     train, heldout = (SplitWriter(directory / name, config.shard_tokens) for name in ("train", "heldout"))
     tokenizing = display.add_task("tokenizing", total=corpus.size_on_disk, documents=0)
     encoder = (tokenizer.tokenizer.to_str(), tokenizer.eos_token_id, tokenizer.dtype)
@@ -282,23 +287,23 @@ def _write_splits(
             "give more text, raise --max-size or lower --heldout"
         )
     paths = [str(path) for path in config.sources]
-    save_manifest(
-        Manifest(
-            directory=directory,
-            splits=splits,
-            dtype=tokenizer.dtype,
-            vocab_size=tokenizer.vocab_size,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            tokenizer=tokenizer.name,
-            seed=config.seed,
-            sources={"paths": paths, "files": len(corpus.files), "bytes": corpus.size_on_disk},
-            arguments={name: value for name, value in asdict(config).items() if name not in NOT_ARGUMENTS},
-            near_duplicates=len(corpus.left_out),
-            skipped=corpus.skipped,
-            skipped_examples=tuple(corpus.skipped_examples),
-        )
+    manifest = Manifest(
+        directory=directory,
+        splits=splits,
+        dtype=tokenizer.dtype,
+        vocab_size=tokenizer.vocab_size,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tokenizer=tokenizer.name,
+        seed=config.seed,
+        sources={"paths": paths, "files": len(corpus.files), "bytes": corpus.size_on_disk},
+        arguments={name: value for name, value in asdict(config).items() if name not in NOT_ARGUMENTS},
+        near_duplicates=len(corpus.left_out),
+        skipped=corpus.skipped,
+        skipped_examples=tuple(corpus.skipped_examples),
     )
+    save_manifest(manifest)
+    manifest.save_checksums()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, tr
 
 from ultramem.configuration.field_types import shown
 from ultramem.errors import ConfigError, UltraMemError, first_line
+from ultramem.files.checksums import check_files
 from ultramem.files.json_files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -24,6 +25,7 @@ SMALLEST_BPE = 256 + 2  # every byte and the two special tokens
 LONGEST_WORD = 1024  # bytes that a BPE learns from together: the time to learn grows with the square
 COMMON_EOS_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 COMMON_PAD_TOKENS = (PADDING, "<pad>", "[PAD]")
+_SETTINGS_NAME = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,12 @@ def load_tokenizer(
             tokenizer's files.
 
     Raises:
-        UltraMemError: the tokenizer is not found or cannot be read.
+        UltraMemError: the tokenizer is not found, is damaged or cannot be read.
         ConfigError: the end-of-text or padding token is unknown or not in the vocabulary.
     """
     file = _find_file(name)
+    if file is not None:
+        check_files(file.parent, [file.name, _SETTINGS_NAME], "copy it again")
     tokenizer = _read_file(file) if file else _fetch(name)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -237,7 +241,7 @@ def _fetch(name: str) -> Tokenizer:
 
 def _read_settings(file: Path | None) -> dict[str, str]:
     """Special tokens by role, from the `tokenizer_config.json` that transformers writes beside the tokenizer."""
-    beside = file.with_name("tokenizer_config.json") if file else None
+    beside = file.with_name(_SETTINGS_NAME) if file else None
     if beside is None or not beside.is_file():
         return {}
     settings = read_json(beside, "fix or remove it")

@@ -27,7 +27,7 @@ from ultramem.files.whole_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
 from ultramem.runs.layout import TASKS_NAME
-from ultramem.runs.results import TaskResult
+from ultramem.runs.results import TaskResult, may_replace
 from ultramem.runs.tokenizer import find_tokenizer
 
 # Names of groups of tasks, whose mean is reported too.
@@ -127,12 +127,15 @@ class TaskEvaluation:
     run: Path
     max_questions: int | None = None
 
-    def save(self, path: Path | None = None) -> Path:
+    def save(self, path: Path | None = None) -> Path | None:
         """Write the results to a JSON file, by default the run's `tasks.json`, which `ultramem report` shows.
 
-        Results in the run's file for other tasks of the same checkpoint, with the same settings, are kept. Raises
-        UltraMemError if the file cannot be written.
+        Results in the run's file for other tasks of the same checkpoint, with the same settings, are kept. Nothing is
+        written, and None returned, if it has the checkpoint on all questions, and these results are on some of them.
+        Raises UltraMemError if the file cannot be written.
         """
+        if path is None and not may_replace(self.run / TASKS_NAME, self.checkpoint, self.max_questions is None):
+            return None
         settings = {name: getattr(self, name) for name in ("checkpoint", "context_length", "max_questions")}
         earlier = _saved_results(self.run / TASKS_NAME, settings) if path is None else []
         new = {_task(result) for result in self.results}

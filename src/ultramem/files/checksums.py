@@ -134,6 +134,28 @@ class Checksums:
         return DamagedFileError(f"{self.directory / name} is damaged: it differs from its checksum")
 
 
+def check_files(directory: Path, names: Iterable[str], remedy: str) -> None:
+    """Compare those of a directory's files that its `checksums.json` lists; version 0.1 wrote none.
+
+    Args:
+        directory: the directory.
+        names: paths in it.
+        remedy: what to do about a damaged file, for the error.
+
+    Raises:
+        UltraMemError: a file is missing or damaged, or cannot be read.
+    """
+    try:
+        checksums = Checksums.load(directory)
+        if checksums is not None:
+            checksums.check(name for name in names if name in checksums.files)
+    except DamagedFileError as error:
+        on_purpose = f"if it was changed on purpose, remove {directory / CHECKSUMS_NAME}"
+        raise DamagedFileError(f"{error}; {remedy}; {on_purpose}") from error
+    except OSError as error:
+        raise UltraMemError(f"{error.filename} cannot be read ({system_reason(error)}); check the file") from error
+
+
 def _pieces(path: Path, lengths: list[int] | None) -> Pieces:
     """Checksums of a file's pieces; what the lengths do not cover is a piece more, a missing part a shorter one."""
     size = path.stat().st_size

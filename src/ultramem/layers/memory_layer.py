@@ -199,6 +199,21 @@ class MemoryLayer(nn.Module):
         """Initialise all but the table with the constants of the published code."""
         raise NotImplementedError
 
+    def check_loaded(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        """Check what decides which rows are read in a state from a file; kernels rely on it.
+
+        Args:
+            state: a state with this layer's parameters and buffers; some may be missing or on `meta`.
+            prefix: with which their names begin.
+
+        Raises:
+            UltraMemError: indices are out of range or repeated, or a direction is not finite.
+        """
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        self.check_loaded(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "auxiliary_loss": None}  # it has a graph, which cannot be copied
 

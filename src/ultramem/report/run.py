@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -174,7 +175,7 @@ class Run:
         summary: content of `summary.json`.
         metrics: metrics by step, ascending; a step that was repeated after a resume has its last report.
         unreadable_lines: number of incomplete lines of `metrics.jsonl`, which a crash left, without the last line.
-        evaluation: content of `evaluation.json`, None without that file.
+        evaluation: content of `evaluation.json`, None without that file or if it is not on the run's own held-out data.
         tasks: content of `tasks.json`, None without that file.
         samples: content of `samples.json`, empty without that file.
     """
@@ -204,14 +205,15 @@ class Run:
                     "`ultramem train`"
                 )
         metrics, unreadable_lines = _read_metrics(path / METRICS_NAME)
-        evaluation, tasks, samples = (path / name for name in (EVALUATION_NAME, TASKS_NAME, SAMPLES_NAME))
+        losses, tasks, samples = (path / name for name in (EVALUATION_NAME, TASKS_NAME, SAMPLES_NAME))
+        evaluation = _load(LossResult, losses) if losses.is_file() else None
         return cls(
             path=path,
             config=(path / CONFIG_NAME).read_text(encoding="utf-8", errors="replace"),
             summary=_load(Summary, path / SUMMARY_NAME),
             metrics=metrics,
             unreadable_lines=unreadable_lines,
-            evaluation=_load(LossResult, evaluation) if evaluation.is_file() else None,
+            evaluation=evaluation if evaluation is not None and evaluation.of_run else None,
             tasks=_load(Tasks, tasks) if tasks.is_file() else None,
             samples=_load(Samples, samples, "entries").entries if samples.is_file() else (),
         )

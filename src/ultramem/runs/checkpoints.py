@@ -72,6 +72,8 @@ class Checkpoint:
                 model.lm_head.w_out.weight = model.embeddings.weight
                 del tensors["lm_head.w_out.weight"]
             CheckpointReader(directory).load({"model": tensors})
+            if model.memory is not None:
+                model.memory.check_loaded(tensors, "memory.")
         except DamagedFileError as error:
             raise UltraMemError(f"{error}; {self._alternative()}") from error
         check_finite_weights(model.state_dict(), directory)

@@ -33,6 +33,8 @@ class DataConfig:
         vocab_size: with `train_files`: one more than the largest token id.
         eos_token_id: with `train_files`: the token that ends a document.
         dtype: with `train_files`: `uint16` or `uint32`.
+        verify: whether to read every token file once, before training and before an evaluation, and compare it with its
+            checksum and with what the run began with. Switch it off where that takes too long, with terabytes.
     """
 
     directory: Path | None = None
@@ -43,6 +45,7 @@ class DataConfig:
     vocab_size: int | None = None
     eos_token_id: int | None = None
     dtype: Literal["uint16", "uint32"] | None = None
+    verify: bool = True
 
     def __post_init__(self) -> None:
         check_types(self)

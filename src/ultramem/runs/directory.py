@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from ultramem.runs.checkpoints import (
 )
 from ultramem.runs.config import RunConfig
 from ultramem.runs.config_files import load_config
+from ultramem.runs.contents import DataContents, file_content, recorded_contents
 from ultramem.runs.layout import (
     CONFIG_NAME,
     EVALUATION_NAME,
@@ -47,7 +49,7 @@ from ultramem.runs.layout import (
     TOKENIZER_NAME,
 )
 from ultramem.runs.results import parse_report
-from ultramem.runs.summary import EOS_TOKEN_ID, make_summary, read_summary
+from ultramem.runs.summary import DATA, EOS_TOKEN_ID, make_summary, read_summary
 from ultramem.runs.tokens import TokenData
 
 _FILES = (METRICS_NAME, TOKENIZER_NAME, EVALUATION_NAME, TASKS_NAME, SAMPLES_NAME, REPORT_NAME)
@@ -62,6 +64,7 @@ CONTENTS = re.compile(
 CHECKPOINT_BYTES = 12  # per parameter: the weight and AdamW's two moments, in float32
 # What a resumed run may change: where things are, how they are computed, what is reported; not what is learned.
 CHANGEABLE = {
+    "data.verify",
     "trainer.directory",
     "trainer.micro_batch_size",
     "trainer.precision",
@@ -231,14 +234,28 @@ class RunDirectory:
         """Path of the checkpoint of a step, which need not exist."""
         return self.path / checkpoint_name(step)
 
-    def describe(self, data: TokenData, device: torch.device, world_size: int) -> None:
+    def check_data(self, data: TokenData, contents: DataContents, overwrite: bool) -> None:
+        """Check that the data and its tokenizer are those that the run began with, if it is not to be replaced.
+
+        Raises:
+            UltraMemError: they are not; the error names the file.
+        """
+        if overwrite and self._holds_run():
+            return
+        recorded, tokenizer = recorded_contents(self.path), self.path / TOKENIZER_NAME
+        if recorded is not None:
+            contents.check_same(data, recorded)
+        if contents.tokenizer and tokenizer.exists() and not file_content(tokenizer).is_like(contents.tokenizer):
+            raise UltraMemError(f"{tokenizer} is not that of the data, {data.tokenizer}; restore the right one")
+
+    def describe(self, data: TokenData, contents: DataContents, device: torch.device, world_size: int) -> None:
         """Write `summary.json` and the tokenizer if they do not exist yet."""
         tokenizer = self.path / TOKENIZER_NAME
         if data.tokenizer is not None and not tokenizer.exists():
-            write_text(tokenizer, data.tokenizer.read_text(encoding="utf-8"))
+            write_text(tokenizer, data.tokenizer.read_bytes().decode())  # line ends as they are
         earlier = read_summary(self.path)
-        if EOS_TOKEN_ID not in earlier:  # also of a run that version 0.1 began
-            summary = make_summary(self.config, data, self.statistics, device, world_size)
+        if not earlier.keys() >= {EOS_TOKEN_ID, DATA}:  # also of a run that version 0.1 began
+            summary = make_summary(self.config, data, self.statistics, device, world_size) | {DATA: asdict(contents)}
             write_text(self.path / SUMMARY_NAME, json.dumps(summary | earlier, indent=2) + "\n")
 
     def is_finished(self, step: int | None, has_heldout: bool) -> bool:

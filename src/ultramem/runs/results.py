@@ -9,6 +9,20 @@ from ultramem.configuration.field_types import check_range, check_types
 from ultramem.files.json_files import parse_json, read_json_object
 
 
+def may_replace(path: Path, checkpoint: str, complete: bool) -> bool:
+    """Whether results may replace those in a run's file: on a part of the data, never those of the checkpoint on all.
+
+    Args:
+        path: `evaluation.json` or `tasks.json`.
+        checkpoint: name of the checkpoint.
+        complete: whether the results are on all tokens or questions.
+    """
+    earlier = read_json_object(path)
+    # Tasks have a limit instead; version 0.1 does not say whether losses are on all tokens.
+    earlier_complete = earlier.get("complete", earlier.get("max_questions") is None)
+    return complete or earlier.get("checkpoint") != checkpoint or not earlier_complete
+
+
 @dataclass(frozen=True)
 class LossResult:
     """Results of a checkpoint on token files.
@@ -22,6 +36,7 @@ class LossResult:
         bits_per_byte: bits per byte of text, including the loss of end-of-text tokens; None without a manifest.
         unigram_bits_per_byte: bits per byte of the train split's unigram model, or None.
         complete: whether all tokens of the files were used.
+        data: the directory or token files, if they are not the run's own.
     """
 
     checkpoint: str
@@ -32,10 +47,16 @@ class LossResult:
     bits_per_byte: float | None
     unigram_bits_per_byte: float | None
     complete: bool = True  # version 0.1 does not say
+    data: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
         check_range(self, "tokens", least=0)
+
+    @property
+    def of_run(self) -> bool:
+        """Whether they are on the run's own held-out data, and not on any other."""
+        return self.split == "heldout" and self.data is None
 
 
 @dataclass(frozen=True)

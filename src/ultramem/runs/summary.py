@@ -16,6 +16,7 @@ from ultramem.runs.layout import SUMMARY_NAME
 from ultramem.runs.tokens import TokenData
 
 EOS_TOKEN_ID = "eos_token_id"  # also in the data, which may be moved
+DATA = "data"  # sizes and checksums of its files
 
 
 def make_summary(

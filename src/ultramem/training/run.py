@@ -31,6 +31,7 @@ from ultramem.hosts.weights import check_finite_weights
 from ultramem.runs import config_files
 from ultramem.runs.checkpoints import checkpoint_name
 from ultramem.runs.config import RunConfig
+from ultramem.runs.contents import DataContents
 from ultramem.runs.directory import RunDirectory
 from ultramem.runs.tokens import TokenData, check_token_data, open_token_data
 from ultramem.training.checkpoints import load_checkpoint
@@ -120,17 +121,19 @@ def train(
         if config.trainer.deterministic:
             stack.enter_context(deterministic_algorithms())
 
-        def check() -> tuple[int | None, bool]:
+        def check() -> tuple[int | None, DataContents | None]:
             stack.enter_context(directory.locked())
             latest = directory.find_step(overwrite)
             step = latest if from_checkpoint is None else directory.step_of(from_checkpoint)
-            finished = directory.is_finished(step, bool(data.heldout))
-            if not finished:
-                directory.check_room(overwrite)
-            return step, finished
+            if directory.is_finished(step, bool(data.heldout)):
+                return step, None
+            directory.check_room(overwrite)
+            contents = DataContents.of(data, config.data.verify)
+            directory.check_data(data, contents, overwrite)
+            return step, contents
 
-        step, finished = processes.on_first(check)
-        if step is not None and finished:
+        step, contents = processes.on_first(check)
+        if step is not None and contents is None:
             return RunResult(directory.path, step, "already finished")
         if processes.rank == 0:
             _announce(console, directory, data, processes)
@@ -142,11 +145,12 @@ def train(
             load_weights(trainer.train_module.model, config.trainer.initial_weights, config.model)
 
         def claim() -> None:
+            assert contents is not None
             ending = "damaged" if from_checkpoint is None else "unused"
             if step is not None and (moved := directory.put_aside(step, ending)):
                 console.print(f"kept as {', '.join(moved)}")
             directory.claim(overwrite)
-            directory.describe(data, processes.device, processes.count)
+            directory.describe(data, contents, processes.device, processes.count)
             if overwrite and (others := directory.others()):
                 more = "" if len(others) <= 5 else f" and {len(others) - 5} more"
                 console.print(f"kept, as ultramem did not write it: {escape(', '.join(others[:5]))}{more}")

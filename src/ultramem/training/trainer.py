@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from olmo_core.data import DataLoaderBase, NumpyDataLoaderConfig, NumpyFSLDataset
+from olmo_core.data import DataCollator, DataLoaderBase, NumpyFSLDataLoader, NumpyFSLDataset
+from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train import Duration, LoadStrategy, Trainer, TrainerConfig
 from olmo_core.train.callbacks import Callback
 from olmo_core.train.train_module import TransformerActivationCheckpointingConfig, TransformerTrainModule
@@ -37,6 +38,18 @@ class TrainModule(TransformerTrainModule):
         """As in OLMo-core."""
         if not dry_run:
             super().train_batch(batch)
+
+
+class DataLoader(NumpyFSLDataLoader):
+    """OLMo-core's, with the order of an epoch's sequences in memory: 4 bytes for each, in every process.
+
+    OLMo-core writes it to a file through a memory map, which ends the process when the disk is full, and believes any
+    file that it finds there.
+    """
+
+    def build_and_save_global_indices(self, in_memory: bool = True) -> None:
+        """Make the order, which depends on seed, epoch and number of sequences alone."""
+        super().build_and_save_global_indices(in_memory=True)
 
 
 def build_trainer(
@@ -119,12 +132,16 @@ def build_data_loader(
         dtype=np.uint16 if data.dtype == "uint16" else np.uint32,
         include_instance_metadata=False,
     )
-    return NumpyDataLoaderConfig(
+    return DataLoader(
+        dataset,
+        collator=DataCollator(pad_token_id=data.eos_token_id, vocab_size=data.vocab_size),
         global_batch_size=config.trainer.batch_size,
         seed=config.trainer.seed,
-        work_dir=str(config.trainer.directory / "data_order"),
+        work_dir=config.trainer.directory,  # nothing is written there
         target_device_type=device.type,
-    ).build(dataset, dp_process_group=group)
+        dp_world_size=get_world_size(group),
+        dp_rank=get_rank(group),
+    )
 
 
 def _heldout_evaluation(

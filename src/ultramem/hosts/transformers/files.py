@@ -6,6 +6,9 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from ultramem.configuration.decoding import decode, dotted_keys
 from ultramem.configuration.field_types import check_types
 from ultramem.data.tokenizers import plain_errors
 from ultramem.errors import ConfigError, UltraMemError, first_line
-from ultramem.files.checksums import CHECKSUMS_NAME
+from ultramem.files.checksums import CHECKSUMS_NAME, Checksums, check_files
 from ultramem.files.directories import Product
 from ultramem.files.json_files import damaged, read_json, read_json_object
 from ultramem.files.whole_files import whole_file, write_text
@@ -36,6 +39,28 @@ from ultramem.memory import Memory
 
 MODEL_CONFIG_NAME = "config.json"  # marks a directory as a model's
 MEMORY_CONFIG_NAME, MEMORY_WEIGHTS_NAME = "memory_config.json", "memory.safetensors"
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}  # neither the network nor code of the directory
+MODEL_FILES = (MODEL_CONFIG_NAME, "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+TOKENIZER_FILES = ("*token*.json", "*.jinja")
+
+
+def check_model_files(directory: Path, patterns: Sequence[str] = MODEL_FILES) -> None:
+    """Compare files of a directory with its `checksums.json`, if it has one that lists them.
+
+    Raises:
+        UltraMemError: a file is missing or damaged, or cannot be read.
+    """
+    names = (path.name for path in directory.iterdir())
+    check_files(directory, [name for name in names if any(map(partial(fnmatch, name), patterns))], "write it again")
+
+
+def save_checksums(directory: Path) -> None:
+    """Write `checksums.json` for all files in a directory, but not below it.
+
+    Raises:
+        OSError: a file cannot be read, or it cannot be written.
+    """
+    Checksums.compute(directory, [path.name for path in directory.iterdir() if path.is_file()]).save()
 
 
 def _is_ours(directory: Path) -> bool:
@@ -64,19 +89,20 @@ def load_config_file(directory: Path) -> PreTrainedConfig:
     """Load the configuration of the model in a directory.
 
     Raises:
-        UltraMemError: the configuration is missing or not valid.
+        UltraMemError: the configuration is missing, damaged or not valid.
     """
     if not (directory / MODEL_CONFIG_NAME).is_file():
         raise UltraMemError(
             f"{directory} has no {MODEL_CONFIG_NAME}; give a transformers directory, such as `ultramem export` writes"
         )
+    check_model_files(directory, [MODEL_CONFIG_NAME])
     blocks = read_json_object(directory / MODEL_CONFIG_NAME).get("num_hidden_layers", 0)
     if not isinstance(blocks, int) or blocks > LARGEST_COUNT:  # transformers would go on for hours
         raise UltraMemError(
             f"{directory / MODEL_CONFIG_NAME}: num_hidden_layers={blocks!r}: must be a whole number up to "
             f"{LARGEST_COUNT}; restore the model's own"
         )
-    return _plain_errors(directory, lambda: AutoConfig.from_pretrained(directory, local_files_only=True))
+    return _plain_errors(directory, lambda: AutoConfig.from_pretrained(directory, **_LOCAL))
 
 
 def load_model_file(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -85,12 +111,11 @@ def load_model_file(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         UltraMemError: the model is missing or damaged, or a parameter is missing, has another shape or is not finite.
     """
-    load_config_file(directory)
+    if load_config_file(directory).model_type != "ultramem":  # our own class checks its files
+        check_model_files(directory)
     model, report = _plain_errors(
         directory,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            directory, local_files_only=True, dtype=dtype, output_loading_info=True
-        ),
+        lambda: AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **_LOCAL),
     )
     wrong = [*report["missing_keys"], *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])]
     if wrong:
@@ -108,8 +133,9 @@ def load_model_and_tokenizer(
         UltraMemError: a file is missing or damaged, or the tokenizer does not fit or has no end-of-text token.
     """
     model = load_model_file(directory, torch.float32)
+    check_model_files(directory, TOKENIZER_FILES)
     with plain_errors(f"the tokenizer in {directory} cannot be loaded", "put it there"):
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, **_LOCAL)
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UltraMemError(
@@ -133,7 +159,7 @@ def _plain_errors(directory: Path, load: Any) -> Any:
 
 
 def save_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
-    """Save only the memory, as `memory_config.json` and `memory.safetensors`.
+    """Save only the memory, as `memory_config.json` and `memory.safetensors`, with their checksums.
 
     Raises:
         UltraMemError: the model has no memory, or the directory cannot be written.
@@ -154,6 +180,9 @@ def save_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> No
         with whole_file(path / MEMORY_WEIGHTS_NAME) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
         write_text(path / MEMORY_CONFIG_NAME, json.dumps(content, indent=2) + "\n")
+        others = Checksums.load(path)  # the directory may also hold a model
+        own = Checksums.compute(path, (MEMORY_CONFIG_NAME, MEMORY_WEIGHTS_NAME))
+        Checksums(path, {**(others.files if others else {}), **own.files}).save()
     except (OSError, SafetensorError) as error:
         raise UltraMemError(f"{path} cannot be written ({error}); choose another directory") from error
 
@@ -165,6 +194,7 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
         UltraMemError: a file is missing or damaged, has weights that are not finite, or does not fit the model.
     """
     path = Path(directory)
+    check_files(path, (MEMORY_CONFIG_NAME, MEMORY_WEIGHTS_NAME), "save the memory again")
     stored = _read_memory_config(path / MEMORY_CONFIG_NAME)
     hidden, blocks = model.config.get_text_config().hidden_size, model.config.get_text_config().num_hidden_layers
     if (stored.d_model, stored.num_blocks) != (hidden, blocks):
@@ -189,7 +219,11 @@ def load_memory(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Me
             "shape"
         )
     memory.to(dtype=tensors["layers.0.query_proj.weight"].dtype)
-    memory.load_state_dict(tensors)
+    try:
+        memory.load_state_dict(tensors)
+    except UltraMemError as error:
+        detach_memory(model)
+        raise UltraMemError(f"{path / MEMORY_WEIGHTS_NAME}: {error}") from error
     memory.refresh()
     return memory
 
