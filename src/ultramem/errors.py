@@ -17,12 +17,17 @@ class UltraMemError(Exception):
     """
 
     def __str__(self) -> str:
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
-        return text if len(text) <= LONGEST_MESSAGE else f"{text[:900]} ... {text[-100:]}"
+        return one_line(super().__str__())
 
 
 class ConfigError(UltraMemError, ValueError):
     """An invalid configuration value; the message names the field, the value and what is valid."""
+
+
+def one_line(text: str) -> str:
+    """A text as a line that can be printed and is not too long."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[:900]} ... {line[-100:]}"
 
 
 def first_line(error: BaseException) -> str:
@@ -55,7 +60,6 @@ _REMEDIES = {
     errno.ENFILE: "close other programs",
     errno.EAGAIN: "end other processes, or raise the limit on them, as with ulimit -u",
 }
-_LONGEST_SHOWN = 200  # characters of a path or text
 # How PyTorch, its allocators and NumPy say that memory is short, or that a size is beyond any memory.
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|not enough memory|allocate memory|unable to allocate|tried to allocate|Cannot allocate"
@@ -66,10 +70,10 @@ _ALLOCATION = re.compile(r"allocate (\d[\d.]*) ?(bytes|[KMGTPE]iB)", re.IGNORECA
 
 
 def explain(error: BaseException) -> str | None:
-    """What an error of Python or a library says about the user's input or machine, and the remedy, in one line.
+    """What an error of Python or a library says about the user's input or machine, and the remedy.
 
     Returns:
-        the line; None for an error that is unforeseen, and so perhaps a fault of this library.
+        the text, as `one_line` needs it; None for an error that is unforeseen, and so perhaps a fault of this library.
     """
     if isinstance(error, UltraMemError):
         return str(error)
@@ -78,7 +82,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return _explain_system(error)
     if isinstance(error, UnicodeEncodeError):
-        return f"{_shown(error.object)} is not valid Unicode ({error.reason}); correct the text or rename the file"
+        return f"{error.object} is not valid Unicode ({error.reason}); correct the text or rename the file"
     if isinstance(error, RecursionError):
         return "the input is nested too deeply; make it flatter"
     if isinstance(error, OverflowError):
@@ -100,10 +104,5 @@ def _explain_memory(text: str) -> str:
 def _explain_system(error: OSError) -> str | None:
     if error.errno is None:
         return None  # not the system's, but a library's
-    name = "a file, or the standard output," if error.filename is None else _shown(os.fsdecode(error.filename))
+    name = "a file, or the standard output," if error.filename is None else os.fsdecode(error.filename)
     return f"{name} cannot be read or written ({system_reason(error)}); {_REMEDIES.get(error.errno, 'check it')}"
-
-
-def _shown(text: str) -> str:
-    shown = text if text.isprintable() else repr(text)
-    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}..."

@@ -75,7 +75,7 @@ TOO_MUCH = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: c
         (
             SURROGATES,
             1,
-            r"'a\udcff' is not valid Unicode (surrogates not allowed); correct the text or rename the file",
+            r"a\udcff is not valid Unicode (surrogates not allowed); correct the text or rename the file",
         ),
         (ValueError("embedded null byte"), 1, "a path or text has a NUL character; remove it"),
         (RecursionError("maximum recursion depth exceeded"), 1, "the input is nested too deeply; make it flatter"),
@@ -124,9 +124,9 @@ def test_errors_of_the_system(code: int, remedy: str, name: str | bytes, end: An
 def test_a_long_or_strange_name_is_one_short_line(end: Any) -> None:
     _, said = end(OSError(errno.ENAMETOOLONG, "File name too long", "a" * 5000))
     assert said.startswith("aaaa")
-    assert len(said) < 300
+    assert len(said) < 1010
     _, said = end(OSError(errno.ENOENT, "No such file", "a\nb\x1b[2J"))
-    assert said.startswith(r"'a\nb\x1b[2J' cannot")
+    assert said.startswith(r"a\nb\x1b[2J cannot")
 
 
 class PanicException(BaseException):
@@ -222,7 +222,7 @@ def test_a_prompt_that_is_not_unicode(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 1
-    assert capsys.readouterr().err.startswith(r"error: 'a\udcff' is not valid Unicode")
+    assert capsys.readouterr().err.startswith(r"error: a\udcff is not valid Unicode")
 
 
 def test_an_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

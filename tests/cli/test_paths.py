@@ -111,7 +111,7 @@ def test_inputs(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     if command in ("train data.more_directories", "train trainer.initial_weights"):
-        del bad["empty"]  # that is none
+        del bad["empty"]  # none
     check_one_line(INPUTS[command], bad, places, monkeypatch, capfd)
 
 

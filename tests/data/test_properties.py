@@ -25,6 +25,7 @@ MODELS: list[Any] = [
     {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": "x"},
     {"type": "BPE", "vocab": {"a": 0, "##b": 1, "ab": 2}, "merges": ["a ##b"], "continuing_subword_prefix": "####"},
     {"type": "BPE", "vocab": {"a": 2**32 - 1, "<|endoftext|>": 0}, "merges": []},
+    {"type": "BPE", "vocab": {"a": 2**31, "<|endoftext|>": 0}, "merges": []},
     {"type": "BPE", "vocab": {"a": 2**32}, "merges": []},
     {"type": "WordLevel", "vocab": {"<|endoftext|>": 0}, "unk_token": "x"},
     {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "x", "continuing_subword_prefix": "##"},
@@ -42,6 +43,15 @@ PARTS: dict[str, Any] = {
     "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
     "decoder": {"type": "WordPiece", "prefix": "", "cleanup": True},
     "truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5},
+}
+
+PADDING = {
+    "strategy": {"Fixed": 2**40},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 1,
+    "pad_type_id": 0,
+    "pad_token": "<|padding|>",
 }
 
 
@@ -114,6 +124,8 @@ def test_what_is_refused(directory: Path, manifest: Any, place: list[Any], value
 )
 @example(json.dumps(TOKENIZER | {"normalizer": PARTS["normalizer"]}).encode())
 @example(json.dumps(TOKENIZER | {"post_processor": PARTS["post_processor"]}).encode())
+@example(json.dumps(TOKENIZER | {"model": MODELS[4], "pre_tokenizer": None}).encode())
+@example(json.dumps(TOKENIZER | {"padding": PADDING}).encode())
 def test_any_tokenizer(directory: Path, content: bytes) -> None:
     file = directory / "other.json"
     file.write_bytes(content)

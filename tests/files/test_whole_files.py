@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 
 from ultramem.errors import UltraMemError
-from ultramem.files.whole_files import TEMPORARY_NAME, check_output, whole_file, write_text
+from ultramem.files.whole_files import TEMPORARY_NAME, check_output, read_bytes, whole_file, write_text
 
 
 def full(self: Path, text: str, encoding: str) -> None:
@@ -138,3 +139,38 @@ def test_checking_changes_nothing(tmp_path: Path) -> None:
     path.write_text("")  # nothing to lose
     check_output(path, lambda path: False)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
+    """Not /dev/null, which renaming would make a file of."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(OSError, match="not a regular file"):
+            write_text(path, "text")
+    for path in (tmp_path, Path("/")):
+        with pytest.raises(IsADirectoryError):
+            write_text(path, "text")
+    assert (tmp_path / "pipe").is_fifo()
+    assert list(tmp_path.iterdir()) == [tmp_path / "pipe"]
+
+
+def test_a_text_that_is_not_unicode_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "file", "a\udcff")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_pipe_is_read_if_somebody_writes_to_it(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="nobody writes to this pipe"):
+        read_bytes(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # lets the writer open it at once
+    with pipe.open("w") as file:
+        writer = threading.Timer(0.1, lambda: (file.write("ä" * 10_000), file.close()))
+        writer.start()
+        assert read_bytes(pipe) == ("ä" * 10_000).encode()
+        writer.join()
+    os.close(reader)
+    with pytest.raises(OSError, match="it is a device"):
+        read_bytes(Path("/dev/zero"))

@@ -54,7 +54,7 @@ def test_of_an_exported_model(run: Any, tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors[f"model.{VALUES}"][0] = float("inf")
     save_file(tensors, file, metadata={"format": "pt"})
-    (tmp_path / "model" / "checksums.json").unlink()  # which would find it out first
+    (tmp_path / "model" / "checksums.json").unlink()
     with pytest.raises(UltraMemError, match=rf"model has weights that are not finite, in model\.{VALUES}"):
         read_model(tmp_path / "model")
 

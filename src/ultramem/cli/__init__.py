@@ -12,13 +12,10 @@ except ImportError:  # `pip install ultramem` alone has no command line tools
     sys.exit("ultramem: the command line needs more packages; install them with: pip install 'ultramem[train]'")
 
 from ultramem.cli import border, data, models, runs
-from ultramem.cli.command import Command, Commands
+from ultramem.cli.command import Command
 
 app = typer.Typer(
-    help="Sparse memory layers for language models.",
-    cls=Commands,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
+    help="Sparse memory layers for language models.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 
 

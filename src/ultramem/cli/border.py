@@ -13,7 +13,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.markup import escape
 
-from ultramem.errors import InterruptedWorkError, explain, first_line, system_reason
+from ultramem.errors import InterruptedWorkError, explain, first_line, one_line, system_reason
 
 MISTAKE, UNFORESEEN, INTERRUPTED = 1, 70, 130  # exit statuses; 2 is a wrong command line
 
@@ -40,12 +40,12 @@ def run_command(command: Callable[[], object]) -> None:
         _end(explained, INTERRUPTED if isinstance(error, InterruptedWorkError) else MISTAKE)
 
 
-def _end(line: str, status: int) -> NoReturn:
+def _end(said: str, status: int) -> NoReturn:
     try:
         print(end="", flush=True)
     except OSError:  # it would fail again at exit, with a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(line)}")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(one_line(said))}")
     sys.exit(status)
 
 

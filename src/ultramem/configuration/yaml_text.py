@@ -12,7 +12,7 @@ import yaml
 
 from ultramem.configuration.field_types import is_64_bit
 from ultramem.errors import ConfigError, first_line, system_reason
-from ultramem.files.reading import read_text
+from ultramem.files.whole_files import read_bytes
 
 LARGEST_TEXT = 2**20  # in bytes; a run's configuration has one or two thousand
 MOST_VALUES = 20_000  # keys count too; more take seconds
@@ -93,7 +93,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
         ConfigError: the file cannot be read or is not valid.
     """
     try:
-        text = read_text(Path(path), LARGEST_TEXT + 1)
+        text = read_bytes(Path(path), LARGEST_TEXT + 1).decode("utf-8")
     except (OSError, ValueError) as error:  # the latter if it is not UTF-8, or a name of a file that no file can have
         reason = system_reason(error) if isinstance(error, OSError) else first_line(error)
         raise ConfigError(f"{path}: cannot be read ({reason}); check the path") from error

@@ -23,6 +23,7 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 SMALLEST_BPE = 256 + 2  # every byte and the two special tokens
 LONGEST_WORD = 1024  # bytes that a BPE learns from together: the time to learn grows with the square
+MOST_MISSING_IDS = 2**16  # the library takes hours over billions of them, and prints them
 COMMON_EOS_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 COMMON_PAD_TOKENS = (PADDING, "<pad>", "[PAD]")
 _SETTINGS_NAME = "tokenizer_config.json"
@@ -102,8 +103,7 @@ def load_tokenizer(
     if file is not None:
         check_files(file.parent, [file.name, _SETTINGS_NAME], "copy it again")
     tokenizer = _read_file(file) if file else _fetch(name)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    _prepare(tokenizer, name)
     settings = _read_settings(file)
     eos = _token_id(tokenizer, "eos_token", eos_token or settings.get("eos_token"), COMMON_EOS_TOKENS)
     pad = _token_id(tokenizer, "pad_token", pad_token or settings.get("pad_token"), COMMON_PAD_TOKENS)
@@ -194,10 +194,18 @@ def _find_file(name: str) -> Path | None:
 
 def _read_file(file: Path) -> Tokenizer:
     with _silent_panics(), plain_errors(f"{file} cannot be read as a tokenizer.json"):
-        tokenizer = Tokenizer.from_file(str(file))
-        _vocab_size(tokenizer)
+        return Tokenizer.from_file(str(file))
+
+
+def _prepare(tokenizer: Tokenizer, name: str) -> None:
+    """Turn off truncation and padding, and check that the tokenizer can be used."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    missing = _vocab_size(tokenizer) - tokenizer.get_vocab_size(with_added_tokens=True)
+    if missing > MOST_MISSING_IDS:
+        raise UltraMemError(f"tokenizer {name} has no tokens for {missing} of its ids; choose another tokenizer")
+    with _silent_panics(), plain_errors(f"tokenizer {name} cannot encode a text"):
         tokenizer.encode("", add_special_tokens=False)
-        return tokenizer
 
 
 @contextmanager

@@ -20,8 +20,7 @@ from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.device import autocast
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.files.json_files import read_json
-from ultramem.files.reading import read_text
-from ultramem.files.whole_files import check_output, write_json
+from ultramem.files.whole_files import check_output, read_bytes, write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import SAMPLES_NAME
@@ -97,7 +96,7 @@ class TextGenerator:
         With an empty prompt the model starts a new document. A character of several tokens is yielded when it is
         complete, and left out if the text ends before. The same arguments give the same text.
 
-        Raises UltraMemError if the model's output is not finite.
+        Raises UltraMemError if the model's output is not finite, UnicodeEncodeError if the prompt is not Unicode.
         """
         tokenizer, eos_token_id = self.tokenizer.tokenizer, self.tokenizer.eos_token_id
         prompt.encode()  # the tokenizer's own error does not say what is wrong
@@ -173,7 +172,7 @@ def sample(
 def read_prompt(path: Path) -> str:
     """Read a text file. Raises UltraMemError if it cannot be read, or is not UTF-8."""
     try:
-        return read_text(path)
+        return read_bytes(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = system_reason(error) if isinstance(error, OSError) else "not UTF-8 text"
         raise UltraMemError(f"{path} cannot be read ({reason}); give a text file with --prompt-file") from error

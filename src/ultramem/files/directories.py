@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -132,6 +133,8 @@ def _check_place(place: Path, sources: Iterable[Path]) -> None:
 
 def _check_replaceable(place: Path, overwrite: bool, product: Product) -> None:
     if not place.exists():
+        if place.is_symlink():  # though links are resolved
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         return
     if not place.is_dir():
         raise UltraMemError(f"{place} is a file; choose another name")

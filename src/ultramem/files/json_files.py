@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ultramem.errors import UltraMemError, first_line, system_reason
+from ultramem.files.whole_files import read_bytes
 
 LARGEST_FILE = 2**28  # bytes; a million token files in a manifest need half of it
 LONGEST_NAME = 255  # bytes, as file systems have it
@@ -79,8 +80,7 @@ def path_inside(directory: Path, name: str) -> Path:
 
 
 def _read(path: Path) -> Any:
-    with path.open("rb") as file:
-        content = file.read(LARGEST_FILE + 1)
+    content = read_bytes(path, LARGEST_FILE + 1)
     if len(content) > LARGEST_FILE:
         raise ValueError(f"it is larger than {LARGEST_FILE} bytes")
     return parse_json(content)

@@ -1,4 +1,4 @@
-"""Atomic writes of text and JSON files."""
+"""Atomic writes of text and JSON files, and reading that does not wait for ever."""
 
 from __future__ import annotations
 
@@ -17,6 +17,32 @@ from ultramem.errors import UltraMemError, system_reason
 
 TEMPORARY_NAME = re.compile(r"\.ultramem-[0-9a-f]{16}\.partial")  # what a killed process may leave
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def read_bytes(path: Path, most: int = -1) -> bytes:
+    """Read a file, or a pipe.
+
+    Args:
+        path: the file.
+        most: number of bytes to read at most; -1 for all.
+
+    Raises:
+        OSError: the file cannot be read, or is a device or a pipe that nobody writes to.
+    """
+    with open(path, "rb", opener=_open_at_once) as file:
+        content = file.read(most)
+        if not content and stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "nobody writes to this pipe", str(path))
+    return content
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is a device", path)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def write_text(path: Path, text: str) -> None:

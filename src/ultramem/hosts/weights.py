@@ -27,5 +27,5 @@ def check_finite_weights(weights: Mapping[str, Tensor], source: Path) -> None:
         if local.is_floating_point() and not local.sum().isfinite() and not local.isfinite().all():
             raise UltraMemError(
                 f"{source} has weights that are not finite, in {name}: its training had diverged, or it is damaged; "
-                "use an earlier checkpoint"
+                "use an earlier checkpoint: RUN/stepN, and for training --from-checkpoint stepN"
             )

@@ -57,7 +57,7 @@ class Checkpoint:
 
         Raises:
             ConfigError: the device is invalid, not available or too small for the model.
-            UltraMemError: the checkpoint is damaged, holds more than data or weights that are not finite, or does not
+            UltraMemError: the checkpoint is damaged, holds more than data, has weights that are not finite, or does not
                 match the run's configuration.
         """
         place = choose_device(device)

@@ -188,8 +188,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check_types(self)
         _make_absolute(self, "directory", "initial_weights")
-        if self.directory.name in ("", ".."):
-            raise ConfigError(f"directory={self.directory}: must have a name of its own; choose another directory")
+        check_field(self, "directory", self.directory.name not in ("", ".."), "a directory with a name of its own")
         counts = {name for name, hint in field_types(TrainerConfig).items() if without_none(hint)[0] is int}
         check_range(self, *sorted(counts - {"seed", "tokens", "evaluate_tokens"}), least=1, most=LARGEST_COUNT)
         check_range(self, "tokens", "evaluate_tokens", least=1)

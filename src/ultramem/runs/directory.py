@@ -17,7 +17,7 @@ import torch
 
 from ultramem.configuration.decoding import encode
 from ultramem.configuration.field_types import field_types
-from ultramem.configuration.yaml_text import parse_yaml
+from ultramem.configuration.yaml_text import read_yaml
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.files.directories import locked
 from ultramem.files.json_files import parse_json
@@ -299,8 +299,8 @@ class RunDirectory:
     def _holds_run(self) -> bool:
         """Whether this is recognisably a run: it has the sections of a configuration, and what a run writes."""
         try:
-            content = parse_yaml((self.path / CONFIG_NAME).read_text(encoding="utf-8"), CONFIG_NAME)
-        except (OSError, UnicodeDecodeError, ConfigError):
+            content = read_yaml(self.path / CONFIG_NAME)
+        except ConfigError:
             return False
         sections = field_types(RunConfig).keys()
         is_config = isinstance(content, dict) and {"model", "data", "trainer"} <= content.keys() <= sections

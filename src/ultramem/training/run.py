@@ -36,7 +36,7 @@ from ultramem.runs.directory import RunDirectory
 from ultramem.runs.tokens import TokenData, check_token_data, open_token_data
 from ultramem.training.checkpoints import load_checkpoint
 from ultramem.training.launch import environment_number
-from ultramem.training.processes import Processes, join_processes
+from ultramem.training.processes import Processes, in_all, join_processes
 from ultramem.training.reproducible import deterministic_algorithms
 from ultramem.training.stopping import DivergedError
 from ultramem.training.trainer import build_trainer
@@ -140,7 +140,6 @@ def train(
         trainer = build_trainer(config, data, suite, processes, console)
         if step is not None:
             step = _resume(trainer, directory, step, from_checkpoint is not None, processes, console)
-            check_finite_weights(trainer.train_module.model.state_dict(), directory.checkpoint(step))
         elif config.trainer.initial_weights is not None:
             load_weights(trainer.train_module.model, config.trainer.initial_weights, config.model)
 
@@ -240,6 +239,7 @@ def _resume(
             if processes.rank == 0:
                 console.print(f"{checkpoint_name(step)} is damaged ({escape(str(error))}); resuming from {name}")
             step = earlier
+    in_all(lambda: check_finite_weights(trainer.train_module.model.state_dict(), directory.checkpoint(step)))
     if processes.rank == 0:
         console.print(f"resuming from step {step:,}")
     return step
