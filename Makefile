@@ -5,7 +5,7 @@ LIBRARY = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdl
 TOKENS := runs/python-library
 SYSTEMS ?= dense ultramem_v2
 
-.PHONY: help quickstart compare-small docs test test-gpu check format clean
+.PHONY: help quickstart compare-small docs test test-thorough test-gpu check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -34,6 +34,9 @@ docs: $(VENV)/installed  ## write docs/configuration.md anew
 
 test: $(VENV)/installed  ## run the test suite
 	$(BIN)/python -m pytest -n auto
+
+test-thorough: $(VENV)/installed  ## run the property tests with 500 examples each, more than 10,000 in all
+	$(BIN)/python -m pytest -n auto $(shell find tests -name test_properties.py) --hypothesis-profile=thorough
 
 test-gpu: $(VENV)/installed  ## run the tests that use a GPU, the kernels' among them
 	$(BIN)/python -m pytest tests/ops tests/tables tests/layers tests/hosts tests/training -m "kernels or gpu"

@@ -13,7 +13,6 @@ import argparse
 import json
 import re
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,8 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.measurement import console, environment, write_json
+from benchmarks.measurement import check_outputs, console, environment, write_json
+from ultramem.cli.border import run_command
 from ultramem.device import choose_device
 from ultramem.errors import UltraMemError
 from ultramem.evaluation import evaluate, evaluate_tasks
@@ -92,6 +92,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=[], metavar="TASK")
     arguments, replaced = parser.parse_known_args()
     results = arguments.results or arguments.directory / "results"
+    check_outputs(results, *(f"{row.name}.json" for row in arguments.rows))
+    check_outputs(arguments.directory, REPORT_NAME)
     found = []
     for row in arguments.rows:
         path = results / f"{row.name}.json"
@@ -114,7 +116,10 @@ def main() -> None:
 
 def run(row: Row, config: RunConfig, tasks: Sequence[str]) -> dict[str, Any]:
     """Train a run, and evaluate it on all held-out text and on tasks; return its results."""
-    directory = train(config).directory
+    result = train(config)
+    if result.status == "interrupted":
+        raise UltraMemError(f"{row.name} was interrupted at step {result.step}; run the same command again")
+    directory = result.directory
     evaluation = evaluate(directory, batch_size=EVALUATION_SEQUENCES)
     evaluation.save()
     scores: list[Any] = []
@@ -176,7 +181,4 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UltraMemError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.comparison import SYSTEMS, VARIANTS, system_of
 from benchmarks.measurement import write_plot
+from ultramem.cli.border import run_command
 from ultramem.data.facts import EXPOSURES
 from ultramem.errors import UltraMemError
 from ultramem.files.whole_files import write_text
@@ -243,7 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UltraMemError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

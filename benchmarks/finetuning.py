@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import sysconfig
 import tempfile
 import time
@@ -25,10 +24,19 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.utils import logging
 
-from benchmarks.measurement import DEFAULT_OUTPUT, console, environment, free_memory, number, write_json, write_plot
+from benchmarks.measurement import (
+    DEFAULT_OUTPUT,
+    check_outputs,
+    console,
+    environment,
+    free_memory,
+    number,
+    write_json,
+    write_plot,
+)
+from ultramem.cli.border import run_command
 from ultramem.data.facts import made_up_words
 from ultramem.device import autocast, choose_device
-from ultramem.errors import UltraMemError
 from ultramem.finetuning.config import FinetuneConfig
 from ultramem.finetuning.examples import make_examples, mean_loss, read_texts
 from ultramem.finetuning.methods import Finetuning, read_background
@@ -310,6 +318,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--tiny", action="store_true", help="use fewer facts and less text, for a CPU")
     arguments = parser.parse_args()
+    check_outputs(arguments.output, "finetuning.json", "finetuning.png")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     bench = prepare(arguments)
@@ -336,7 +345,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UltraMemError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

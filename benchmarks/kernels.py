@@ -35,6 +35,7 @@ from benchmarks.measurement import (
     OUT_OF_MEMORY,
     allocated_gb,
     benchmark_device,
+    check_outputs,
     console,
     environment,
     free_memory,
@@ -48,6 +49,7 @@ from benchmarks.measurement import (
     write_plot,
 )
 from ultramem import Memory, MemoryConfig
+from ultramem.cli.border import run_command
 from ultramem.device import autocast
 from ultramem.errors import UltraMemError
 from ultramem.hosts.olmo_core import MoEConfig, preset
@@ -84,6 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.layers is not None and arguments.layers < 1:
         raise UltraMemError(f"--layers={arguments.layers}: must be at least 1")
+    check_outputs(arguments.output, "kernels.json", "kernels.png")
     device = benchmark_device(arguments.tiny)
     rates = Rates.measure(device, 256 if arguments.tiny else 8192)
     results = []
@@ -664,7 +667,4 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UltraMemError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from ultramem.errors import UltraMemError
-from ultramem.files.whole_files import write_text
+from ultramem.files.whole_files import cannot_write, check_output, whole_file, write_text
 
 DEFAULT_OUTPUT = Path("runs/benchmarks")
 OUT_OF_MEMORY = math.inf
@@ -180,18 +180,23 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 150)
 
 
+def check_outputs(directory: Path, *names: str) -> None:
+    """Make a directory and find out, before long work, whether files in it can be written."""
+    with cannot_write(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        check_output(directory / name)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file, completely or not at all; out of memory is written as a string."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
 
 
 def write_plot(path: Path, figure: Figure) -> None:
     """Write a PNG file, completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.partial")
-    figure.savefig(temporary, format="png", dpi=150)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,6 @@ float32 and matrix products are in bfloat16 under autocast, as in `ultramem trai
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,6 +33,7 @@ from benchmarks.measurement import (
     OUT_OF_MEMORY,
     Stopwatch,
     benchmark_device,
+    check_outputs,
     console,
     environment,
     free_memory,
@@ -44,6 +44,7 @@ from benchmarks.measurement import (
     write_json,
     write_plot,
 )
+from ultramem.cli.border import run_command
 from ultramem.device import autocast, has_fast_bfloat16
 from ultramem.errors import UltraMemError
 from ultramem.files.whole_files import write_text
@@ -58,6 +59,7 @@ IGNORED_LABEL = -100
 def main() -> None:
     """Measure, print a table, write training.json, training.png and perhaps a profile."""
     arguments = parse_arguments()
+    check_outputs(arguments.output, "training.json", "training.png")
     device = benchmark_device(arguments.tiny)
     batch = (2, 64) if arguments.tiny else (arguments.batch_size, arguments.sequence_length)
     compiles = device.type == "cuda" and not arguments.no_compile
@@ -417,7 +419,4 @@ def draw(rows: list[Row]) -> Figure:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UltraMemError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -32,9 +32,10 @@ ultramem train configs/quickstart.yaml --trainer.steps=200 --model.memory.top_k=
 ```
 
 Values are YAML 1.2: `null` (None in Python), `true`, `[0.9, 0.95]`; `1e-4` is a number and `2:5` a string. An unknown
-key, a value of the wrong type or an invalid value gives a one-line error that names the key and what is valid. In
-Python the dataclasses are `ultramem.MemoryConfig`, `ModelConfig` and `MoEConfig` in `ultramem.hosts.olmo_core`, and
-those in `ultramem.training`.
+key, a value of the wrong type or an invalid value gives a one-line error that names the key and what is valid. So do
+a key that is given twice, tags (`!`), anchors and aliases (`&`, `*`), and numbers that are not finite or have more than
+64 bits. In Python the dataclasses are `ultramem.MemoryConfig`, `ModelConfig` and `MoEConfig` in
+`ultramem.hosts.olmo_core`, and those in `ultramem.training`.
 
 `model.preset` names one of the [presets](#presets). Further keys of `model` replace some of its values, and
 `--model.memory=null` removes the memory. With another `model.memory.kind` than the preset's, the values that

@@ -10,6 +10,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+if find_spec("hypothesis") is not None:  # on a machine with a GPU there may be little else than torch and pytest
+    from hypothesis import HealthCheck, settings
+
+    of_both = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+    settings.register_profile("fast", max_examples=50, derandomize=True, **of_both)
+    settings.register_profile("thorough", max_examples=500, **of_both)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: before all tests
 

@@ -70,10 +70,21 @@ class TinyRun:
 @pytest.fixture
 def run(tmp_path: Path) -> TinyRun:
     """A run of one checkpoint."""
+    return make_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """The same for all tests of a file, which leave its files as they are."""
+    return make_run(tmp_path_factory.mktemp("shared"))
+
+
+def make_run(directory: Path) -> TinyRun:
+    """Write a run of one checkpoint, and its data."""
     random = np.random.default_rng(0)
     train = [random.integers(0, 258, size, dtype=np.uint16) for size in (500, 200)]
     heldout = [random.integers(0, 258, size, dtype=np.uint16) for size in HELD_OUT_SIZES]
-    data, path = tmp_path / "tokens", tmp_path / "run"
+    data, path = directory / "tokens", directory / "run"
     write_data(data, {"train": train, "heldout": heldout}, sizes={"train": 2000, "heldout": 391})
     path.mkdir()
     (path / "config.yaml").write_text(CONFIG.replace("DATA", str(data)).replace("RUN", str(path)))

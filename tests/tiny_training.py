@@ -84,28 +84,33 @@ def token_files(tmp_path):
     )
 
 
+def tiny_config(data, directory, system="ultramem_v2", **options):
+    """A run of 30 steps; options are as in `RunConfig`, or of its trainer section."""
+    model = {"d_model": 32, "num_blocks": 2, "num_heads": 2, "feed_forward_size": 48, "vocab_size": 128}
+    sections = {name: options.pop(name) for name in ("optimizer", "schedule", "logging") if name in options}
+    trainer = {
+        "steps": 30,
+        "batch_size": BATCH,
+        "checkpoint_interval": 10,
+        "metrics_interval": 4,
+        "memory_metrics_interval": 5,
+        "evaluate_interval": 15,
+        "evaluate_tokens": 20 * LENGTH,
+    }
+    return RunConfig(
+        model=ModelConfig(**(model | SYSTEMS[system])),
+        data=DataConfig(data, LENGTH),
+        trainer=TrainerConfig(directory=directory, **(trainer | options)),
+        **sections,
+    )
+
+
 @pytest.fixture
 def make_config(token_directory, tmp_path):
-    """Makes configurations of tiny runs; arguments as in `RunConfig`, or of its trainer section."""
+    """Makes configurations of tiny runs; arguments as in `tiny_config`."""
 
     def make(system="ultramem_v2", directory="run", **options):
-        model = {"d_model": 32, "num_blocks": 2, "num_heads": 2, "feed_forward_size": 48, "vocab_size": 128}
-        sections = {name: options.pop(name) for name in ("optimizer", "schedule", "logging") if name in options}
-        trainer = {
-            "steps": 30,
-            "batch_size": BATCH,
-            "checkpoint_interval": 10,
-            "metrics_interval": 4,
-            "memory_metrics_interval": 5,
-            "evaluate_interval": 15,
-            "evaluate_tokens": 20 * LENGTH,
-        }
-        return RunConfig(
-            model=ModelConfig(**(model | SYSTEMS[system])),
-            data=DataConfig(token_directory, LENGTH),
-            trainer=TrainerConfig(directory=tmp_path / directory, **(trainer | options)),
-            **sections,
-        )
+        return tiny_config(token_directory, tmp_path / directory, system, **options)
 
     return make
 

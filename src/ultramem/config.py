@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from ultramem.configuration.field_types import check_field, check_finite, check_least, check_types
+from ultramem.configuration.field_types import check_range, check_types, shown
 from ultramem.errors import ConfigError
 from ultramem.layers import KINDS
 from ultramem.layers.memory_layer import MemoryLayer
 from ultramem.tables.layout import TableLayout
 
+LARGEST_SIZE = 2**20  # of a width or a number of keys
+LARGEST_COUNT = 2**12  # of what is computed one by one
 Sharing = Literal["ring", "no_ring", "block"]
 ValueProjectors = Literal["single", "per_block"]
 Activation = Literal["gelu", "silu"]
@@ -101,7 +104,6 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_finite(self)
         if self.kind not in KINDS:
             raise ConfigError(f"kind={self.kind!r}: must be one of {', '.join(KINDS)}")
         defaults = {**MemoryLayer.defaults, **self.layer_type.defaults}
@@ -142,7 +144,7 @@ class MemoryConfig:
         last = max((add for _, add in pairs), default=-1)
         if last >= num_blocks:
             raise ConfigError(
-                f"insertion={self.insertion!r}: block {last} does not exist; the last of {num_blocks} blocks is "
+                f"insertion={shown(self.insertion)}: block {last} does not exist; the last of {num_blocks} blocks is "
                 f"{num_blocks - 1}"
             )
         return tuple(sorted(pairs))
@@ -150,20 +152,20 @@ class MemoryConfig:
     def _parse_insertion(self) -> list[tuple[int, int]]:
         if self.insertion in ("all", "none"):
             return []
-        pairs = []
+        pairs, given = [], f"insertion={shown(self.insertion)}"
         for pair in self.insertion.split("/"):
-            read, _, add = pair.partition(":")
-            if not (read.isdecimal() and add.isdecimal()):
+            if not re.fullmatch("[0-9]{1,9}:[0-9]{1,9}", pair):
                 raise ConfigError(
-                    f"insertion={self.insertion!r}: {pair!r} is not a pair such as 2:5; "
+                    f"{given}: {shown(pair)} is not a pair such as 2:5; "
                     "write 'all', 'none', or pairs joined by '/', such as '2:5/6:9'"
                 )
-            if int(read) > int(add):
+            read, add = map(int, pair.split(":"))
+            if read > add:
                 raise ConfigError(
-                    f"insertion={self.insertion!r}: in {pair!r} the first block must not come after the second, after "
+                    f"{given}: in {shown(pair)} the first block must not come after the second, after "
                     "which the output is added"
                 )
-            pairs.append((int(read), int(add)))
+            pairs.append((read, add))
         return pairs
 
     def layout(self, num_layers: int) -> TableLayout:
@@ -200,15 +202,15 @@ class MemoryConfig:
         return 1 + (self.value_lr_multiplier - 1) * max(0.0, 1 - step / (steps * self.value_lr_decay))
 
     def _check_values(self) -> None:
-        for least, names in _LEAST.items():
-            check_least(least, **{name: getattr(self, name) for name in names})
-        check_field(self, "norm_eps", self.norm_eps > 0, "above 0")
-        check_field(self, "value_lr", self.value_lr is None or self.value_lr > 0, "above 0")
-        check_field(self, "row_beta", 0 <= self.row_beta < 1, "at least 0 and below 1")
-        check_field(self, "share_ratio", 0 < self.share_ratio <= 1, "above 0 and at most 1")
-        check_field(self, "output_dropout", 0 <= self.output_dropout < 1, "at least 0 and below 1")
-        check_field(self, "value_lr_multiplier", self.value_lr_multiplier >= 0, "at least 0")
-        check_field(self, "value_lr_decay", 0 < self.value_lr_decay <= 1, "above 0 and at most 1")
+        check_range(self, "num_keys", "key_dim", "value_dim", "top_k", "axis_top_k", least=1, most=LARGEST_SIZE)
+        check_range(self, "heads", "tucker_rank", "cores", "key_expansion", least=1, most=LARGEST_COUNT)
+        check_range(self, "pre_value_dim", "query_conv", least=0, most=LARGEST_SIZE)
+        check_range(self, "balance_coef", "tucker_penalty_coef", "tucker_penalty_threshold", least=0)
+        check_range(self, "value_lr_multiplier", least=0)
+        check_range(self, "norm_eps", above=0, most=1)
+        check_range(self, "value_lr", above=0)
+        check_range(self, "share_ratio", "value_lr_decay", above=0, most=1)
+        check_range(self, "output_dropout", "row_beta", least=0, below=1)
         for name in ("value_lr_multiplier", "value_lr_decay"):
             is_set = getattr(self, name) != getattr(MemoryConfig, name)
             if self.value_lr is not None and name not in self.layer_type.unused and is_set:
@@ -228,9 +230,3 @@ class MemoryConfig:
                     f"{field.name}={getattr(self, field.name)!r}: {self.kind} {kind.unused[field.name]}; leave it out, "
                     f"or choose {' or '.join(others)}"
                 )
-
-
-_LEAST = {
-    1: ("num_keys", "key_dim", "value_dim", "top_k", "axis_top_k", "heads", "tucker_rank", "cores", "key_expansion"),
-    0: ("pre_value_dim", "query_conv", "balance_coef", "tucker_penalty_coef", "tucker_penalty_threshold"),
-}

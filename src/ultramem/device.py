@@ -1,6 +1,11 @@
-"""The device and precision that models compute with."""
+"""The device, its memory, and the precision that models compute with."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -21,6 +26,40 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise ConfigError("device=cuda: PyTorch finds no CUDA device here; use cpu")
     return torch.device(name)
+
+
+def check_memory(needed: Mapping[str, int], device: torch.device) -> None:
+    """Check that a device has the memory that something needs in any case; it may need more.
+
+    Args:
+        needed: bytes by what to lower for fewer: a configuration field and its value, such as `model.d_model=768`.
+        device: the device.
+
+    Raises:
+        ConfigError: the device has less.
+    """
+    total, there = sum(needed.values()), total_memory(device)
+    if total > there:
+        place = "the GPU" if device.type == "cuda" else "the machine"
+        raise ConfigError(
+            f"{max(needed, key=lambda name: needed[name])}: must be lower, as at least {_in_gb(total)} of memory are "
+            f"needed and {place} has {_in_gb(there)}; choose smaller sizes"
+        )
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory of a GPU, or of the machine as far as this process may use it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # of a container
+        with suppress(OSError, ValueError):
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
+
+
+def _in_gb(size: int) -> str:
+    return f"{size // 10**9:,} GB" if size >= 10**9 else f"{size // 10**6:,} MB"
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

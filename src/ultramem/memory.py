@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,6 +113,20 @@ class Memory(nn.Module):
             self.config.layer_type.refresh_all(self.layers)
         for table in self.tables:
             table.refresh()
+
+    def check_loaded(self, state: Mapping[str, Tensor] | None = None, prefix: str = "") -> None:
+        """Check what decides which rows are read in a state from a file, as `load_state_dict` does itself.
+
+        Args:
+            state: a state with all parameters and buffers; by default the memory's own.
+            prefix: with which their names begin.
+
+        Raises:
+            UltraMemError: indices are out of range or repeated, or a direction is not finite.
+        """
+        state = self.state_dict() if state is None else state
+        for number, layer in enumerate(self.layers):
+            layer.check_loaded(state, f"{prefix}layers.{number}.")
 
     @property
     def tables(self) -> list[Table]:

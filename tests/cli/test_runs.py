@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from ultramem.cli import main
+from ultramem.configuration.decoding import decode
+from ultramem.configuration.field_types import field_types
 from ultramem.evaluation import evaluate
-from ultramem.report.run import ReportedSample
+from ultramem.report.run import Parameters, ReportedSample
 from ultramem.runs.results import LossResult
 
 
@@ -27,7 +29,7 @@ def test_evaluate(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     content = json.loads((run.path / "evaluation.json").read_text())
     expected = evaluate(run.path)
     assert content["loss"] == expected.loss
-    assert LossResult.parse(content).unigram_bits_per_byte == expected.unigram_bits_per_byte
+    assert decode(LossResult, content).unigram_bits_per_byte == expected.unigram_bits_per_byte
     printed = capsys.readouterr().out
     for number in (expected.loss, expected.bits_per_byte, expected.unigram_bits_per_byte):
         assert f"{number:.4f}" in printed
@@ -93,7 +95,7 @@ def test_generate(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert call(monkeypatch, "generate", run.path, "import", *options) == 0
     (sample,) = json.loads((run.path / "samples.json").read_text(encoding="utf-8"))
     assert capsys.readouterr().out.startswith(f"{sample['text']}\n")
-    assert ReportedSample.parse(sample).settings == {"temperature": 1.2, "top-k": 9, "top-p": 0.9, "seed": 4}
+    assert decode(ReportedSample, sample).settings == {"temperature": 1.2, "top-k": 9, "top-p": 0.9, "seed": 4}
 
 
 def test_generate_several(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +118,12 @@ def test_generate_several(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["evaluate", "RUN", "--max-tokens", "0"], "max_tokens=0"),
         (["evaluate", "RUN", "nothing"], "neither a run directory"),
         (["evaluate", "RUN", "RUN", "--output", "all.json"], "--output=all.json: needs a single checkpoint"),
+        (["evaluate", "RUN", "--output", "RUN/evaluation.json"], "/evaluation.json: must not be a run's own file; cho"),
+        (["evaluate", "RUN", "--output", "RUN/config.yaml"], "/config.yaml: must not be a run's own file; choose"),
+        (["evaluate", "RUN", "--data", "RUN", "--data", "RUN"], "must be one directory, or token files"),
+        (["evaluate", "RUN", "--dtype", "uint16"], "dtype=uint16: applies only to token files given as data"),
+        (["evaluate", "RUN", "--tasks", "piqa", "--split", "heldout"], "--split: does not apply here; leave it out"),
+        (["evaluate", "RUN", "--tasks", "piqa", "--unigram"], "--unigram: does not apply here; leave it out"),
         (["evaluate", "RUN", "--max-questions", "5"], "--max-questions: does not apply here; use it with --tasks"),
         (["evaluate", "RUN", "--tasks", "memory"], "task recall: no question fits in the 16 tokens"),
         (["evaluate", "RUN", "--tasks", "squad"], "tasks=squad: must be one of table3, memory, arc_challenge"),
@@ -139,3 +147,117 @@ def test_mistakes_end_in_one_line(
     assert captured.err.startswith("error: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_evaluate_other_data(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run.path / "evaluation.json"
+    assert call(monkeypatch, "evaluate", run.path) == 0
+    own = file.read_text()
+    other = shutil.copytree(run.data, run.data.with_name("other"))
+    (other / "heldout" / "part-00001.npy").write_bytes(bytes(66))
+    capsys.readouterr()
+    note = f"not written: {file} is for the run's own held-out data; choose another file with --output\n"
+    for options in (["--data", other], ["--split", "train"], ["--data", other / "heldout" / "part-00001.npy"]):
+        assert call(monkeypatch, "evaluate", run.path, *options) == 0
+        assert capsys.readouterr().out.endswith(note)
+        assert file.read_text() == own
+    (other / "tokenizer.json").write_text("{}")
+    assert call(monkeypatch, "evaluate", run.path, "--data", other) == 1
+    assert "other was made with another tokenizer than the data of" in capsys.readouterr().err
+    assert file.read_text() == own
+
+
+def test_evaluate_some_questions(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run.path / "tasks.json"
+    results = [
+        {"name": "piqa", "metric": "m", "value": 0.5, "standard_error": 0, "questions": 9, "chance": 0, "cut": 0}
+    ]
+    whole = json.dumps({"checkpoint": "step7", "context_length": 16, "max_questions": None, "results": results})
+    file.write_text(whole)
+    options = ["--tasks", "arc_easy", "--max-questions", 2]
+    assert call(monkeypatch, "evaluate", run.path, *options) == 0
+    note = f"not written: {file} has step7 on all questions; choose another file with --output\n"
+    assert capsys.readouterr().out.endswith(note)
+    assert file.read_text() == whole
+    assert call(monkeypatch, "evaluate", run.path, *options, "--output", run.path / "some.json") == 0
+    assert json.loads((run.path / "some.json").read_text())["max_questions"] == 2
+
+
+def test_another_tokenizer_in_the_run(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = {"file": "tokenizer.json", "bytes": 3, "crc32": "00000000"}
+    summary = {"eos_token_id": 0, "data": {"train": [], "heldout": [], "tokenizer": tokenizer}}
+    (run.path / "summary.json").write_text(json.dumps(summary))
+    for command in (["generate", run.path], ["evaluate", run.path, "--tasks", "piqa"], ["export", run.path, "out"]):
+        assert call(monkeypatch, *command) == 1
+        assert "run/tokenizer.json is not the one that the run began with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "content", "message"),
+    [
+        (
+            "evaluate",
+            "run/config.yaml",
+            "model: {}\nmodel: {}\n",
+            ", line 2: not valid YAML: the key model is already in",
+        ),
+        (
+            "evaluate",
+            "run/config.yaml",
+            "a: &a [1]\nb: [*a, *a]\n",
+            ", line 1: not valid YAML: anchors (&) and aliases",
+        ),
+        (
+            "evaluate",
+            "tokens/manifest.json",
+            '{"format_version": 1, "splits": "x"}',
+            " is damaged (a list or an object is something",
+        ),
+        ("evaluate", "tokens/manifest.json", "[" * 10**5, " is damaged (it is nested too deeply); tokenize again"),
+        (
+            "generate",
+            "run/tokenizer.json",
+            '{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+            "vocabulary is empty",
+        ),
+        ("generate", "run/tokenizer_config.json", '{"eos_token": 5}', " is damaged (eos_token=5: must be text)"),
+        ("report", "run/summary.json", "{}", " is damaged (system is missing; set it); write it again or remove it"),
+        ("report", "run/evaluation.json", '{"tokens": 1e999}', " is damaged (checkpoint is missing; set it)"),
+        ("report", "run/tasks.json", '{"checkpoint": "a", "checkpoint": "b"}', "damaged ('checkpoint' is in it twice)"),
+        ("report", "run/samples.json", '[{"prompt": "a", "text": 5}]', " is damaged (entries.text=5: must be text"),
+        ("report", "run/samples.json", '"\\ud800"', " is damaged ('utf-8' codec can't encode"),
+    ],
+)
+def test_damaged_files_are_named(
+    run: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    file: str,
+    content: str,
+    message: str,
+) -> None:
+    summary = {"system": "dense", "parameters": dict.fromkeys(field_types(Parameters), 1)}
+    (run.path / "summary.json").write_text(json.dumps({**summary, "flops_per_token": 1, "bytes_per_token": 1}))
+    (run.path / "metrics.jsonl").write_text('{"step": 1, "metrics": {"train/CE loss": 3.0}}\n')
+    (run.path.parent / file).write_text(content)
+    assert call(monkeypatch, command, run.path) == 1
+    *_, printed = capsys.readouterr().err.splitlines()
+    assert printed.startswith("error: ")
+    assert str(run.path.parent / file) in printed or "vocabulary" in printed
+    assert message in printed
+
+
+def test_a_tokenizer_that_makes_its_library_panic(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = run.path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}))
+    assert call(monkeypatch, "generate", run.path) == 1
+    printed = capfd.readouterr().err
+    assert printed.startswith(f"error: {file} cannot be read as a tokenizer.json (Precompiled: ")
+    assert printed.endswith("; choose another tokenizer\n")
+    assert printed.count("\n") == 1

@@ -12,7 +12,7 @@ import pytest
 
 from ultramem.config import MemoryConfig
 from ultramem.configuration.decoding import decode
-from ultramem.configuration.field_types import check_finite, check_types, field_types
+from ultramem.configuration.field_types import check_range, check_types, field_types
 from ultramem.errors import ConfigError
 from ultramem.hosts.olmo_core import ModelConfig, MoEConfig
 from ultramem.runs.config import (
@@ -61,7 +61,6 @@ class Config:
         ("limit", 3),
         ("limit", None),
         ("rate", 1),
-        ("rate", math.inf),
         ("name", ""),
         ("path", Path("a")),
         ("other", None),
@@ -107,6 +106,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("rate", None, "rate=None: must be a number"),
     ("name", 3, "name=3: must be text; put it in quotes if it looks like something else"),
     ("path", 7, "path=7: must be a path"),
+    ("path", "a\0b", "path='a\\x00b': must be a path without NUL characters"),
     ("other", 7, "other=7: must be a path"),
     ("choice", "three", "choice='three': must be one of one, two"),
     ("choice", None, "choice=None: must be one of one, two"),
@@ -141,8 +141,56 @@ def test_a_whole_number_may_have_a_point_in_yaml_alone() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_not_finite(value: float) -> None:
     with pytest.raises(ConfigError, match=f"^rate={value}: must be a finite number$"):
-        check_finite(Config(rate=value))
-    check_finite(Config())
+        Config(rate=value)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    number: float | None = 0.5
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "what"),
+    [
+        (None, {"least": 1}, None),
+        (1, {"least": 1, "most": 1}, None),
+        (0.0, {"least": 0}, None),
+        (-0.0, {"above": 0}, "above 0"),
+        (0.5, {"least": 1, "most": 4}, "at least 1 and at most 4"),
+        (5, {"least": 1, "most": 4}, "at least 1 and at most 4"),
+        (1.0, {"above": 0, "below": 1}, "above 0 and below 1"),
+        (2**62, {"least": 0}, None),
+        (1e-31, {"above": 0}, "0 or from 1e-30 to 1e+30 in size, for float32"),
+        (-1e31, {}, "0 or from 1e-30 to 1e+30 in size, for float32"),
+    ],
+)
+def test_ranges(value: float | None, bounds: dict[str, float], what: str | None) -> None:
+    if what is None:
+        check_range(Numbers(value), "number", **bounds)
+        return
+    with pytest.raises(ConfigError) as error:
+        check_range(Numbers(value), "number", **bounds)
+    assert str(error.value) == f"number={value!r}: must be {what}"
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 2**70])
+def test_numbers_beyond_64_bits(value: int) -> None:
+    for name in ("count", "limit", "rate"):
+        with pytest.raises(ConfigError, match=rf"^{name}={value}: must be from -2\*\*63 to 2\*\*63 - 1$"):
+            Config(**{name: value})
+    assert Config(count=2**63 - 1).count == 2**63 - 1
+
+
+def test_long_values_are_shortened_in_errors() -> None:
+    with pytest.raises(ConfigError, match=r"^count='x{99}\.\.\.: must be a whole number$"):
+        Config(count="x" * 1000)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^count=\.\.\.: must be from"):
+        Config(count=10**5000)
+    with pytest.raises(ConfigError, match=r"^name=\.\.\.: must be text"):
+        Config(name=[10**5000])  # type: ignore[arg-type]
 
 
 REQUIRED: dict[type, dict[str, Any]] = {
@@ -177,3 +225,22 @@ def test_every_field_of_a_run_is_checked(kind: type, name: str) -> None:
 def test_the_words_of_the_command_line() -> None:
     with pytest.raises(ConfigError, match=r"^batch_size='64': must be a whole number$"):
         TrainerConfig(directory="x", batch_size="64")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "path='': must be a path; write . for the working directory"),
+        ("a\0b", "path='a\\x00b': must be a path without NUL characters"),
+        ("a\udcff", "path='a\\udcff': must be a path in valid Unicode; rename the file"),
+        ("~", "path='~': must be a path without ~, which only shells replace; write it out"),
+        ("~nobody/a", "path='~nobody/a': must be a path without ~, which only shells replace; write it out"),
+    ],
+)
+def test_paths(text: str, message: str) -> None:
+    for value in [text, *([Path(text)] if text else [])]:
+        with pytest.raises(ConfigError) as raised:
+            Config(path=value)  # type: ignore[arg-type]
+        assert str(raised.value) == message
+    for right in ("a/~", "./~", ".", "ä"):
+        assert Config(path=right).path == Path(right)  # type: ignore[arg-type]

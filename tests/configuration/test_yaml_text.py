@@ -43,5 +43,5 @@ def test_scalars_as_in_yaml_1_2(text, value):
 def test_syntax_error_names_the_line():
     with pytest.raises(ConfigError, match=r"^run.yaml, line 4: not valid YAML: expected ','"):
         parse_yaml("a: 1\nb:\n  [1, 2\nc: 3\n", "run.yaml")
-    with pytest.raises(ConfigError, match=r"^run.yaml, line 1: not valid YAML: could not determine a constructor"):
+    with pytest.raises(ConfigError, match=r"^run.yaml, line 1: not valid YAML: tags"):
         parse_yaml("!!python/object/apply:os.system [ls]", "run.yaml")

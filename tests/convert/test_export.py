@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from typer.testing import CliRunner
@@ -137,6 +139,9 @@ def test_model_card_and_dtype(train_run: TrainRun, tmp_path: Path) -> None:
     evaluation = {"checkpoint": "step4", "loss": 5.25, "perplexity": 190.5, "bits_per_byte": 2.5}
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     export(run, tmp_path / "model", dtype="bfloat16")
+    (run / "evaluation.json").write_text(json.dumps(evaluation | {"data": "data/other"}))
+    export(run, tmp_path / "other")
+    assert "held-out" not in (tmp_path / "other" / "README.md").read_text()
     (run / "evaluation.json").unlink()
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| held-out loss | 5.2500 |" in card
@@ -172,14 +177,14 @@ def test_run_without_a_tokenizer(train_run: TrainRun, token_directory: Path, tmp
 def test_an_export_is_replaced_only_when_asked(train_run: TrainRun, tmp_path: Path) -> None:
     run, directory = train_run("dense"), tmp_path / "model"
     export(run, directory)
-    (directory / "mark.json").touch()
+    (directory / "finetuning.json").touch()  # a name of ours
     with pytest.raises(UltraMemError, match="exists already; replace it with --overwrite"):
         export(run, directory)
     with pytest.raises(UltraMemError, match="max_shard_size='large': must be a number of bytes"):
         export(run, directory, max_shard_size="large", overwrite=True)
-    assert (directory / "mark.json").exists()
+    assert (directory / "finetuning.json").exists()
     export(run, directory, overwrite=True)
-    assert not (directory / "mark.json").exists()
+    assert not (directory / "finetuning.json").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
     other = tmp_path / "other"
     other.mkdir()
@@ -209,6 +214,7 @@ def test_initial_weights_that_do_not_fit(train_run: TrainRun, run_yaml: Callable
         train(config)
     weights = next((tmp_path / "model").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "model" / "checksums.json").unlink()  # as of version 0.1
     with pytest.raises(UltraMemError, match="cannot be loaded"):
         read_model(tmp_path / "model")
     other = tmp_path / "gpt2"
@@ -226,6 +232,7 @@ def test_weights_that_are_not_complete(train_run: TrainRun, tmp_path: Path) -> N
     tensors = load_file(file)
     del tensors["model.layers.0.mlp.gate_proj.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / "model" / "checksums.json").unlink()
     with pytest.raises(UltraMemError, match=r"model\.layers\.0\.mlp\.gate_proj\.weight is missing"):
         read_model(tmp_path / "model")
 
@@ -236,3 +243,63 @@ def test_what_else_is_in_a_directory_is_not_lost(train_run: TrainRun, tmp_path: 
     with pytest.raises(UltraMemError, match=r"also holds thesis\.tex, which would be lost"):
         export(train_run("dense"), tmp_path / "model", overwrite=True)
     assert (tmp_path / "model" / "thesis.tex").exists()
+
+
+def test_checksums(train_run: TrainRun, tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    export(train_run("ultramem_v2"), directory)
+    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    checksums = json.loads(files.pop("checksums.json"))["files"]
+    assert checksums == {name: [[len(text), f"{zlib.crc32(text):08x}"]] for name, text in files.items()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "modeling_ultramem.py"} <= files.keys()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("system", ["dense", "ultramem_v2"])
+def test_damaged_initial_weights(
+    system: str, name: str, train_run: TrainRun, run_yaml: Callable[..., Path], tmp_path: Path
+) -> None:
+    export(train_run(system), tmp_path / "model")
+    config = run_yaml(tmp_path / "model")
+    content = bytearray((tmp_path / "model" / name).read_bytes())
+    content[-3] ^= 16
+    (tmp_path / "model" / name).write_bytes(content)
+    with pytest.raises(UltraMemError, match=rf"{name} is damaged: it differs from its checksum; write it again"):
+        train(load_config(config))
+
+    run, model = train_run("dense"), tmp_path / "model"
+    export(run, model)
+    for name in ("thesis.tex", "notes.json", "memory/thesis.tex"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).touch()
+        with pytest.raises(UltraMemError, match=rf"also holds {name.split('/')[0]}.*, which would be lost"):
+            export(run, model, overwrite=True)
+        (model / name).unlink()
+    (model / "memory").rmdir()
+
+
+@pytest.mark.parametrize("system", ["dense", "ultramem_v2"])
+def test_a_model_of_someone_else_is_not_replaced(system: str, train_run: TrainRun, tmp_path: Path) -> None:
+    run, model = train_run(system), tmp_path / "model"
+    export(run, model)
+    (model / "checksums.json").unlink(missing_ok=True)  # as version 0.1 wrote it
+    export(run, model, overwrite=True)
+    for sign in ("README.md", "modeling_ultramem.py", "checksums.json"):
+        (model / sign).unlink(missing_ok=True)
+    written = (model / "model.safetensors").read_bytes()
+    with pytest.raises(UltraMemError, match=r"model has a config\.json that ultramem did not write; choose another"):
+        export(run, model, overwrite=True)
+    assert (model / "model.safetensors").read_bytes() == written
+
+
+def test_a_full_disk_is_one_clear_line(train_run: TrainRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    run = train_run("dense")
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(
+        UltraMemError, match=r"model cannot be written \(.*No space left .*\) and the partial output was"
+    ):
+        export(run, tmp_path / "model")
+    assert not list(tmp_path.glob("model*"))

@@ -308,6 +308,7 @@ def test_keys_without_influence(copy_of):
 
 NORM = "transformer.blocks.1.attn_norm.weight"
 SHUFFLE = "transformer.mem_blocks.0.shuffle_index"
+DIRECTION = "transformer.mem_blocks.0.tucker_core_u"
 CORE = "transformer.mem_blocks.0.tucker_core.1"
 
 
@@ -323,6 +324,9 @@ CORE = "transformer.mem_blocks.0.tucker_core.1"
         ({"transformer.mem_blocks.0.tucker_core_u": torch.ones(1, 2)}, ["tucker_core_u", "(1, 2)", "(1, 1, 1, 2)"]),
         ({CORE: torch.ones(2, 2)}, [CORE, "(2, 2)", "(1, 2, 2)"]),
         ({SHUFFLE: torch.ones(64)}, [SHUFFLE, "integers", "float32"]),
+        ({SHUFFLE: torch.arange(1, 65)}, ["memory.layers.0.shuffle", "permutation"]),
+        ({SHUFFLE: torch.zeros(64, dtype=torch.int64)}, ["memory.layers.0.shuffle", "permutation"]),
+        ({DIRECTION: torch.full((1, 1, 1, 2), torch.nan)}, ["memory.layers.0.u", "finite"]),
         ({NORM: torch.ones(48, dtype=torch.int64)}, [NORM, "floating-point", "int64"]),
         ({"transformer.ff_out.weight": torch.ones(256, 48)}, ["transformer.ff_out.weight", "no place"]),
         ({"transformer.blocks.0.ff_out.bias": torch.ones(48)}, ["blocks.0.ff_out.bias", "no place"]),
@@ -411,12 +415,12 @@ def test_no_tensors(copy_of):
     [
         (b"model: {", "not valid YAML"),
         (b"model: !!python/object:os.system {}", "not valid YAML"),
-        (b"\xff\xfe", "not a text"),
+        (b"\xff\xfe", "cannot be read"),
         (b"", "no section `model`"),
         (b"- model", "no section `model`"),
         (b"model: 3", "no section `model`"),
         (b"run_name: x", "no section `model`"),
-        (b"model: {3: 4, d_model: wide}", "model.d_model='wide'"),
+        (b"model: {d_model: wide}", "model.d_model='wide'"),
     ],
 )
 def test_damaged_configuration(content, word, copy_of):
@@ -428,7 +432,7 @@ def test_damaged_configuration(content, word, copy_of):
 def test_missing_files(copy_of):
     copy = copy_of("ultramem_v1")
     (copy.path / "config.yaml").unlink()
-    copy.refuses("config.yaml cannot be read", "No such file")
+    copy.refuses("config.yaml: cannot be read", "No such file")
     copy.path /= "model.pt"
     copy.refuses("is not a directory")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -122,6 +123,12 @@ def test_missing_source_and_nothing_to_read(tmp_path: Path) -> None:
         find_sources([tmp_path / "nowhere"])
     with pytest.raises(UltraMemError, match="--include"):
         find_sources([tmp_path])
+    with pytest.raises(UltraMemError, match=r"^/ is the whole file system; give files and directories in it"):
+        find_sources([Path("/")])
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UltraMemError, match=f"^{path} is neither a file nor a directory; "):
+            find_sources([path])
 
 
 @pytest.mark.parametrize(

@@ -138,14 +138,18 @@ def test_mistakes(tmp_path: Path) -> None:
     path.write_text("mine")
     with pytest.raises(UltraMemError, match=r"facts\.jsonl exists already; replace it with --overwrite"):
         write_facts(path)
+    with pytest.raises(UltraMemError, match=r"facts\.jsonl is a file that ultramem did not write; choose another name"):
+        write_facts(path, overwrite=True)
     assert path.read_text() == "mine"
+    path.write_text("")  # nothing to lose
+    write_facts(path, overwrite=True)
     write_facts(path, overwrite=True)
     assert path.read_text().startswith('{"id": "facts-0"')
     with pytest.raises(ConfigError, match=r"facts\.txt: must end in .jsonl, as the documents are JSON lines"):
         write_facts(tmp_path / "facts.txt")
     with pytest.raises(ConfigError, match="text_field=''"):
         write_facts(tmp_path / "other.jsonl", text_field="")
-    with pytest.raises(UltraMemError, match=r"other\.jsonl cannot be written: File exists"):
+    with pytest.raises(UltraMemError, match=r"other\.jsonl cannot be written \(File exists\)"):
         write_facts(path / "other.jsonl")
     write_facts(tmp_path / "new" / "facts.jsonl")
     assert (tmp_path / "new" / "facts.jsonl").read_text() == path.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +115,49 @@ def test_bad_arguments(tmp_path: Path) -> None:
         check_token_files([], "uint16", 500)
     with pytest.raises(ConfigError, match="dtype='int8': must be uint16 or uint32"):
         check_token_files([tmp_path / "a.npy"], "int8", 500)
+
+
+@pytest.fixture
+def checked(directory: Path) -> Path:
+    """The same with checksums, as `ultramem tokenize` writes it."""
+    load_manifest(directory).save_checksums()
+    return directory
+
+
+def test_checksums_of_all_files(checked: Path) -> None:
+    manifest = load_manifest(checked)
+    (path,) = manifest.split("train").paths
+    manifest.check([path, checked / "elsewhere.npy"])
+    assert manifest.checksums()[path] == zlib.crc32(path.read_bytes())
+    files = json.loads((checked / "checksums.json").read_text())["files"]
+    assert files.keys() == {"manifest.json", "tokenizer.json", "train/part-00000.npy", "train/part-00000.csv.gz"}
+    (checked / "checksums.json").unlink()
+    assert manifest.checksums() == {}
+    manifest.check([path])
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json", "checksums.json"])
+def test_small_files_are_always_checked(checked: Path, name: str) -> None:
+    text = (checked / name).read_text()
+    (checked / name).write_text(text.replace('"', "'") if name == "checksums.json" else text + " ")
+    remedy = "copy it again, or tokenize again with --overwrite; if it was changed on purpose, remove "
+    with pytest.raises(UltraMemError, match=rf"{name} is damaged.*; {remedy}.*checksums\.json$"):
+        load_manifest(checked)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".csv.gz"])
+def test_token_files_are_checked_when_asked(checked: Path, suffix: str) -> None:
+    file = checked / "train" / f"part-00000{suffix}"
+    file.write_bytes(bytes([*file.read_bytes()[:-1], 1]))
+    manifest = load_manifest(checked)
+    with pytest.raises(UltraMemError, match=rf"part-00000{suffix} is damaged: it differs from its checksum; copy it"):
+        manifest.check(manifest.split("train").paths)
+
+
+def test_every_id(tmp_path: Path) -> None:
+    tokens = np.zeros(40 * 2**16, dtype="<u2")
+    tokens[100_000] = 777  # between two samples
+    tokens.tofile(tmp_path / "a.npy")
+    assert check_token_files([tmp_path / "a.npy"], "uint16", 500) == [len(tokens)]
+    with pytest.raises(UltraMemError, match="has id 777"):
+        check_token_files([tmp_path / "a.npy"], "uint16", 500, every_id=True)

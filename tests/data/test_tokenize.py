@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import random
 import resource
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,9 @@ def test_every_document_is_written_once_in_order(corpus: Path) -> None:
     assert all(file.tokens <= 5000 for file in manifest.split("train").files)
     assert [file.path.name for file in manifest.split("train").files][:2] == ["part-00000.npy", "part-00001.npy"]
     assert manifest.sources["files"] == 3
+    written = content(manifest.directory)
+    checksums = json.loads(written.pop("checksums.json"))["files"]
+    assert checksums == {name: [[len(text), f"{zlib.crc32(text):08x}"]] for name, text in written.items()}
 
 
 def test_olmo_core_reads_the_files(corpus: Path) -> None:
@@ -172,7 +176,7 @@ def test_a_bpe_learns_from_a_capped_sample(corpus: Path, monkeypatch: pytest.Mon
     samples: list[list[str]] = []
     monkeypatch.setattr(tokenize_module, "BPE_SAMPLE_BYTES", 10_000)
     monkeypatch.setattr(
-        tokenize_module, "train_bpe", lambda texts, size: samples.append(texts) or train_bpe(texts, size)
+        tokenize_module, "call_in_process", lambda train, texts, size: samples.append(texts) or train(texts, size)
     )
     for seed in (0, 0, 1):
         tokenize(config(corpus, train_bpe=300, seed=seed, overwrite=True))
@@ -222,11 +226,14 @@ def test_broken_records_stop_or_are_skipped(corpus: Path) -> None:
         ({"tokenizer": None}, "tokenizer"),
         ({"train_bpe": 300, "tokenizer": "a"}, "either"),
         ({"train_bpe": 257}, "train_bpe=257: .* 258"),
+        ({"train_bpe": 10**11}, "train_bpe=100000000000: must be at most 4194304"),
         ({"train_bpe": 300, "eos_id": 3}, "eos_id"),
+        ({"eos_token": "a", "eos_id": 3}, "eos_id=3: must not be given with eos_token='a'"),
         ({"heldout": 1.0}, "heldout=1.0: must be"),
         ({"heldout": -0.1}, "heldout=-0.1: must be"),
         ({"heldout": float("nan")}, "heldout=nan: must be"),
         ({"seed": -1}, "seed=-1: must be"),
+        ({"processes": 10**9}, "processes=1000000000: must be at most 1024"),
         ({"processes": 0}, "processes=0: must be at least 1"),
         ({"shard_tokens": 0}, "shard_tokens=0: must be"),
         ({"max_size": 0}, "max_size=0: must be"),
@@ -236,6 +243,16 @@ def test_broken_records_stop_or_are_skipped(corpus: Path) -> None:
 def test_bad_configuration(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         config(tmp_path, **options)
+
+
+def test_options_without_a_source_of_their_kind(corpus: Path) -> None:
+    (corpus / "c.txt").unlink()
+    with pytest.raises(ConfigError, match=r"separator='---': applies to .txt files, and there is none; leave it out"):
+        tokenize(config(corpus, separator="---"))
+    files = replace(config(corpus, include=("*.py", "*.md")), sources=(corpus / "a.jsonl",))
+    with pytest.raises(ConfigError, match=r"include=\*.py, \*.md: applies to directories, and none is given; leave"):
+        tokenize(files)
+    assert not (corpus.parent / "tokens").exists()
 
 
 def test_names_with_line_breaks_and_commas_keep_the_table_readable(tmp_path: Path) -> None:
@@ -303,15 +320,16 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_rerun(corpus: Path, number
         lines = [json.dumps({"text": f"{copy} {text} " * 60}) + "\n" for text in make_texts(200, copy)]
         (corpus / f"more{copy}.jsonl").write_text("".join(lines))
     endless = corpus.parent / "endless.txt"  # or the run could be done before the signal comes
-    os.mkfifo(endless)
+    with endless.open("wb") as file:
+        file.truncate(2**36)
     run = start_command(corpus, None, "--processes", "2", str(endless))
-    started = corpus.parent / "tokens.partial" / "train" / "part-00000.npy"
+    started = corpus.parent / "tokens.partial" / "new" / "train" / "part-00000.npy"
     while not started.exists():
         assert run.poll() is None, run.communicate()
         time.sleep(0.01)
     run.send_signal(number)
     out, err = run.communicate(timeout=60)  # ends when the workers too have closed their standard error
-    assert (run.returncode, out) == (1, "")
+    assert (run.returncode, out) == (130, "")
     assert err == f"error: interrupted: {corpus.parent / 'tokens'} was not written; run the same command again\n"
     assert sorted(path.name for path in corpus.parent.iterdir()) == ["corpus", "endless.txt", "tokenizer.json"]
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
+from random import Random
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ultramem.data.tokenizers import load_tokenizer, train_bpe
+from ultramem.data.tokenizers import Encoder, load_tokenizer, train_bpe
 from ultramem.errors import ConfigError, UltraMemError
+from ultramem.files.checksums import Checksums
 
 
 def word_level(directory: Path, *tokens: str, name: str = "tokenizer.json") -> Path:
@@ -106,3 +110,53 @@ def test_bpe_merges_by_frequency_and_restores_any_text() -> None:
 def test_bpe_does_not_depend_on_the_order_of_texts() -> None:
     texts = [Path(__file__).read_text(encoding="utf-8"), "some other text", "and one more, a third"]
     assert train_bpe(texts, 400).tokenizer.to_str() == train_bpe(texts[::-1], 400).tokenizer.to_str()
+
+
+def reference_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE that learns from words of any length."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def test_a_bpe_of_ordinary_text_is_the_usual_one() -> None:
+    """The same bytes, also with words as long as are learnt from whole."""
+    folder = Path(os.__file__).parent
+    texts = [(folder / name).read_text() for name in ("os.py", "argparse.py", "typing.py", "this.py")]
+    texts += ["ab" * 512, "=" * 1024, "\n" * 1024]
+    assert train_bpe(texts, 600).tokenizer.to_str() == reference_bpe(texts, 600).to_str()
+
+
+@pytest.mark.parametrize("letters", ["a", "ACGT", "\u4e2d", " "])
+def test_a_bpe_of_unbroken_text_takes_no_longer(letters: str) -> None:
+    """256 kB took half a minute; all of it is learnt from."""
+    random = Random(0)
+    text = "".join(random.choices(letters, k=2**18 // len(letters.encode()[:3])))
+    start = time.perf_counter()
+    chosen = train_bpe([text], 400)
+    encode = Encoder(chosen.tokenizer.to_str(), 0, "uint16")
+    tokens = encode(text)
+    assert time.perf_counter() - start < 5
+    assert chosen.tokenizer.decode(tokens[:-1].tolist()) == text
+    assert len(tokens) < len(text) / 2
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_damage_is_found(tmp_path: Path, name: str) -> None:
+    """In a token directory or a model's, which have checksums."""
+    word_level(tmp_path, "a", "</s>")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "a"}')
+    Checksums.compute(tmp_path, ["tokenizer.json", "tokenizer_config.json"]).save()
+    assert load_tokenizer(str(tmp_path)).eos_token_id == load_tokenizer(str(tmp_path / "tokenizer.json")).eos_token_id
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(text.replace('"a"', '"b"'))
+    with pytest.raises(UltraMemError, match=rf"{name} is damaged: it differs from its checksum; copy it again"):
+        load_tokenizer(str(tmp_path))

@@ -106,7 +106,7 @@ def test_without_a_prompt_a_document_begins(run: Any) -> None:
 
 def test_a_model_that_diverged(run: Any) -> None:
     with torch.no_grad():
-        run.model.lm_head.norm.weight.fill_(float("nan"))
+        run.model.lm_head.norm.weight.fill_(3e38)
     run.save_checkpoint(8)
     with pytest.raises(UltraMemError, match=r"the model's output is not finite.*use an earlier checkpoint"):
         list(TextGenerator.from_checkpoint(run.path).stream("a", GREEDY))
@@ -149,7 +149,7 @@ def test_saved_samples_are_added_to_the_others(run: Any) -> None:
     ]
 
 
-@pytest.mark.parametrize(("content", "message"), [("[", "is not valid JSON"), ("{}", "is not a list of samples")])
+@pytest.mark.parametrize(("content", "message"), [("[", "is damaged"), ("{}", "is not a list of samples")])
 def test_a_damaged_samples_file_is_kept(run: Any, content: str, message: str) -> None:
     path = run.path / "samples.json"
     path.write_text(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,7 @@ def test_saving(run: Any, tmp_path: Path) -> None:
             "bits_per_byte": result.bits_per_byte,
             "unigram_bits_per_byte": result.unigram_bits_per_byte,
             "complete": True,
+            "data": None,
         }
     assert not list(tmp_path.rglob("*.partial"))
     with pytest.raises(UltraMemError, match=r"missing/other.json cannot be written: No such file or directory"):
@@ -168,7 +170,7 @@ def test_a_larger_vocabulary_than_the_models(run: Any) -> None:
 
 def test_a_model_that_diverged(run: Any) -> None:
     with torch.no_grad():
-        run.model.lm_head.norm.weight.fill_(float("nan"))
+        run.model.lm_head.norm.weight.fill_(3e38)
     run.save_checkpoint(8)
     with pytest.raises(UltraMemError, match="the loss is nan, as the training diverged; use an earlier checkpoint"):
         evaluate(run.path)
@@ -181,8 +183,21 @@ def test_values_that_cannot_work(run: Any) -> None:
         evaluate(run.path, sequence_length=1)
     with pytest.raises(UltraMemError, match="no split 'test'"):
         evaluate(run.path, split="test")
+    with pytest.raises(ConfigError, match="unigram=True: needs a directory written by"):
+        evaluate(run.path, sorted((run.data / "heldout").glob("*.npy")), unigram=True)
     with pytest.raises(UltraMemError, match=r"nothing.npy does not exist"):
         evaluate(run.path, [run.path / "nothing.npy"])
+
+
+def test_only_the_runs_own_data_is_saved_in_it(run: Any, tmp_path: Path) -> None:
+    other = shutil.copytree(run.data, tmp_path / "other")
+    (run.data / "heldout" / "part-00001.npy").write_bytes(bytes(66))
+    for options in ({"data": [other]}, {"split": "train"}, {"data": sorted((run.data / "heldout").glob("*.npy"))}):
+        assert evaluate(run.path, **options).save() is None
+    assert not (run.path / "evaluation.json").exists()
+    found = evaluate(run.path, [other])
+    assert found.save(tmp_path / "other.json") == tmp_path / "other.json"
+    assert json.loads((tmp_path / "other.json").read_text())["data"] == str(other)
 
 
 def test_add_one_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

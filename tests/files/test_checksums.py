@@ -11,7 +11,7 @@ import pytest
 
 from ultramem.errors import UltraMemError
 from ultramem.files import checksums
-from ultramem.files.checksums import Checksums, DamagedFileError
+from ultramem.files.checksums import Checksums, DamagedFileError, check_files
 
 
 @pytest.fixture
@@ -104,3 +104,22 @@ def test_not_readable(directory: Path) -> None:
     (directory / "checksums.json").mkdir()
     with pytest.raises(UltraMemError, match=r"checksums.json cannot be read \(Is a directory\)"):
         Checksums.load(directory)
+
+
+def test_check_files_compares_what_is_listed(directory: Path) -> None:
+    (directory / "c").touch()
+    check_files(directory, ["b", "c"], "copy it again")
+    (directory / "b").write_text("texT")
+    check_files(directory, ["below/a", "c"], "copy it again")
+    on_purpose = r"if it was changed on purpose, remove .*checksums\.json"
+    with pytest.raises(UltraMemError, match=rf"b is damaged: .*; copy it again; {on_purpose}$"):
+        check_files(directory, ["b", "c"], "copy it again")
+    (directory / "checksums.json").unlink()
+    check_files(directory, ["b", "nothing"], "copy it again")
+
+
+def test_check_files_that_cannot_be_read(directory: Path) -> None:
+    (directory / "b").unlink()
+    (directory / "b").mkdir()
+    with pytest.raises(UltraMemError, match=r"b cannot be read \(Is a directory\)"):
+        check_files(directory, ["b"], "copy it again")

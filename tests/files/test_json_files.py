@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from ultramem.errors import UltraMemError
 from ultramem.files import whole_files
-from ultramem.files.whole_files import read_json_object, write_json
+from ultramem.files.json_files import read_json_object
+from ultramem.files.whole_files import write_json
 
 
 def test_written_and_read(tmp_path: Path) -> None:
@@ -25,12 +28,21 @@ def test_what_cannot_be_understood(content: str, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UltraMemError, match=r"missing/a.json cannot be written: No such file or directory$"):
+    with pytest.raises(UltraMemError, match=r"missing/a.json cannot be written \(No such file or directory\); choose"):
         write_json(tmp_path / "missing" / "a.json", {})
 
     def fail(path: Path, text: str) -> None:
         raise OSError("the server is gone")
 
     monkeypatch.setattr(whole_files, "write_text", fail)
-    with pytest.raises(UltraMemError, match=r"a.json cannot be written: the server is gone$"):
+    with pytest.raises(UltraMemError, match=r"a.json cannot be written \(the server is gone\); choose"):
+        write_json(tmp_path / "a.json", {})
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(whole_files, "write_text", fail)
+    with pytest.raises(UltraMemError, match=r"a.json cannot be written \(No space left on device\); free some space$"):
         write_json(tmp_path / "a.json", {})

@@ -19,6 +19,7 @@ from ultramem.errors import ConfigError, UltraMemError
 from ultramem.finetuning import FinetuneConfig, finetune
 from ultramem.finetuning.examples import make_examples, mean_loss
 from ultramem.hosts.transformers import attach_memory, load_memory, save_memory
+from ultramem.hosts.transformers.files import save_checksums
 
 
 def config(files: dict[str, Path], **options: Any) -> FinetuneConfig:
@@ -125,3 +126,37 @@ def test_output_that_is_there_stays(files: dict[str, Path]) -> None:
     assert (files["output"] / "notes.txt").read_text() == "mine"
     with pytest.raises(ConfigError):
         config(files, sequence_length=0)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_damaged_model(files: dict[str, Path], name: str) -> None:
+    save_checksums(files["model"])
+    content = bytearray((files["model"] / name).read_bytes())
+    content[-3] ^= 16
+    (files["model"] / name).write_bytes(content)
+    with pytest.raises(UltraMemError, match=rf"{name} is damaged: it differs from its checksum; write it again"):
+        finetune(config(files))
+
+
+def test_checksums(files: dict[str, Path]) -> None:
+    finetune(config(files, steps=1))
+    names = {path.name for path in files["output"].iterdir()}
+    listed = json.loads((files["output"] / "checksums.json").read_text())["files"].keys()
+    assert listed == names - {"checksums.json"}
+    assert {"finetuning.json", "model.safetensors", "tokenizer.json"} <= listed
+    finetune(config(files, steps=1, model=files["output"], output=files["output"].with_name("again")))
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "right"),
+    [("full", "--rows", "sparse"), ("lora", "--background-batches", "sparse"), ("sparse", "--rank", "lora")],
+)
+def test_options_of_another_method(files: dict[str, Path], method: str, option: str, right: str) -> None:
+    arguments = ["finetune", str(files["model"]), str(files["new"]), "--output", str(files["output"])]
+    result = CliRunner().invoke(app, [*arguments, "--method", method, option, "5"])
+    assert str(result.exception) == f"{option}: does not apply here; it is for --method {right}"
+
+
+def test_patterns_without_a_directory(files: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"include=\*.py: applies to directories, and none is given; leave it out"):
+        finetune(config(files, include=("*.py",)))

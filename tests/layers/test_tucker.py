@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ultramem import Memory, MemoryConfig
+from ultramem import Memory, MemoryConfig, UltraMemError
 from ultramem.layers.tucker import TuckerMemory, tucker_penalty
 
 D_MODEL = 6
@@ -263,3 +263,51 @@ def test_auxiliary_loss(heads: int) -> None:
     layer.eval()
     layer(x)
     assert layer.auxiliary_loss is None
+
+
+BAD_SHUFFLES = {
+    "too large": lambda shuffle: shuffle.add_(1),
+    "negative": lambda shuffle: shuffle.sub_(1),
+    "far out": lambda shuffle: shuffle.index_fill_(0, torch.tensor([2]), 2**62),
+    "repeated": lambda shuffle: shuffle.index_fill_(0, torch.tensor([2]), int(shuffle[3])),
+    "a number with a fraction": lambda shuffle: shuffle.double() + 0.25,
+    "of another type": lambda shuffle: shuffle.int(),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_SHUFFLES)
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("kind", ["ultramem", "ultramem_v2"])
+def test_a_shuffle_from_a_file_must_be_a_permutation(kind: str, assign: bool, damage: str) -> None:
+    memory = Memory(MemoryConfig(**SMALL, kind=kind), D_MODEL, 2)
+    state = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
+    memory.load_state_dict(state, assign=assign)
+    before = memory.layers[1].shuffle.clone()
+    state["layers.1.shuffle"] = BAD_SHUFFLES[damage](before.clone())
+    with pytest.raises(
+        UltraMemError, match=r"^layers.1.shuffle is damaged: it must be a permutation of the virtual rows"
+    ):
+        memory.load_state_dict(state, assign=assign)
+    assert torch.equal(memory.layers[1].shuffle, before)
+    with pytest.raises(UltraMemError, match=r"^memory.layers.1.shuffle is damaged"):
+        memory.check_loaded({f"memory.{name}": tensor for name, tensor in state.items()}, "memory.")
+
+
+@pytest.mark.parametrize("name", ["u", "t"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_directions_from_a_file_must_be_finite(name: str, value: float) -> None:
+    memory = Memory(MemoryConfig(**SMALL), D_MODEL, 2)
+    getattr(memory.layers[0], name)[0, 1] = value
+    with pytest.raises(UltraMemError, match=rf"^layers.0.{name} is damaged: it must be finite"):
+        memory.check_loaded()
+    with pytest.raises(UltraMemError, match=rf"^layers.0.{name} is damaged"):
+        Memory(MemoryConfig(**SMALL), D_MODEL, 2).load_state_dict(memory.state_dict())
+
+
+def test_what_a_state_lacks_is_not_checked() -> None:
+    memory = Memory(MemoryConfig(**SMALL), D_MODEL, 2)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        memory.load_state_dict({})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        memory.load_state_dict({**memory.state_dict(), "layers.0.shuffle": torch.zeros(2, dtype=torch.int64)})
+    Memory(MemoryConfig(**SMALL), D_MODEL, 2, device="meta").check_loaded()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ultramem.hosts.transformers  # noqa: F401, registers the model
+from ultramem.data.token_files import TOKEN_DIRECTORY
+from ultramem.errors import UltraMemError
 from ultramem.evaluation import SamplingConfig, TextGenerator, evaluate, find_checkpoint
+from ultramem.files.directories import Product, partial_directory
+from ultramem.hosts.transformers.files import MODEL_DIRECTORY
+from ultramem.runs.directory import RunDirectory
 from ultramem.training import load_config, train
 
 ARCHIVE = Path(__file__).with_name("version_0_1.tar.xz")
@@ -73,3 +79,23 @@ def test_its_export_loads(released: Path, expected: dict[str, Any]) -> None:
     torch.testing.assert_close(logits, torch.tensor(expected["last_logits"]), rtol=1e-5, atol=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(released / "exported")
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1)
+
+
+def test_what_it_wrote_is_known_as_ours(released: Path) -> None:
+    """And so it may be replaced, as long as nothing of a user's is in it."""
+    run = RunDirectory(load_config(released / "run" / "config.yaml"))
+    assert run.others() == []
+    for directory, product in (("tokens", TOKEN_DIRECTORY), ("exported", MODEL_DIRECTORY)):
+        (released / directory / "notes.txt").touch()
+        with pytest.raises(UltraMemError, match=r"also holds notes.txt"), partial(released / directory, product):
+            pass
+        (released / directory / "notes.txt").unlink()
+        with partial(released / directory, product) as new:
+            (new / product.marker).touch()
+        assert [path.name for path in (released / directory).iterdir()] == [product.marker]
+    run.claim(overwrite=True)
+    assert [path.name for path in run.path.iterdir()] == ["config.yaml"]
+
+
+def partial(output: Path, product: Product) -> AbstractContextManager[Path]:
+    return partial_directory(output, overwrite=True, product=product)

@@ -220,9 +220,9 @@ def test_text_from_files_is_escaped(make_run: MakeRun) -> None:
     summary = json.loads((path / "summary.json").read_text())
     (path / "summary.json").write_text(json.dumps({**summary, "system": attack, "git": attack, "device": attack}))
     (path / "config.yaml").write_text(f"model: {json.dumps(attack)}\n")
-    (path / "samples.json").write_text(json.dumps([{"prompt": attack, "text": attack + attack, "seed": attack}]))
+    (path / "samples.json").write_text(json.dumps([{"prompt": attack, "text": attack + attack, "seed": 1}]))
     evaluation = json.loads((path / "evaluation.json").read_text())
-    (path / "evaluation.json").write_text(json.dumps({**evaluation, "split": attack, "checkpoint": attack}))
+    (path / "evaluation.json").write_text(json.dumps({**evaluation, "checkpoint": attack}))
     other = make_run("<b>other", lines=LOSS_ONLY)
     for written in (write_report([path]), write_report([path, other], path / "both.html")):
         found = Page(written)
@@ -314,7 +314,7 @@ def test_unwritable_output_leaves_nothing(make_run: MakeRun) -> None:
     path = make_run(lines=LOSS_ONLY)
     before = set(path.iterdir())
     for output in (path / "absent" / "report.html", path / "config.yaml" / "report.html", path):
-        with pytest.raises(UltraMemError, match="choose another --output"):
+        with pytest.raises(UltraMemError, match=r"cannot be written \(.*\); choose another place"):
             write_report([path], output)
     assert set(path.iterdir()) == before
     assert set(path.parent.iterdir()) == {path}
@@ -322,7 +322,8 @@ def test_unwritable_output_leaves_nothing(make_run: MakeRun) -> None:
 
 def test_a_failed_write_keeps_the_earlier_report(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_run(lines=LOSS_ONLY)
-    (path / "report.html").write_text("earlier")
+    write_report([path])
+    earlier = (path / "report.html").read_text()
 
     def full_disk(target: Path, text: str, encoding: str) -> int:
         target.write_bytes(text.encode(encoding)[:100])
@@ -331,8 +332,22 @@ def test_a_failed_write_keeps_the_earlier_report(make_run: MakeRun, monkeypatch:
     monkeypatch.setattr(Path, "write_text", full_disk)
     with pytest.raises(UltraMemError, match="No space left on device"):
         write_report([path])
-    assert (path / "report.html").read_text() == "earlier"
+    assert (path / "report.html").read_text() == earlier
     assert not [file for file in path.iterdir() if file.name.startswith(".")]
+
+
+def test_a_page_of_someone_else_is_kept(make_run: MakeRun) -> None:
+    path = make_run(lines=LOSS_ONLY)
+    (path / "page.html").write_text("<title>thesis</title>")
+    with pytest.raises(UltraMemError, match=r"page\.html is a file that ultramem did not write; choose another name"):
+        write_report([path], path / "page.html")
+    assert (path / "page.html").read_text() == "<title>thesis</title>"
+
+
+def test_a_run_that_does_not_exist(tmp_path: Path) -> None:
+    for output in (None, tmp_path / "report.html"):
+        with pytest.raises(UltraMemError, match=r"/typo does not exist; give the trainer.directory"):
+            write_report([tmp_path / "typo"], output)
 
 
 def test_broken_yaml_is_named_in_a_comparison(make_run: MakeRun) -> None:

@@ -127,3 +127,12 @@ def test_broken_files_are_named(make_run: MakeRun, name: str, content: str) -> N
     (path / name).write_text(content)
     with pytest.raises(UltraMemError, match=name):
         Run.read(path)
+
+
+@pytest.mark.parametrize("change", [{"split": "train"}, {"split": "files"}, {"data": "data/other"}])
+def test_losses_on_other_data_are_not_the_runs(make_run: MakeRun, change: dict[str, str]) -> None:
+    path = make_run()
+    assert Run.read(path).evaluation is not None
+    content = json.loads((path / "evaluation.json").read_text())
+    (path / "evaluation.json").write_text(json.dumps(content | change))
+    assert Run.read(path).evaluation is None

@@ -11,6 +11,7 @@ import torch
 from olmo_core.train import Checkpointer
 
 from ultramem.errors import ConfigError, UltraMemError
+from ultramem.hosts.olmo_core.checkpoint import write_checksums
 from ultramem.runs.checkpoints import complete_steps, find_checkpoint, load_model
 
 
@@ -129,19 +130,40 @@ def test_checkpoint_of_another_configuration(run: Any, old: str, new: str, messa
 def test_damaged_weights(run: Any, size: int) -> None:
     for file in (run.path / "step7" / "model_and_optim").glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(UltraMemError, match=r"step7/model_and_optim is damaged \(.+\); use an earlier checkpoint"):
+    message = rf"step7/model_and_optim/\S+ is damaged: it has {size} bytes, .*; there is no good checkpoint before it$"
+    with pytest.raises(UltraMemError, match=message):
         load_model(run.path)
 
 
 def test_missing_weights(run: Any) -> None:
     next((run.path / "step7" / "model_and_optim").glob("*.distcp")).unlink()
-    with pytest.raises(UltraMemError, match="is damaged"):
+    with pytest.raises(UltraMemError, match=r"distcp is missing; there is no good checkpoint before it$"):
         load_model(run.path)
 
 
 def test_damaged_index(run: Any) -> None:
     (run.path / "step7" / "model_and_optim" / ".metadata").write_bytes(b"")
-    with pytest.raises(UltraMemError, match="is damaged"):
+    with pytest.raises(UltraMemError, match=r"\.metadata is damaged \(Ran out of input\); there is no good checkpoint"):
+        load_model(run.path)
+
+
+def test_checksums(run: Any) -> None:
+    """A flipped bit is noticed, and the latest checkpoint before it that is as it was written is named."""
+    for step in (8, 9, 10):
+        write_checksums(run.save_checkpoint(step))
+    load_model(run.path)
+    for step in (9, 10):
+        path = max(
+            (run.path / f"step{step}" / "model_and_optim").glob("*.distcp"), key=lambda path: path.stat().st_size
+        )
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    good = rf"use the one before it, {run.path}/step8; training goes on from there with --from-checkpoint step8"
+    with pytest.raises(UltraMemError, match=rf"step10/\S+ is damaged: it differs from its checksum; {good}$"):
+        load_model(run.path)
+    (run.path / "step8" / "checksums.json").write_text("{")
+    with pytest.raises(UltraMemError, match=rf"use the one before it, {run.path}/step7;"):  # it has none
         load_model(run.path)
 
 

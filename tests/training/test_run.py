@@ -1,5 +1,6 @@
 """Whole runs of tiny models: what they write, how they go on after every kind of end."""
 
+import contextlib
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import resource
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +17,14 @@ import torch
 import torch._inductor.config as inductor
 from olmo_core.distributed.checkpoint.filesystem import RemoteFileSystemWriter
 from olmo_core.train import Checkpointer
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from ultramem.convert.transformers_models import to_transformers
 from ultramem.data.token_sequences import TokenSequences
 from ultramem.errors import UltraMemError
+from ultramem.files import whole_files
 from ultramem.hosts.olmo_core import model_statistics
 from ultramem.layers.read_counter import ReadCounter
 from ultramem.runs.checkpoints import load_model
@@ -26,7 +32,7 @@ from ultramem.tables.gradient_accumulator import GradientAccumulator
 from ultramem.tables.trainable import TrainableTable
 from ultramem.training import LoggingConfig, OptimizerConfig, RunConfig, WandbConfig, load_config, train
 from ultramem.training.evaluation import HeldoutCallback
-from ultramem.training.metrics import MetricsFile
+from ultramem.training.metrics import MetricsFile, ProgressReport
 from ultramem.training.reproducible import StepSeed
 
 
@@ -269,6 +275,91 @@ def test_overwrite_starts_anew(make_config, losses_of):
     assert steps_kept(second.trainer.directory) == [6]
 
 
+def files_in(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("fault", ["missing weights", "other weights", "model", "memory", "space", "directory"])
+def test_a_run_is_not_cleared_for_one_that_cannot_start(fault, make_config, monkeypatch, tmp_path):
+    old = make_config(steps=2, evaluate_interval=None)
+    train(old)
+    before = files_in(old.trainer.directory)
+    new = replace(old, trainer=replace(old.trainer, steps=1))
+    if fault == "missing weights":
+        new = replace(new, trainer=replace(new.trainer, initial_weights=tmp_path / "nowhere"))
+    elif fault == "other weights":
+        other = make_config("dense").model
+        model = to_transformers(other.build("cpu").state_dict(), other)
+        model.save_pretrained(tmp_path / "other")
+        new = replace(new, trainer=replace(new.trainer, initial_weights=tmp_path / "other"))
+    elif fault == "model":
+        monkeypatch.setattr(
+            type(new.model), "build", lambda *_, **__: (_ for _ in ()).throw(UltraMemError("too large"))
+        )
+    elif fault == "memory":
+        monkeypatch.setattr(torch.nn.Module, "to_empty", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+    elif fault == "space":
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+        monkeypatch.setattr("ultramem.runs.directory.CHECKPOINT_BYTES", 100)
+    else:
+        (old.trainer.directory / "data_order").rename(tmp_path / "order")
+        (old.trainer.directory / "step1").mkdir()
+        (old.trainer.directory / "step1" / "notes").touch()
+        before = files_in(old.trainer.directory)
+    with pytest.raises((UltraMemError, MemoryError)):
+        train(new, overwrite=True)
+    assert files_in(old.trainer.directory) == before
+
+
+def test_a_users_directories_stay_even_in_a_finished_run(make_config):
+    config = make_config(steps=2, evaluate_interval=None)
+    names = [config.trainer.directory / name for name in ("step2-analysis", "step2.damaged", "step7")]
+    for path in names:
+        (path / "train").mkdir(parents=True)
+        (path / "train" / "notes").write_text("mine")
+    for _ in range(2):
+        train(config)
+    train(config, overwrite=False)
+    for path in names:
+        assert (path / "train" / "notes").read_text() == "mine"
+
+
+def test_a_directory_in_the_way_stops_the_run_before_its_first_step(make_config, capsys):
+    config = make_config()
+    notes = config.trainer.directory / "step10" / "notes"
+    notes.parent.mkdir(parents=True)
+    notes.touch()
+    with pytest.raises(UltraMemError, match=r"step10 is where a checkpoint goes, and .*notes is not of one; rename it"):
+        train(config)
+    assert capsys.readouterr().out == ""
+    assert list(config.trainer.directory.rglob("*")) == [notes.parent, notes]
+
+
+@pytest.mark.parametrize("name", ["step4", "step4-tmp"])
+def test_a_directory_that_comes_into_the_way_is_kept(name, make_config, monkeypatch):
+    config = make_config(steps=5, checkpoint_interval=2, evaluate_interval=None)
+    notes = config.trainer.directory / name / "notes"
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: (notes.parent.mkdir(), notes.touch()))
+        with pytest.raises(
+            UltraMemError, match=rf"/{name} is in the way of a checkpoint; rename it .*last good .*step2"
+        ):
+            train(config)
+    assert notes.is_file()
+    notes.parent.rename(config.trainer.directory / "my notes")
+    assert train(config).status == "finished"
+
+
+def test_what_a_user_keeps_in_a_checkpoint_is_not_removed_with_it(make_config, monkeypatch):
+    config = make_config(checkpoint_interval=2, steps=5, keep_checkpoints=1, evaluate_interval=None)
+    notes = config.trainer.directory / "step2" / "notes"
+    at_step(monkeypatch, 3, lambda: notes.touch())
+    train(config)
+    assert steps_kept(config.trainer.directory) == [2, 4, 5]
+    assert notes.is_file()
+    load_model(notes.parent)
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient norm"])
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(what, make_config, monkeypatch, losses_of):
     config = make_config()
@@ -294,6 +385,26 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(what, make_config, 
 def test_divergence_before_any_checkpoint(make_config):
     config = make_config("dense", optimizer=OptimizerConfig(learning_rate=1e30, max_grad_norm=None))
     with pytest.raises(UltraMemError, match=r"is (nan|inf) at step \d+; .*; there is no checkpoint yet"):
+        train(config)
+
+
+def test_divergence_at_the_first_step_is_not_the_learning_rates(make_config):
+    config = make_config("dense")
+    config = replace(config, model=replace(config.model, init_std=1e30))
+    with pytest.raises(UltraMemError, match=r"^the .* is nan at step 1, the first: check the weights that it"):
+        train(config)
+
+
+def test_weights_that_are_not_finite_are_named_on_resuming(make_config, monkeypatch):
+    config = make_config("dense", steps=20)
+    at_step(monkeypatch, 11, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train(config)
+
+    def load_spoilt(trainer, checkpoint, model):
+        trainer.train_module.model.embeddings.weight.data[3] = float("inf")
+
+    monkeypatch.setattr("ultramem.training.run.load_checkpoint", load_spoilt)
+    with pytest.raises(UltraMemError, match=r"step11 has weights that are not finite, in embeddings\.weight: "):
         train(config)
 
 
@@ -372,6 +483,97 @@ def test_full_disk_while_writing_metrics(make_config, monkeypatch):
         train(config)
 
 
+def test_file_size_limit_while_writing_metrics(make_config, in_child, monkeypatch, capfd, losses_of):
+    sizes = {"steps": 7, "checkpoint_interval": 3, "metrics_interval": 1, "evaluate_interval": None}
+    config = make_config(**sizes)
+    metrics = config.trainer.directory / "metrics.jsonl"
+
+    def limit():
+        size = metrics.stat().st_size + 30  # within a line
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    def run():
+        with pytest.raises(UltraMemError) as error:  # its traceback would not fit
+            train(config)
+        print(error.value)
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, limit)
+        assert in_child(run) == 0
+    message = capfd.readouterr().out.splitlines()[-1]
+    assert re.search(r"^\S+/metrics.jsonl cannot be written \(File too large\); free .*last good .*step3$", message)
+    assert not metrics.read_text().endswith("\n")
+    assert train(config).status == "finished"
+    whole = make_config(directory="whole", **sizes)
+    train(whole)
+    assert losses_of(config.trainer.directory) == losses_of(whole.trainer.directory)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json", "tokenizer.json"])
+def test_a_full_disk_at_the_beginning(name, make_config, monkeypatch):
+    config = make_config(steps=2, evaluate_interval=None)
+    original = whole_files.whole_file
+
+    def full(path):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return original(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_files, "whole_file", full)
+        with pytest.raises(
+            UltraMemError, match=rf"^\S+/run/{name} cannot be written or read: No space left on device$"
+        ):
+            train(config)
+    assert train(config).status == "finished"
+    assert (config.trainer.directory / name).is_file()
+
+
+def test_a_full_disk_while_writing_events(make_config, monkeypatch, capfd):
+    config = make_config(steps=7, checkpoint_interval=3, metrics_interval=1, logging=LoggingConfig(tensorboard=True))
+    original = RecordWriter.write
+
+    def full(self, content):
+        original(self, content)
+        if current["step"] == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    current = {"step": 0}
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: current.update(step=5))
+        patch.setattr(RecordWriter, "write", full)
+        with pytest.raises(
+            UltraMemError, match=r"tensorboard/events\S+ cannot be written \(No space left .*; free.*last good .*step3"
+        ):
+            train(config)
+    assert capfd.readouterr().err == ""
+    assert train(config).status == "finished"
+
+
+def test_a_full_disk_behind_the_output(make_config):
+    config = make_config(steps=2, metrics_interval=1, evaluate_interval=None)
+    with open("/dev/full", "w") as output:  # noqa: PTH123
+        console = Console(file=output)
+        console.print = lambda *_, **__: None  # at first there is room
+        callbacks = []
+        original = ProgressReport.pre_train
+
+        def pre_train(self):
+            callbacks.append(self)
+            del console.print
+            original(self)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ProgressReport, "pre_train", pre_train)
+            with pytest.raises(
+                UltraMemError, match=r"^standard output cannot be written \(No space left on device\); free"
+            ):
+                train(config, console=console)
+        with contextlib.suppress(OSError):
+            output.close()
+    assert train(config).status == "finished"
+
+
 def test_broken_token_file_in_an_evaluation(make_config, monkeypatch):
     def read(self):
         raise UltraMemError("token file x has id 999; give others")
@@ -395,19 +597,6 @@ def test_checkpoint_of_another_model(make_config):
         train(large)
 
 
-def test_damaged_checkpoint(make_config):
-    config = make_config(steps=12)
-    train(config)
-    directory = config.trainer.directory
-    longer = replace(config, trainer=replace(config.trainer, steps=14))
-    longer.save(directory / "config.yaml")
-    largest = max((directory / "step12" / "model_and_optim").glob("*.distcp"), key=lambda path: path.stat().st_size)
-    with largest.open("rb+") as file:
-        file.truncate(largest.stat().st_size // 2)
-    with pytest.raises(UltraMemError, match=r"step12 is damaged .*; remove that directory to resume from"):
-        train(longer)
-
-
 def test_changed_data(make_config, token_directory, tmp_path):
     config = make_config(steps=2)
     tokens = tmp_path / "train.npy"
@@ -419,7 +608,9 @@ def test_changed_data(make_config, token_directory, tmp_path):
     tokens.write_bytes(original[:-64])
     longer = replace(config, trainer=replace(config.trainer, steps=4))
     longer.save(config.trainer.directory / "config.yaml")
-    with pytest.raises(UltraMemError, match="the training data has changed since"):
+    with pytest.raises(
+        UltraMemError, match=r"train.npy has changed since the run began; restore it, or start another run"
+    ):
         train(longer)
 
 

@@ -6,16 +6,13 @@ import logging
 import sys
 from typing import Annotated
 
-from ultramem.errors import UltraMemError
-
 try:
     import typer
-    from rich.console import Console
-    from rich.markup import escape
 except ImportError:  # `pip install ultramem` alone has no command line tools
     sys.exit("ultramem: the command line needs more packages; install them with: pip install 'ultramem[train]'")
 
-from ultramem.cli import data, models, runs
+from ultramem.cli import border, data, models, runs
+from ultramem.cli.command import Command
 
 app = typer.Typer(
     help="Sparse memory layers for language models.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -42,22 +39,18 @@ def callback(
 
 
 # `ultramem --help` lists them in this order, which is that of a user's work.
-app.command()(data.tokenize)
-app.command()(data.write_facts)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(runs.train)
-app.command()(runs.evaluate)
-app.command()(runs.generate)
-app.command()(runs.report)
-app.command()(models.export)
-app.command()(models.finetune)
-app.command()(models.import_olmo)
-app.command(context_settings={"ignore_unknown_options": True})(models.import_flags)
+app.command(cls=Command)(data.tokenize)
+app.command(cls=Command)(data.write_facts)
+app.command(cls=Command, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(runs.train)
+app.command(cls=Command)(runs.evaluate)
+app.command(cls=Command)(runs.generate)
+app.command(cls=Command)(runs.report)
+app.command(cls=Command)(models.export)
+app.command(cls=Command)(models.finetune)
+app.command(cls=Command)(models.import_olmo)
+app.command(cls=Command, context_settings={"ignore_unknown_options": True})(models.import_flags)
 
 
 def main() -> None:
-    """Run the command; a user's mistake ends in one line on standard error and status 1."""
-    try:
-        app()
-    except UltraMemError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
-        sys.exit(1)
+    """Run the command; a user's mistake ends in one line on standard error and status 1. See `border.run_command`."""
+    border.run_command(app)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ultramem.errors import UltraMemError
+from ultramem.errors import InterruptedWorkError
 
 
 def tokenize(
@@ -85,7 +85,7 @@ def tokenize(
     try:
         print_summary(run(config))
     except KeyboardInterrupt:
-        raise UltraMemError(f"interrupted: {output} was not written; run the same command again") from None
+        raise InterruptedWorkError(f"interrupted: {output} was not written; run the same command again") from None
 
 
 def write_facts(

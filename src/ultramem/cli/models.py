@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ultramem.cli.options import refuse
 from ultramem.errors import UltraMemError
 
 Directory = Annotated[Path, typer.Argument(help="Directory to write.", metavar="DIR")]
@@ -69,9 +70,10 @@ def finetune(
         ),
     ] = "sparse",
     rows: Annotated[
-        int, typer.Option(help="Maximum number of rows of each table to train per step, for method sparse.")
-    ] = 4096,
-    rank: Annotated[int, typer.Option(help="Rank of the LoRA matrices, for method lora.")] = 8,
+        int | None,
+        typer.Option(help="Maximum number of rows of each table to train per step, for method sparse; default: 4096."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA matrices, for method lora; default: 8.")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of optimizer steps.")] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Number of passes over the data, instead of --steps; default: 1.")
@@ -85,8 +87,8 @@ def finetune(
     ] = None,
     optimizer: Annotated[str, typer.Option(help="Optimizer.", metavar="sgd|adamw")] = "adamw",
     background_batches: Annotated[
-        int, typer.Option(help="Maximum number of batches of the background to read.")
-    ] = 1000,
+        int | None, typer.Option(help="Maximum number of batches of the background to read; default: 1000.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed for the order of the data and LoRA's initial values.")] = 0,
     device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     overwrite: Overwrite = False,
@@ -100,6 +102,11 @@ def finetune(
         from ultramem.finetuning import FinetuneConfig
         from ultramem.finetuning import finetune as run
 
+    of_sparse = {"rows": rows, "background-batches": background_batches}
+    for name, options in {"sparse": of_sparse, "lora": {"rank": rank}}.items():
+        if method != name:
+            refuse(options, f"it is for --method {name}")
+    given = {"rows": rows, "rank": rank, "background_batches": background_batches}
     config = FinetuneConfig(
         model=model,
         data=tuple(data),
@@ -110,17 +117,15 @@ def finetune(
         text_field=text_field,
         include=tuple(include or ()),
         method=method,  # type: ignore[arg-type]
-        rows=rows,
-        rank=rank,
         steps=steps,
         epochs=epochs,
         batch_size=batch_size,
         sequence_length=sequence_length,
         learning_rate=learning_rate,
         optimizer=optimizer,  # type: ignore[arg-type]
-        background_batches=background_batches,
         seed=seed,
         device=device,
+        **{name: value for name, value in given.items() if value is not None},
     )
     run(config, overwrite=overwrite).print_table()
     typer.echo(f"written to {output}")

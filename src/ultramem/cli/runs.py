@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ultramem.cli.options import refuse
 from ultramem.errors import ConfigError
 
 
@@ -18,6 +18,14 @@ def train(
         Path, typer.Argument(help="YAML file with the run's configuration.", metavar="CONFIG [--KEY=VALUE]...")
     ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run in the directory.")] = False,
+    from_checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Resume from this checkpoint instead of the latest one. Later ones, and the metrics so far, are kept "
+            "under names that end in .unused.",
+            metavar="stepN",
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show OLMo-core's log.")] = False,
 ) -> None:
     """Train a model, or resume an interrupted run.
@@ -29,7 +37,8 @@ def train(
     from ultramem.training import load_config
     from ultramem.training import train as run
 
-    result = run(load_config(config, context.args), overwrite=overwrite, verbose=verbose)
+    settings = load_config(config, context.args)
+    result = run(settings, overwrite=overwrite, from_checkpoint=from_checkpoint, verbose=verbose)
     if int(os.environ.get("RANK", 0)) == 0:
         hints = {
             "interrupted": "; run the same command again to resume",
@@ -58,11 +67,11 @@ def evaluate(
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Directory of token files, or a token file; repeatable. Default: the run's own data."),
+        typer.Option(help="Directory of token files; or a token file, repeatable. Default: the run's own data."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Split to evaluate on: train or heldout.")] = "heldout",
+    split: Annotated[str | None, typer.Option(help="Split to evaluate on: train or heldout; default: heldout.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the token files: uint16 or uint32; default: as in training.")
+        str | None, typer.Option(help="Dtype of the --data files: uint16 or uint32; default: as in training.")
     ] = None,
     max_tokens: Annotated[
         int | None,
@@ -77,13 +86,17 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     unigram: Annotated[
-        bool, typer.Option(help="Compare with the unigram model of the train split, which is read for it.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--unigram/--no-unigram",
+            help="Compare with the unigram model of the train split, which is read for it; default: if there is one.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
             help="JSON file to write, for a single checkpoint. Default: RUN/tasks.json, or RUN/evaluation.json for the "
-            "heldout split."
+            "run's own held-out data."
         ),
     ] = None,
 ) -> None:
@@ -93,9 +106,12 @@ def evaluate(
     once, from the tokens before it. The loss is the mean cross-entropy in nats per token.
     """
     from ultramem.evaluation.side_by_side import show_losses, show_tasks
+    from ultramem.runs.layout import is_runs_own
 
     if output is not None and len(checkpoints) > 1:
         raise ConfigError(f"--output={output}: needs a single checkpoint; leave it out to write a file to each run")
+    if output is not None and is_runs_own(output):
+        raise ConfigError(f"--output={output}: must not be a run's own file; choose another, or leave it out")
     shared: dict[str, Any] = {
         "batch_size": batch_size,
         "sequence_length": sequence_length,
@@ -103,13 +119,12 @@ def evaluate(
         "output": output,
     }
     if tasks:
-        of_data = {"data": data or None, "split": None if split == "heldout" else split, "dtype": dtype}
-        _refuse(of_data, "leave it out with --tasks")
-        _refuse({"max-tokens": max_tokens, "no-unigram": None if unigram else True}, "leave it out with --tasks")
+        of_loss: dict[str, Any] = {"data": data or None, "split": split, "dtype": dtype, "max-tokens": max_tokens}
+        refuse({**of_loss, "unigram" if unigram else "no-unigram": unigram}, "leave it out with --tasks")
         show_tasks(checkpoints, tasks, max_questions=max_questions, **shared)
     else:
-        _refuse({"max-questions": max_questions}, "use it with --tasks")
-        of_loss: dict[str, Any] = {"split": split, "dtype": dtype, "max_tokens": max_tokens, "unigram": unigram}
+        refuse({"max-questions": max_questions}, "use it with --tasks")
+        of_loss = {"split": split, "dtype": dtype, "max_tokens": max_tokens, "unigram": unigram}
         show_losses(checkpoints, data or (), **of_loss, **shared)
 
 
@@ -133,7 +148,7 @@ def generate(
     seed: Annotated[
         int, typer.Option(help="Seed for the first sample of each prompt; further samples use the seeds after it.")
     ] = 0,
-    num_samples: Annotated[int, typer.Option(help="Number of samples per prompt.", min=1)] = 1,
+    num_samples: Annotated[int, typer.Option(help="Number of samples per prompt.", min=1, max=2**20)] = 1,
     device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     save: Annotated[
         bool, typer.Option("--save", help="Append the samples to RUN/samples.json, for the report.")
@@ -157,18 +172,3 @@ def report(
     from ultramem.report import write_report
 
     typer.echo(f"report written to {write_report(runs, output)}")
-
-
-def _refuse(options: Mapping[str, object], remedy: str) -> None:
-    """Raise an error for the first option that is not None.
-
-    Args:
-        options: values by option name, without dashes.
-        remedy: what to do instead.
-
-    Raises:
-        ConfigError: an option is given.
-    """
-    for name, value in options.items():
-        if value is not None:
-            raise ConfigError(f"--{name}: does not apply here; {remedy}")

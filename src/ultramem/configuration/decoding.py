@@ -6,15 +6,15 @@ import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
-from ultramem.configuration.field_types import field_types, item_types, without_none
+from ultramem.configuration.field_types import LONGEST_SHOWN, field_types, is_64_bit, item_types, shown, without_none
 from ultramem.errors import ConfigError
 
 T = TypeVar("T")
 
 
-def decode(kind: type[T], content: Any, known_keys: list[str], path: str = "") -> T:
+def decode(kind: type[T], content: Any, known_keys: list[str] | None = None, path: str = "") -> T:
     """Make a dataclass, which checks its values' types itself, from nested mappings.
 
     Whole numbers count as integers in any notation, such as 1e9.
@@ -22,7 +22,7 @@ def decode(kind: type[T], content: Any, known_keys: list[str], path: str = "") -
     Args:
         kind: the dataclass; its `__post_init__` calls `check_types`.
         content: mapping of field names to values; None for an empty one.
-        known_keys: all dotted keys, for the hint in the error for an unknown key.
+        known_keys: all dotted keys, for the hint in the error for an unknown key; None to leave out unknown keys.
         path: dotted key of `content`; empty at the top.
 
     Raises:
@@ -31,11 +31,14 @@ def decode(kind: type[T], content: Any, known_keys: list[str], path: str = "") -
     if content is None:
         content = {}
     if not isinstance(content, Mapping):
-        raise ConfigError(f"{path or 'configuration'}={content!r}: must be a section of keys and values")
-    hints = field_types(kind)
+        raise ConfigError(f"{path or 'configuration'}={shown(content)}: must be a section of keys and values")
+    hints = field_types(kind)  # type: ignore[arg-type]
+    if known_keys is None:
+        content = {name: value for name, value in content.items() if name in hints}
     for name in content:
         if name not in hints:
-            nearest = difflib.get_close_matches(key := _join(path, name), known_keys, 1, 0)[0]
+            key = _join(path, name if str(name).isprintable() else repr(name))[:LONGEST_SHOWN]
+            nearest = difflib.get_close_matches(key, known_keys or (), 1, 0)[0]
             raise ConfigError(f"{key}: unknown key; did you mean {nearest}?")
     for field in fields(kind):  # type: ignore[arg-type]
         required = field.default is MISSING and field.default_factory is MISSING
@@ -67,20 +70,23 @@ def encode(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _value(hint: Any, value: Any, known_keys: list[str], path: str) -> Any:
+def _value(hint: Any, value: Any, known_keys: list[str] | None, path: str) -> Any:
     """Convert a value to the field's type; one of the wrong type is returned as it is, for the dataclass to refuse."""
     kind, optional = without_none(hint)
     if value is None and optional:
         return None
     if is_dataclass(kind):
         return decode(kind, value, known_keys, path)  # type: ignore[arg-type]
+    if get_origin(kind) is Mapping and isinstance(value, Mapping):
+        item_kind = get_args(kind)[1]
+        return {name: _value(item_kind, item, known_keys, _join(path, name)) for name, item in value.items()}
     if get_origin(kind) is tuple and isinstance(value, list):
         kinds = item_types(kind, len(value))
         if len(kinds) == len(value):
             return [_value(item_kind, item, known_keys, path) for item_kind, item in zip(kinds, value, strict=True)]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and is_64_bit(value):
         return float(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
+    if kind is int and isinstance(value, float) and value.is_integer() and is_64_bit(int(value)):
         return int(value)
     return value
 

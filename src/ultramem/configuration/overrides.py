@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
+from ultramem.configuration.field_types import LONGEST_SHOWN
 from ultramem.configuration.yaml_text import parse_yaml
 from ultramem.errors import ConfigError
 
@@ -17,14 +19,20 @@ def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> None:
         overrides: overrides such as `--optimizer.learning_rate=3e-4` or `model.memory=null`; values are YAML.
 
     Raises:
-        ConfigError: an override has no value, or its value is not valid YAML.
+        ConfigError: an override has no value, is given twice, or its value is not valid YAML.
     """
+    given = set()
     for override in overrides:
         key, separator, value = override.removeprefix("--").partition("=")
-        if not separator:
+        if not separator or not re.fullmatch(r"[\w.]{1,100}", key):
+            written = override if override.isprintable() else repr(override)
             raise ConfigError(
-                f"{override}: is not an option; to replace a value write --KEY=VALUE, such as --trainer.steps=100"
+                f"{written[:LONGEST_SHOWN]}: is not an option; to replace a value write --KEY=VALUE, such as "
+                "--trainer.steps=100"
             )
+        if key in given:
+            raise ConfigError(f"--{key}: is given twice; leave out one of them")
+        given.add(key)
         set_key(content, key, parse_yaml(value, f"--{key}"))
 
 

@@ -18,9 +18,10 @@ from ultramem.data.documents import parse_size
 from ultramem.data.tokenizers import ChosenTokenizer, load_tokenizer
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.files.directories import partial_directory
-from ultramem.files.whole_files import read_json_object, write_text
+from ultramem.files.json_files import read_json_object
+from ultramem.files.whole_files import write_text
 from ultramem.hosts.olmo_core import model_statistics
-from ultramem.hosts.transformers.files import MODEL_CONFIG_NAME, MODEL_CONTENTS, save_model_file
+from ultramem.hosts.transformers.files import MODEL_DIRECTORY, save_checksums
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
 from ultramem.runs.layout import EVALUATION_NAME, TOKENIZER_NAME
 from ultramem.runs.summary import read_summary
@@ -65,7 +66,7 @@ def export(
     shard_bytes = _checked(dtype, max_shard_size)
     found = find_checkpoint(checkpoint)
     config = found.config
-    with partial_directory(Path(directory).absolute(), overwrite, MODEL_CONFIG_NAME, MODEL_CONTENTS) as partial:
+    with partial_directory(Path(directory).absolute(), overwrite, MODEL_DIRECTORY) as partial:
         tokenizer = None
         if (found.run / TOKENIZER_NAME).is_file() or config.data.directory is not None:
             tokenizer = _for_transformers(find_tokenizer(found), model_max_length=config.data.sequence_length)
@@ -77,6 +78,7 @@ def export(
         )
         _write(model, tokenizer, partial, dtype, shard_bytes)
         write_text(partial / "README.md", model_card(found, tokenizer is not None))
+        save_checksums(partial)
     return ExportResult(Path(directory), found.step, tokenizer is not None)
 
 
@@ -101,7 +103,7 @@ def import_published(
         ConfigError, UltraMemError: the checkpoint or the tokenizer cannot be read or does not fit, or as in `export`.
     """
     shard_bytes = _checked(dtype, max_shard_size)
-    with partial_directory(Path(directory).absolute(), overwrite, MODEL_CONFIG_NAME, MODEL_CONTENTS) as partial:
+    with partial_directory(Path(directory).absolute(), overwrite, MODEL_DIRECTORY, [Path(checkpoint)]) as partial:
         config, state = read_published_checkpoint(Path(checkpoint))
         chosen = None if tokenizer is None else _for_transformers(load_tokenizer(tokenizer))
         if chosen is not None and len(chosen) > config.vocab_size:
@@ -109,6 +111,7 @@ def import_published(
                 f"tokenizer {tokenizer} has {len(chosen)} tokens, but the model {config.vocab_size}; give its own"
             )
         _write(to_transformers(state, config, **_token_ids(chosen)), chosen, partial, dtype, shard_bytes)
+        save_checksums(partial)
 
 
 def _checked(dtype: str, max_shard_size: str) -> int:
@@ -128,7 +131,7 @@ def _write(
         unused = list(range(len(tokenizer), model.config.vocab_size))
         model.generation_config = GenerationConfig(**_token_ids(tokenizer), suppress_tokens=unused or None)
         tokenizer.save_pretrained(directory)
-    save_model_file(model, directory, max_shard_size=shard_bytes)
+    model.save_pretrained(directory, max_shard_size=shard_bytes)
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, int]:
@@ -193,7 +196,8 @@ def _figures(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     if "device" in summary:
         rows.append(("trained on", f"{summary['device']}, PyTorch {summary.get('torch')}"))
     evaluation = read_json_object(checkpoint.run / EVALUATION_NAME)
-    if evaluation.get("checkpoint") == checkpoint.name:
+    of_run = evaluation.get("split", "heldout") == "heldout" and evaluation.get("data") is None
+    if of_run and evaluation.get("checkpoint") == checkpoint.name:
         rows += [
             (f"held-out {label}", f"{evaluation[name]:.4f}")
             for name, label in (("loss", "loss"), ("perplexity", "perplexity"), ("bits_per_byte", "bits per byte"))

@@ -19,7 +19,7 @@ from torch import Tensor
 from ultramem.config import MemoryConfig
 from ultramem.configuration.decoding import decode
 from ultramem.configuration.field_types import check_types
-from ultramem.configuration.yaml_text import parse_yaml
+from ultramem.configuration.yaml_text import read_yaml
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.hosts.olmo_core import ModelConfig
 
@@ -230,11 +230,7 @@ def read_published_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Tensor
 def _read_options(file: Path) -> Mapping[str, Any]:
     if not file.parent.is_dir():
         raise UltraMemError(f"{file.parent} is not a directory; give one with {CONFIG_NAME} and {PICKLE_NAME}")
-    try:
-        content = parse_yaml(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = system_reason(error) if isinstance(error, OSError) else "not a text"
-        raise UltraMemError(f"{file} cannot be read ({reason}); copy the checkpoint's own there") from error
+    content = read_yaml(file)
     options = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(options, Mapping):
         raise UltraMemError(f"{file} has no section `model`; copy the checkpoint's own there")
@@ -242,8 +238,7 @@ def _read_options(file: Path) -> Mapping[str, Any]:
 
 
 def _model_config(options: Mapping[str, Any]) -> tuple[PublishedModel, ModelConfig]:
-    known = {field.name for field in dataclasses.fields(PublishedModel)}
-    published = decode(PublishedModel, {key: options[key] for key in options if key in known}, [], "model")
+    published = decode(PublishedModel, options, path="model")
     if published.n_kv_heads not in (None, published.n_heads):
         raise ConfigError(f"n_kv_heads={published.n_kv_heads}: must be n_heads={published.n_heads}, or null")
     for key, (default, accepted) in FIXED_KEYS.items():
@@ -342,7 +337,8 @@ def _state(published: PublishedModel, config: ModelConfig, tensors: Mapping[str,
     """Convert the published state to ours."""
     state = {}
     unused = {name for name in tensors if not _is_idle(name, config)}
-    for name, parameter in config.build("meta").state_dict().items():
+    model = config.build("meta")
+    for name, parameter in model.state_dict().items():
         pieces = []
         for source in _sources(name, tuple(parameter.shape), published):
             tensor = tensors.get(source.name)
@@ -361,6 +357,8 @@ def _state(published: PublishedModel, config: ModelConfig, tensors: Mapping[str,
         state[name] = whole.reshape(parameter.shape).to(parameter.dtype)
     if unused:
         raise UltraMemError(f"{min(unused)} has no place in the model; {_REMEDY}")
+    if model.memory is not None:
+        model.memory.check_loaded(state, "memory.")
     return state
 
 

@@ -16,7 +16,7 @@ from ultramem.configuration.overrides import set_key
 from ultramem.configuration.yaml_text import dump_yaml, parse_yaml
 from ultramem.convert.published_checkpoint import FIXED_KEYS, MEMORY_KEYS, MODEL_KEYS, PublishedModel
 from ultramem.errors import ConfigError, UltraMemError
-from ultramem.runs.config import RunConfig
+from ultramem.runs.config import LARGEST_COUNT, RunConfig
 
 # Values that missing flags have in the configuration file of all published commands. Its block_type is moe, though,
 # which the commands for models with memory replace.
@@ -127,7 +127,7 @@ class _Draft:
     def number(self, flag: str, low: int = 1) -> int:
         """Read the value of a flag that must be a whole number of at least `low`."""
         value = self.read(flag)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 or value < low:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 or not low <= value < 2**63:
             raise UltraMemError(f"--{flag}={self.values[flag]!r}: must be a whole number of at least {low}")
         return int(value)
 
@@ -145,7 +145,7 @@ class _Draft:
         options = {key: parse_yaml(self.values[f"model.{key}"], f"--model.{key}") for key in keys}
         if any(flag.startswith("model.mem_") for flag in self.values):
             options.setdefault("mem_type", "ultramem_v2")
-        return decode(PublishedModel, options, [], "--model")
+        return decode(PublishedModel, options, path="--model")
 
     def check(self) -> None:
         """Raise an error that names the flag if one of our values is invalid."""
@@ -153,9 +153,9 @@ class _Draft:
         content["model"].setdefault("vocab_size", 128)  # a placeholder: the data's is not known yet
         content["data"]["directory"] = "not known yet"
         if self._lacks_steps:
-            content["trainer"]["steps"] = 2**60
+            content["trainer"]["steps"] = LARGEST_COUNT
         try:
-            decode(RunConfig, content, [])
+            decode(RunConfig, content)
         except ConfigError as error:
             key = re.split(r"[^\w.]", str(error), maxsplit=1)[0]
             source = f"--{self._sources[key]}: here " if key in self._sources else "flags: "

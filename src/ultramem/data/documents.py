@@ -20,6 +20,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet
 
+from ultramem.configuration.field_types import shown
 from ultramem.errors import ConfigError, UltraMemError
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -88,10 +89,10 @@ def parse_size(text: str, name: str = "max_size") -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", text, flags=re.IGNORECASE)
     number, prefix, binary = match.groups(default="") if match else ("0", "", "")
-    size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
-    if size <= 0:
-        raise ConfigError(f"{name}={text!r}: must be a number of bytes or a size such as 2MB, 500MiB or 1.5GB")
-    return size
+    size = float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " ")
+    if not 1 <= size < 2**63:
+        raise ConfigError(f"{name}={shown(text)}: must be a number of bytes or a size such as 2MB, 500MiB or 1.5GB")
+    return int(size)
 
 
 def find_sources(paths: Iterable[Path], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[SourceFile]:
@@ -109,15 +110,19 @@ def find_sources(paths: Iterable[Path], include: Sequence[str] = (), exclude: Se
     found: dict[Path, SourceFile] = {}
     offset = 0
     for path in paths:
+        if not path.absolute().name:
+            raise UltraMemError(f"{path} is the whole file system; give files and directories in it")
         if path.is_dir():
             names = [name for name in _walk(path) if _matches(name, include or CORPUS_PATTERNS)]
             files = [path / name for name in names if not _matches(name, exclude)]
+        elif path.exists() and not path.is_file():
+            raise UltraMemError(f"{path} is neither a file nor a directory; give files that can be read again")
         elif path.exists():
             files = [] if _matches(path, exclude) else [path]
         else:
             raise UltraMemError(f"{path} does not exist; check the path")
         for file in files:
-            if (real_path := file.resolve()) not in found:
+            if (real_path := Path(os.path.realpath(file))) not in found:
                 found[real_path] = SourceFile(file, file.stat().st_size, offset)
                 offset += file.stat().st_size
     if not found:
@@ -127,6 +132,16 @@ def find_sources(paths: Iterable[Path], include: Sequence[str] = (), exclude: Se
             "choose files with --include, such as --include '*.py'"
         )
     return list(found.values())
+
+
+def check_include(paths: Iterable[Path], include: Sequence[str]) -> None:
+    """Check that there is a directory for `include` to choose from.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if include and not any(path.is_dir() for path in paths):
+        raise ConfigError(f"include={', '.join(include)}: applies to directories, and none is given; leave it out")
 
 
 def read_documents(

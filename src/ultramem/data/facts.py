@@ -9,8 +9,8 @@ from pathlib import Path
 from random import Random
 
 from ultramem.data.documents import JSON_LINES_SUFFIXES
-from ultramem.errors import ConfigError, UltraMemError, system_reason
-from ultramem.files.whole_files import write_text
+from ultramem.errors import ConfigError, UltraMemError
+from ultramem.files.whole_files import cannot_write, check_output, write_text
 
 TEMPLATES = (  # the test asks for the first one
     'birthplace["{name}"] = "{value}"',
@@ -100,13 +100,18 @@ def write_facts(path: Path, text_field: str = "text", overwrite: bool = False) -
         raise ConfigError(f"{path}: must end in .jsonl, as the documents are JSON lines; choose another name")
     if not text_field:
         raise ConfigError("text_field='': must not be empty; give the name of the field that holds the text")
-    if path.exists() and not overwrite:
-        raise UltraMemError(f"{path} exists already; replace it with --overwrite or choose another name")
+    with cannot_write(path):
+        if path.exists() and not overwrite:
+            raise UltraMemError(f"{path} exists already; replace it with --overwrite or choose another name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    check_output(path, _is_facts)
     documents = make_documents(make_facts())
     lines = [json.dumps({"id": f"facts-{i}", text_field: text}) + "\n" for i, text in enumerate(documents)]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with cannot_write(path):
         write_text(path, "".join(lines))
-    except OSError as error:
-        raise UltraMemError(f"{path} cannot be written: {system_reason(error)}") from error
     return len(documents)
+
+
+def _is_facts(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.readline(2**10).startswith(b'{"id": "facts-0", ')

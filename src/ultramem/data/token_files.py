@@ -11,16 +11,21 @@ import gzip
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from ultramem.configuration.field_types import check_field, check_range, check_types
 from ultramem.data.documents import Document
 from ultramem.errors import ConfigError, UltraMemError
+from ultramem.files.checksums import Checksums, check_files
+from ultramem.files.directories import Product
+from ultramem.files.json_files import damaged, path_inside, read_json, read_json_object
 from ultramem.files.whole_files import write_text
 
 MANIFEST_NAME = "manifest.json"
@@ -29,6 +34,12 @@ FORMAT_VERSION = 1
 ITEM_SIZES = {"uint16": 2, "uint32": 4}
 COUNTS = ("documents", "tokens", "bytes")
 SAMPLED_BLOCKS, SAMPLED_TOKENS = 16, 2**16
+_REMEDY = "copy it again, or tokenize again with --overwrite"
+TOKEN_DIRECTORY = Product(
+    MANIFEST_NAME,
+    lambda directory: read_json_object(directory / MANIFEST_NAME).keys() >= {"format_version", "dtype", "splits"},
+    re.compile(r"manifest\.json|tokenizer\.json|(train|heldout)/(part-[0-9]{5,}\.(npy|csv\.gz))?"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,9 @@ class Split:
 
     name: str
     files: tuple[TokenFile, ...]
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     @property
     def paths(self) -> list[Path]:
@@ -99,7 +113,7 @@ class Manifest:
 
     directory: Path
     splits: Mapping[str, Split]
-    dtype: str
+    dtype: Literal["uint16", "uint32"]
     vocab_size: int
     eos_token_id: int
     pad_token_id: int
@@ -107,9 +121,21 @@ class Manifest:
     seed: int
     near_duplicates: int = 0
     skipped: int = 0
-    skipped_examples: Sequence[str] = ()
+    skipped_examples: tuple[str, ...] = ()
     sources: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_field(self, "splits", self.splits.keys() == {"train", "heldout"}, "train and heldout")
+        for split in self.splits.values():
+            for file in split.files:
+                check_types(file)  # not by itself: a writer makes a new one for each document
+                check_range(file, "documents", "bytes", least=0)
+                check_range(file, "tokens", least=1)
+        check_range(self, "vocab_size", least=1, most=256 ** ITEM_SIZES[self.dtype])
+        check_range(self, "eos_token_id", "pad_token_id", least=0, below=self.vocab_size)
+        check_range(self, "seed", "near_duplicates", "skipped", least=0)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -126,6 +152,34 @@ class Manifest:
                 "run `ultramem tokenize` again with another --heldout or --seed"
             )
         return self.splits[name]
+
+    def check(self, paths: Iterable[Path]) -> None:
+        """Read those of its token files and their boundaries, and compare them with their checksums, if it has any.
+
+        Raises:
+            UltraMemError: a file is missing or damaged, or cannot be read.
+        """
+        check_files(self.directory, self._names({*paths}), _REMEDY)
+
+    def checksums(self) -> dict[Path, int]:
+        """CRC-32 by token file, as `checksums.json` has it; empty without one, as of version 0.1."""
+        known = Checksums.load(self.directory)
+        files = known.files if known else {}
+        return {self.directory / name: pieces[0][1] for name, pieces in files.items() if len(pieces) == 1}
+
+    def save_checksums(self) -> None:
+        """Write `checksums.json` for all files of the directory.
+
+        Raises:
+            OSError: a file cannot be read, or it cannot be written.
+        """
+        Checksums.compute(self.directory, [MANIFEST_NAME, TOKENIZER_NAME, *self._names()]).save()
+
+    def _names(self, paths: Container[Path] | None = None) -> list[str]:
+        """Token files, all or some, and their boundaries, as paths in the directory."""
+        files = [file for split in self.splits.values() for file in split.files if paths is None or file.path in paths]
+        both = [path for file in files for path in (file.path, file.boundaries)]
+        return [path.relative_to(self.directory).as_posix() for path in both]
 
 
 _MANIFEST_VALUES = [field.name for field in fields(Manifest) if field.name not in ("directory", "splits")]
@@ -187,8 +241,11 @@ def save_manifest(manifest: Manifest) -> None:
 def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
     """Read a directory written by `ultramem tokenize`, and check that its files are complete.
 
+    Manifest and tokenizer are compared with their checksums, if there are any; token files only by `Manifest.check`.
+
     Raises:
-        UltraMemError: the directory, its manifest or one of its files is missing, unreadable or of the wrong size.
+        UltraMemError: the directory, its manifest or one of its files is missing, unreadable, damaged or of the wrong
+            size.
     """
     root = Path(directory).absolute()
     if not root.is_dir():
@@ -199,10 +256,13 @@ def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
             f"{root} has no {MANIFEST_NAME}: `ultramem tokenize` did not write it, or did not finish; "
             "tokenize again, or give the token files themselves"
         )
+    check_files(root, [MANIFEST_NAME, TOKENIZER_NAME], _REMEDY)
+    remedy = "tokenize again with --overwrite"
+    content = read_json(path, remedy)
     try:
-        manifest = _manifest_from_json(json.loads(path.read_text(encoding="utf-8")), root)
+        manifest = _manifest_from_json(content, root)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UltraMemError(f"{path} is damaged ({error!r}); tokenize again with --overwrite") from error
+        raise damaged(path, error, remedy) from error
     for split in manifest.splits.values():
         for file in split.files:
             _check_file(file, ITEM_SIZES[manifest.dtype])
@@ -211,10 +271,12 @@ def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
     return manifest
 
 
-def check_token_files(paths: Sequence[str | os.PathLike[str]], dtype: str, vocab_size: int) -> list[int]:
-    """Check headerless little-endian token files without a manifest, and count the tokens in each.
+def check_token_files(
+    paths: Sequence[str | os.PathLike[str]], dtype: str, vocab_size: int, *, every_id: bool = False
+) -> list[int]:
+    """Check headerless little-endian token files, and count the tokens in each.
 
-    Sizes are checked exactly, ids, which must be below `vocab_size`, in evenly spaced samples of each file.
+    Sizes are checked exactly, ids, which must be below `vocab_size`, in evenly spaced samples of each file, or all.
 
     Raises:
         ConfigError: `dtype` is neither of the two.
@@ -224,7 +286,7 @@ def check_token_files(paths: Sequence[str | os.PathLike[str]], dtype: str, vocab
         raise ConfigError(f"dtype={dtype!r}: must be uint16 or uint32, the dtypes of token files")
     if not paths:
         raise UltraMemError("no token file is given; give at least one")
-    return [_check_plain_file(Path(path), dtype, vocab_size) for path in paths]
+    return [_check_plain_file(Path(path), dtype, vocab_size, every_id) for path in paths]
 
 
 def _counts(counted: TokenFile | Split) -> dict[str, int]:
@@ -234,30 +296,30 @@ def _counts(counted: TokenFile | Split) -> dict[str, int]:
 def _manifest_from_json(content: dict[str, Any], directory: Path) -> Manifest:
     if content["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format version {content['format_version']}, but this ultramem reads {FORMAT_VERSION}")
-    if content["dtype"] not in ITEM_SIZES:
-        raise ValueError(f"dtype {content['dtype']!r}, not uint16 or uint32")
     splits = {}
     for name, split in content["splits"].items():
-        files = (TokenFile(directory / file["path"], *(file[count] for count in COUNTS)) for file in split["files"])
+        files = (
+            TokenFile(path_inside(directory, file["path"]), *(file[count] for count in COUNTS))
+            for file in split["files"]
+        )
         splits[name] = Split(name, tuple(files))
     values = {"near_duplicates": 0, **content}  # missing in older manifests
     return Manifest(directory=directory, splits=splits, **{name: values[name] for name in _MANIFEST_VALUES})
 
 
 def _check_file(file: TokenFile, item_size: int) -> None:
-    remedy = "copy it again, or tokenize again with --overwrite"
     for path in (file.path, file.boundaries):
         if not path.is_file():
-            raise UltraMemError(f"{path} is missing, though the manifest lists it; {remedy}")
+            raise UltraMemError(f"{path} is missing, though the manifest lists it; {_REMEDY}")
     expected, found = file.tokens * item_size, file.path.stat().st_size
     if found != expected:
         raise UltraMemError(
             f"{file.path} is damaged: {found} bytes found, {expected} expected ({file.tokens} tokens of {item_size} "
-            f"bytes); {remedy}"
+            f"bytes); {_REMEDY}"
         )
 
 
-def _check_plain_file(path: Path, dtype: str, vocab_size: int) -> int:
+def _check_plain_file(path: Path, dtype: str, vocab_size: int, every_id: bool) -> int:
     if not path.is_file():
         raise UltraMemError(f"token file {path} does not exist; check the path")
     size, item_size = path.stat().st_size, ITEM_SIZES[dtype]
@@ -270,11 +332,12 @@ def _check_plain_file(path: Path, dtype: str, vocab_size: int) -> int:
         )
     tokens = np.memmap(path, mode="r", dtype=np.dtype(dtype).newbyteorder("<"))
     last_start = max(len(tokens) - SAMPLED_TOKENS, 0)
-    for start in np.unique(np.linspace(0, last_start, SAMPLED_BLOCKS, dtype=np.int64)):
+    samples = np.unique(np.linspace(0, last_start, SAMPLED_BLOCKS, dtype=np.int64))
+    for start in range(0, len(tokens), SAMPLED_TOKENS) if every_id else samples:
         block = tokens[start : start + SAMPLED_TOKENS]
         if (largest := int(block.max())) >= vocab_size:
             raise UltraMemError(
                 f"token file {path} has id {largest} near token {start}, but the vocabulary has {vocab_size} tokens; "
-                "give the tokenizer and dtype that it was written with"
+                "give the tokenizer and dtype that it was written with, or copy it again"
             )
     return len(tokens)

@@ -25,13 +25,20 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from ultramem.configuration.field_types import check_field, check_least, check_types
-from ultramem.data.documents import BrokenRecordError, Document, find_sources, read_documents
+from ultramem.configuration.field_types import check_field, check_range, check_types
+from ultramem.data.documents import BrokenRecordError, Document, check_include, find_sources, read_documents
 from ultramem.data.near_duplicates import near_duplicates
-from ultramem.data.token_files import MANIFEST_NAME, TOKENIZER_NAME, Manifest, SplitWriter, load_manifest, save_manifest
+from ultramem.data.token_files import (
+    TOKEN_DIRECTORY,
+    TOKENIZER_NAME,
+    Manifest,
+    SplitWriter,
+    load_manifest,
+    save_manifest,
+)
 from ultramem.data.tokenizers import SMALLEST_BPE, ChosenTokenizer, Encoder, load_tokenizer, train_bpe
-from ultramem.data.worker_processes import map_documents
-from ultramem.errors import ConfigError, UltraMemError, system_reason
+from ultramem.data.worker_processes import call_in_process, map_documents
+from ultramem.errors import ConfigError, UltraMemError
 from ultramem.files.directories import partial_directory
 
 BPE_SAMPLE_BYTES = 32 * 2**20  # a larger sample takes more time and memory, but hardly changes the vocabulary
@@ -102,11 +109,14 @@ class TokenizeConfig:
                 raise ConfigError(
                     f"train_bpe={self.train_bpe}: sets eos_token, eos_id and pad_token itself; leave them out"
                 )
-        check_field(self, "heldout", 0 <= self.heldout < 1, "a share from 0 to below 1, such as 0.02")
-        similar = self.near_duplicates is None or 0 < self.near_duplicates <= 1
-        check_field(self, "near_duplicates", similar, "a similarity above 0 and at most 1, such as 0.7")
-        check_least(0, seed=self.seed)
-        check_least(1, processes=self.processes, shard_tokens=self.shard_tokens, max_size=self.max_size)
+        if self.eos_token is not None and self.eos_id is not None:
+            raise ConfigError(f"eos_id={self.eos_id}: must not be given with eos_token={self.eos_token!r}")
+        check_range(self, "train_bpe", most=2**22)
+        check_range(self, "heldout", least=0, below=1)
+        check_range(self, "near_duplicates", above=0, most=1)
+        check_range(self, "seed", least=0)
+        check_range(self, "processes", least=1, most=1024)
+        check_range(self, "shard_tokens", "max_size", least=1)
 
 
 class Corpus:
@@ -114,7 +124,10 @@ class Corpus:
 
     def __init__(self, config: TokenizeConfig) -> None:
         self.config = config
+        check_include(config.sources, config.include)
         self.files = find_sources(config.sources, config.include, config.exclude)
+        if config.separator is not None and not any(file.suffix == ".txt" for file in self.files):
+            raise ConfigError(f"separator={config.separator!r}: applies to .txt files, and there is none; leave it out")
         self.size_on_disk = sum(file.num_bytes for file in self.files)
         self.left_out: set[int] = set()  # near-duplicates, by their number among all documents
         self.text_bytes = self.position = self.skipped = 0
@@ -172,24 +185,18 @@ def tokenize(config: TokenizeConfig) -> Manifest:
     """
     corpus = Corpus(config)
     output = config.output.absolute()
-    try:
-        with (
-            _sigterm_interrupts(),
-            partial_directory(output, config.overwrite, MANIFEST_NAME) as directory,
-            _progress_display() as display,
-        ):
-            if config.near_duplicates is not None:
-                searching = display.add_task("looking for near-duplicates", total=None, documents=0)
-                corpus.left_out = near_duplicates(corpus, config.near_duplicates, config.processes)
-                display.remove_task(searching)
-            tokenizer = _choose_tokenizer(config, corpus, display)
-            tokenizer.tokenizer.save(str(directory / TOKENIZER_NAME))
-            _write_splits(config, corpus, tokenizer, directory, display)
-    except OSError as error:
-        raise UltraMemError(
-            f"{output} cannot be written ({system_reason(error)}) and the partial output was removed; free some space "
-            "or choose another --output, then run again"
-        ) from error
+    with (
+        _sigterm_interrupts(),
+        partial_directory(output, config.overwrite, TOKEN_DIRECTORY, config.sources) as directory,
+        _progress_display() as display,
+    ):
+        if config.near_duplicates is not None:
+            searching = display.add_task("looking for near-duplicates", total=None, documents=0)
+            corpus.left_out = near_duplicates(corpus, config.near_duplicates, config.processes)
+            display.remove_task(searching)
+        tokenizer = _choose_tokenizer(config, corpus, display)
+        tokenizer.tokenizer.save(str(directory / TOKENIZER_NAME))
+        _write_splits(config, corpus, tokenizer, directory, display)
     return load_manifest(output)
 
 
@@ -239,7 +246,7 @@ def _choose_tokenizer(config: TokenizeConfig, corpus: Corpus, display: Progress)
         return load_tokenizer(config.tokenizer, config.eos_token, config.eos_id, config.pad_token)
     sample = _sample(corpus, config.seed, display)
     training = display.add_task("training the BPE", total=None, documents=len(sample))
-    tokenizer = train_bpe(sample, config.train_bpe)
+    tokenizer = call_in_process(train_bpe, sample, config.train_bpe)
     display.remove_task(training)
     return tokenizer
 
@@ -264,7 +271,7 @@ def _sample(corpus: Corpus, seed: int, display: Progress) -> list[str]:
 def _write_splits(
     config: TokenizeConfig, corpus: Corpus, tokenizer: ChosenTokenizer, directory: Path, display: Progress
 ) -> None:
-    """Write the token files, then the manifest."""
+    """Write the token files, then the manifest and the checksums."""
     train, heldout = (SplitWriter(directory / name, config.shard_tokens) for name in ("train", "heldout"))
     tokenizing = display.add_task("tokenizing", total=corpus.size_on_disk, documents=0)
     encoder = (tokenizer.tokenizer.to_str(), tokenizer.eos_token_id, tokenizer.dtype)
@@ -280,23 +287,23 @@ def _write_splits(
             "give more text, raise --max-size or lower --heldout"
         )
     paths = [str(path) for path in config.sources]
-    save_manifest(
-        Manifest(
-            directory=directory,
-            splits=splits,
-            dtype=tokenizer.dtype,
-            vocab_size=tokenizer.vocab_size,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            tokenizer=tokenizer.name,
-            seed=config.seed,
-            sources={"paths": paths, "files": len(corpus.files), "bytes": corpus.size_on_disk},
-            arguments={name: value for name, value in asdict(config).items() if name not in NOT_ARGUMENTS},
-            near_duplicates=len(corpus.left_out),
-            skipped=corpus.skipped,
-            skipped_examples=corpus.skipped_examples,
-        )
+    manifest = Manifest(
+        directory=directory,
+        splits=splits,
+        dtype=tokenizer.dtype,
+        vocab_size=tokenizer.vocab_size,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tokenizer=tokenizer.name,
+        seed=config.seed,
+        sources={"paths": paths, "files": len(corpus.files), "bytes": corpus.size_on_disk},
+        arguments={name: value for name, value in asdict(config).items() if name not in NOT_ARGUMENTS},
+        near_duplicates=len(corpus.left_out),
+        skipped=corpus.skipped,
+        skipped_examples=tuple(corpus.skipped_examples),
     )
+    save_manifest(manifest)
+    manifest.save_checksums()
 
 
 @contextmanager

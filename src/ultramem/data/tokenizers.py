@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ultramem.configuration.field_types import shown
 from ultramem.errors import ConfigError, UltraMemError, first_line
+from ultramem.files.checksums import check_files
+from ultramem.files.json_files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 SMALLEST_BPE = 256 + 2  # every byte and the two special tokens
+LONGEST_WORD = 1024  # bytes that a BPE learns from together: the time to learn grows with the square
+MOST_MISSING_IDS = 2**16  # the library takes hours over billions of them, and prints them
 COMMON_EOS_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 COMMON_PAD_TOKENS = (PADDING, "<pad>", "[PAD]")
+_SETTINGS_NAME = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -43,9 +51,18 @@ class ChosenTokenizer:
         return _vocab_size(self.tokenizer)
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Literal["uint16", "uint32"]:
         """NumPy dtype of token files: `uint16` if every id fits, else `uint32`."""
         return "uint16" if self.vocab_size <= 2**16 else "uint32"
+
+    def encode(self, texts: Sequence[str]) -> list[Encoding]:
+        """Encodings of texts, without special tokens around them.
+
+        Raises:
+            UltraMemError: the tokenizer cannot encode a text.
+        """
+        with plain_errors(f"tokenizer {self.name} cannot encode a text"):
+            return self.tokenizer.encode_batch(texts, add_special_tokens=False)
 
 
 class Encoder:
@@ -62,8 +79,9 @@ class Encoder:
 
     def __call__(self, text: str) -> np.ndarray:
         """Token ids (n + 1,) of a text of n tokens, `uint16` or `uint32`, little-endian."""
-        # The library's other calls also compute the characters' offsets, which takes time and memory.
-        (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        with plain_errors("the tokenizer cannot encode a text"):
+            # The library's other calls also compute the characters' offsets, which takes time and memory.
+            (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array([*encoding.ids, self.eos_token_id], dtype=self.dtype)
 
 
@@ -78,13 +96,14 @@ def load_tokenizer(
             tokenizer's files.
 
     Raises:
-        UltraMemError: the tokenizer is not found or cannot be read.
+        UltraMemError: the tokenizer is not found, is damaged or cannot be read.
         ConfigError: the end-of-text or padding token is unknown or not in the vocabulary.
     """
     file = _find_file(name)
+    if file is not None:
+        check_files(file.parent, [file.name, _SETTINGS_NAME], "copy it again")
     tokenizer = _read_file(file) if file else _fetch(name)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    _prepare(tokenizer, name)
     settings = _read_settings(file)
     eos = _token_id(tokenizer, "eos_token", eos_token or settings.get("eos_token"), COMMON_EOS_TOKENS)
     pad = _token_id(tokenizer, "pad_token", pad_token or settings.get("pad_token"), COMMON_PAD_TOKENS)
@@ -129,10 +148,12 @@ def end_of_text_tokens(file: Path) -> list[str]:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> ChosenTokenizer:
     """Train a byte-level BPE with at most `vocab_size` tokens; `<|endoftext|>` has id 0 and `<|padding|>` id 1.
 
-    The result depends only on the texts, not on their order or the number of threads.
+    The result depends only on the texts, not on their order or the number of threads. Words longer than `LONGEST_WORD`
+    bytes, such as DNA, are learnt from in pieces.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST_WORD)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -141,11 +162,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> ChosenTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = words
     return ChosenTokenizer(tokenizer, f"byte-level BPE of {_vocab_size(tokenizer)} tokens", 0, 1)
 
 
 def _vocab_size(tokenizer: Tokenizer) -> int:
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    if not ids:
+        raise UltraMemError("the tokenizer's vocabulary is empty; choose another tokenizer")
+    return max(ids) + 1
 
 
 def _find_file(name: str) -> Path | None:
@@ -168,10 +193,47 @@ def _find_file(name: str) -> Path | None:
 
 
 def _read_file(file: Path) -> Tokenizer:
-    try:
+    with _silent_panics(), plain_errors(f"{file} cannot be read as a tokenizer.json"):
         return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise UltraMemError(f"{file} cannot be read as a tokenizer.json: {error}") from error
+
+
+def _prepare(tokenizer: Tokenizer, name: str) -> None:
+    """Turn off truncation and padding, and check that the tokenizer can be used."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    missing = _vocab_size(tokenizer) - tokenizer.get_vocab_size(with_added_tokens=True)
+    if missing > MOST_MISSING_IDS:
+        raise UltraMemError(f"tokenizer {name} has no tokens for {missing} of its ids; choose another tokenizer")
+    with _silent_panics(), plain_errors(f"tokenizer {name} cannot encode a text"):
+        tokenizer.encode("", add_special_tokens=False)
+
+
+@contextmanager
+def plain_errors(what: str, remedy: str = "choose another tokenizer") -> Iterator[None]:
+    """Raise our error for what the tokenizers library raises: Exception, and for a panic what is none.
+
+    Raises:
+        UltraMemError: the library raised something.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, UltraMemError):
+        raise
+    except BaseException as error:
+        raise UltraMemError(f"{what} ({first_line(error)}); {remedy}") from error
+
+
+@contextmanager
+def _silent_panics() -> Iterator[None]:
+    """Keep the library from writing to standard error itself."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def _fetch(name: str) -> Tokenizer:
@@ -187,15 +249,17 @@ def _fetch(name: str) -> Tokenizer:
 
 def _read_settings(file: Path | None) -> dict[str, str]:
     """Special tokens by role, from the `tokenizer_config.json` that transformers writes beside the tokenizer."""
-    beside = file.with_name("tokenizer_config.json") if file else None
+    beside = file.with_name(_SETTINGS_NAME) if file else None
     if beside is None or not beside.is_file():
         return {}
-    try:
-        settings = json.loads(beside.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UltraMemError(f"{beside} is not valid JSON: {error}; fix or remove it") from error
+    settings = read_json(beside, "fix or remove it")
+    if not isinstance(settings, dict):
+        raise UltraMemError(f"{beside} is damaged (it is no JSON object); fix or remove it")
     tokens = {role: settings.get(role) for role in ("eos_token", "pad_token")}
     texts = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
+    for role, text in texts.items():
+        if text is not None and not isinstance(text, str):
+            raise UltraMemError(f"{beside} is damaged ({role}={shown(text)}: must be text); fix or remove it")
     return {role: text for role, text in texts.items() if text}
 
 

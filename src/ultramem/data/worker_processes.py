@@ -1,16 +1,20 @@
-"""Applying a function to each document's text, in one process or several, in the documents' order."""
+"""Work in other processes: on each document's text, in the documents' order, or a call that can be ended at once."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
+import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
 from ultramem.data.documents import Document
@@ -35,7 +39,8 @@ def map_documents(
         return
     # Not forked: this process may hold locks of the tokenizer's threads, which a fork would copy locked.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(make, arguments))
+    stop = context.Event()
+    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(make, arguments, stop))
     waiting: deque[tuple[list[Document], Future[list[T]]]] = deque()
     try:
         for chunk in _chunks(documents):
@@ -50,7 +55,35 @@ def map_documents(
             "a worker process died, perhaps for lack of memory; run again with fewer --processes"
         ) from error
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+def call_in_process(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a process of its own, which is killed at once if this one is interrupted or ends.
+
+    For long calls of libraries, which are deaf to signals. Function, arguments and result are pickled.
+
+    Raises:
+        UltraMemError: the process died.
+        Exception: the function raised it.
+    """
+    # Not of multiprocessing, which would import the caller's script again. A group of its own sees no Ctrl-C.
+    command = [sys.executable, "-c", f"from {__name__} import answer; answer()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            pickle.dump((function, arguments), process.stdin)
+            process.stdin.flush()
+            result, error = pickle.load(process.stdout)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as ended:
+            raise UltraMemError("a worker process died, perhaps for lack of memory; give it less text") from ended
+        finally:
+            process.kill()
+    if error is not None:
+        raise error
+    return result
 
 
 def _chunks(documents: Iterable[Document]) -> Generator[list[Document], None, None]:
@@ -83,11 +116,12 @@ def _interrupts_blocked() -> Generator[None, None, None]:
 # In a worker process:
 
 _function: Callable[[str], Any]
+_stop: Event
 
 
-def _start_worker(make: Callable[..., Callable[[str], Any]], arguments: tuple[Any, ...]) -> None:
-    global _function
-    _function = make(*arguments)
+def _start_worker(make: Callable[..., Callable[[str], Any]], arguments: tuple[Any, ...], stop: Event) -> None:
+    global _function, _stop
+    _function, _stop = make(*arguments), stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -100,4 +134,23 @@ def _end_with_parent() -> None:
 
 
 def _call(texts: list[str]) -> list[Any]:
-    return [_function(text) for text in texts]
+    return [_function(text) for text in texts if not _stop.is_set()]
+
+
+def answer() -> None:
+    """Make the call that comes through standard input, and write its result and error to standard output."""
+    function, arguments = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    outcome: tuple[Any, Exception | None]
+    try:
+        outcome = function(*arguments), None
+    except Exception as error:
+        outcome = None, error
+    pickle.dump(outcome, sys.stdout.buffer)
+    sys.stdout.flush()
+
+
+def _end_with_input() -> None:
+    """Exit when the parent closes this process's standard input, however it ends."""
+    sys.stdin.buffer.read()
+    os._exit(1)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from ultramem.configuration.field_types import check_least, check_types
+from ultramem.configuration.field_types import check_range, check_types
 from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.device import autocast
 from ultramem.errors import ConfigError, UltraMemError, system_reason
-from ultramem.files.whole_files import write_json
+from ultramem.files.json_files import read_json
+from ultramem.files.whole_files import check_output, read_bytes, write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import SAMPLES_NAME
@@ -47,8 +48,9 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         check_types(self)
         _check_sampling(self.temperature, self.top_k, self.top_p)
-        check_least(0, seed=self.seed)
-        check_least(1, max_new_tokens=self.max_new_tokens)
+        check_range(self, "temperature", most=100)
+        check_range(self, "seed", least=0)
+        check_range(self, "max_new_tokens", least=1)
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,11 @@ class TextGenerator:
         With an empty prompt the model starts a new document. A character of several tokens is yielded when it is
         complete, and left out if the text ends before. The same arguments give the same text.
 
-        Raises UltraMemError if the model's output is not finite.
+        Raises UltraMemError if the model's output is not finite, UnicodeEncodeError if the prompt is not Unicode.
         """
         tokenizer, eos_token_id = self.tokenizer.tokenizer, self.tokenizer.eos_token_id
-        tokens = tokenizer.encode(prompt, add_special_tokens=False).ids or [eos_token_id]
+        prompt.encode()  # the tokenizer's own error does not say what is wrong
+        tokens = self.tokenizer.encode([prompt])[0].ids or [eos_token_id]
         decoder = DecodeStream(ids=tokens)
         # Tokens are drawn on the CPU, so that they do not depend on the model's device.
         generator = torch.Generator().manual_seed(config.seed)
@@ -119,7 +122,10 @@ class TextGenerator:
             logits = self.model(context, logits_to_keep=1)
         logits = logits[0, -1, : self.tokenizer.vocab_size].float().cpu()  # the embedding may have more rows
         if not logits.isfinite().all():
-            raise UltraMemError("the model's output is not finite, as its training diverged; use an earlier checkpoint")
+            raise UltraMemError(
+                "the model's output is not finite, as its training diverged; use an earlier checkpoint: RUN/stepN, and "
+                "for training --from-checkpoint stepN"
+            )
         return logits
 
 
@@ -166,7 +172,7 @@ def sample(
 def read_prompt(path: Path) -> str:
     """Read a text file. Raises UltraMemError if it cannot be read, or is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = system_reason(error) if isinstance(error, OSError) else "not UTF-8 text"
         raise UltraMemError(f"{path} cannot be read ({reason}); give a text file with --prompt-file") from error
@@ -186,6 +192,10 @@ def show_samples(
     `path` and `device` are those of `TextGenerator.from_checkpoint`. With `save` the samples are appended to the run's
     `samples.json`. Errors are those of `TextGenerator` and `save_samples`.
     """
+    if save:
+        samples_file = find_checkpoint(path).run / SAMPLES_NAME
+        check_output(samples_file)
+        _read_samples(samples_file)
     generator = TextGenerator.from_checkpoint(path, device)
     samples = print_samples(generator, prompts or [""], config, num_samples)
     if save:
@@ -200,7 +210,7 @@ def print_samples(
     The first sample of a prompt uses the seed of `config`, the others the seeds after it.
     """
     samples: list[Sample] = []
-    for prompt, number in product(prompts, range(num_samples)):
+    for prompt, number in ((prompt, number) for prompt in prompts for number in range(num_samples)):
         settings, text = replace(config, seed=config.seed + number), ""
         if len(prompts) * num_samples > 1:
             typer.secho(f"--- sample {len(samples) + 1}, seed {settings.seed}", bold=True)
@@ -218,16 +228,19 @@ def save_samples(run: Path, samples: Sequence[Sample]) -> Path:
     Raises UltraMemError if the existing file is not a list, or the file cannot be written.
     """
     path = run / SAMPLES_NAME
-    earlier = []
-    if path.is_file():
-        try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UltraMemError(f"{path} is not valid JSON ({error}); fix or remove it") from error
-        if not isinstance(earlier, list):
-            raise UltraMemError(f"{path} is not a list of samples; remove it")
-    write_json(path, earlier + [{"prompt": s.prompt, "text": s.text, **asdict(s.config)} for s in samples])
+    added = [{"prompt": s.prompt, "text": s.text, **asdict(s.config)} for s in samples]
+    write_json(path, _read_samples(path) + added)
     return path
+
+
+def _read_samples(path: Path) -> list[Any]:
+    """The samples in a file; none if it does not exist."""
+    if not path.is_file():
+        return []
+    samples = read_json(path, "fix or remove it")
+    if not isinstance(samples, list):
+        raise UltraMemError(f"{path} is not a list of samples; remove it")
+    return samples
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

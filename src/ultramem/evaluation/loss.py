@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -17,42 +16,19 @@ from rich.console import Console
 from rich.progress import track
 
 from ultramem.configuration.field_types import check_least
-from ultramem.data.token_files import Manifest, check_token_files, load_manifest
 from ultramem.data.token_sequences import IGNORED, TokenSequences
 from ultramem.device import autocast
-from ultramem.errors import UltraMemError
-from ultramem.files.whole_files import read_json_object, write_json
+from ultramem.errors import ConfigError, UltraMemError
+from ultramem.evaluation.data import find_data
+from ultramem.files.whole_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
-from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
+from ultramem.runs.checkpoints import find_checkpoint
 from ultramem.runs.layout import EVALUATION_NAME
-from ultramem.runs.results import LossResult
+from ultramem.runs.results import LossResult, may_replace
 
 BATCH_TOKENS = 4096  # default for a batch; logits need memory in proportion to it
 CHUNK_TOKENS = 2**20  # counted at a time
 LARGEST_LOSS = 700.0  # the perplexity is still finite
-
-
-@dataclass(frozen=True)
-class EvaluationData:
-    """Token files to evaluate on, and the manifest that lists them, if any.
-
-    The name is `train` or `heldout`, or `files` for files that are not the run's own; dtype is `uint16` or `uint32`.
-    """
-
-    name: str
-    files: Sequence[Path]
-    dtype: str
-    manifest: Manifest | None = None
-
-    def bits_per_byte(self, loss: float) -> float | None:
-        """Convert a mean loss in nats per token to bits per byte of text; None if the number of bytes is not known.
-
-        The loss of end-of-text tokens counts as that of text. Tokens that were not predicted count with the mean loss.
-        """
-        if self.manifest is None:
-            return None
-        split = self.manifest.split(self.name)
-        return loss / math.log(2) * split.tokens / split.bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +41,12 @@ class Evaluation(LossResult):
     def save(self, path: Path | None = None) -> Path | None:
         """Write a JSON file, by default the run's `evaluation.json`, which `ultramem report` shows; return its path.
 
-        Nothing is written, and None returned, if the run's own file already has the same checkpoint on all tokens, and
-        these results are on some of them. Raises UltraMemError if the file cannot be written.
+        Nothing is written, and None returned, if these results are not on the run's own held-out data, or its file has
+        the same checkpoint on all tokens, and these are on some. Raises UltraMemError if the file cannot be written.
         """
         own = self.run / EVALUATION_NAME
-        if path is None and not self.complete:
-            earlier = read_json_object(own)
-            if earlier.get("checkpoint") == self.checkpoint and earlier.get("complete", True):
-                return None
+        if path is None and not (self.of_run and may_replace(own, self.checkpoint, self.complete)):
+            return None
         write_json(path or own, {field.name: getattr(self, field.name) for field in fields(LossResult)})
         return path or own
 
@@ -81,15 +55,17 @@ def evaluate(
     path: str | os.PathLike[str],
     data: Sequence[Path] = (),
     *,
-    split: str = "heldout",
+    split: str | None = None,
     dtype: str | None = None,
     max_tokens: int | None = None,
     batch_size: int | None = None,
     sequence_length: int | None = None,
     device: str = "auto",
-    unigram: bool = True,
+    unigram: bool | None = None,
 ) -> Evaluation:
     """Evaluate a checkpoint, with a progress bar on a terminal.
+
+    Token files are compared with their checksums first, unless the run's `data.verify` is off.
 
     The token files are cut into sequences that do not overlap and may span several documents. Each token of a sequence
     except the first is predicted once, from the tokens before it in the sequence.
@@ -97,32 +73,38 @@ def evaluate(
     Args:
         path: run directory, for its latest complete checkpoint, or a checkpoint's own directory.
         data: a directory written by `ultramem tokenize`, or token files; by default the data of the run.
-        split: `train` or `heldout`; not used for token files.
-        dtype: dtype of token files, `uint16` or `uint32`; by default that of the run's data.
+        split: `train` or `heldout`, by default the latter; not for `data` that is token files.
+        dtype: for `data` that is token files: `uint16` or `uint32`; by default that of the run's data.
         max_tokens: maximum number of tokens, rounded up to whole sequences, which are spread evenly over the split;
             None for all.
         batch_size: sequences per batch, by default about 4096 tokens; does not change the result.
         sequence_length: tokens per sequence; by default that of training.
         device: `cpu`, `cuda` (in bfloat16 if it has hardware support), or `auto` for CUDA if available.
-        unigram: whether to evaluate the unigram model of the train split too, which is read for it.
+        unigram: whether to evaluate the unigram model of the train split too, which is read for it; by default if the
+            split is known.
 
     Raises:
-        ConfigError: a value is invalid.
-        UltraMemError: the checkpoint or the data is missing or damaged, or the loss is not finite.
+        ConfigError: a value is invalid, or does not apply to the data.
+        UltraMemError: the checkpoint or the data is missing or damaged, the run's own data has changed, the data was
+            made with another tokenizer, or the loss is not finite.
     """
+    check_least(1, max_tokens=max_tokens, batch_size=batch_size, sequence_length=sequence_length)
     checkpoint = find_checkpoint(path)
     config = checkpoint.config
     found = find_data(checkpoint, data, split, dtype)
+    if unigram and found.manifest is None:
+        raise ConfigError("unigram=True: needs a directory written by `ultramem tokenize`; leave it out")
     length = config.data.sequence_length if sequence_length is None else sequence_length
     sequences = TokenSequences(found.files, found.dtype, config.model.vocab_size, length, max_tokens)
-    check_least(1, batch_size=batch_size)
     model = checkpoint.load_model(device)
     started = time.perf_counter()
     loss = mean_loss(model, sequences, batch_size or max(1, BATCH_TOKENS // length))
     seconds = time.perf_counter() - started
     unigram_bits = None
-    if unigram and found.manifest is not None:
+    if unigram is not False and found.manifest is not None:
         train = found.manifest.split("train").paths
+        if found.verify:
+            found.manifest.check(train)
         unigram_bits = found.bits_per_byte(unigram_loss(train, found.files, found.dtype, found.manifest.vocab_size))
     return Evaluation(
         checkpoint=checkpoint.name,
@@ -133,6 +115,7 @@ def evaluate(
         bits_per_byte=found.bits_per_byte(loss),
         unigram_bits_per_byte=unigram_bits,
         complete=sequences.complete,
+        data=found.other,
         tokens_per_second=sequences.predicted_tokens / seconds,
         run=checkpoint.run,
     )
@@ -145,56 +128,25 @@ def mean_loss(model: MemoryTransformer, sequences: TokenSequences, batch_size: i
     Raises UltraMemError if a token is not in the vocabulary, or the loss is not finite or too large for a perplexity.
     """
     device, console = model.device, Console(stderr=True)
+    console.quiet = not console.is_terminal  # else it gets an empty line at the end
     total = torch.zeros((), dtype=torch.float64, device=device)
     for inputs, labels in track(
         sequences.batches(batch_size),
         description="evaluating",
         total=-(-len(sequences) // batch_size),
         console=console,
-        disable=not console.is_terminal,
+        disable=console.quiet,
     ):
         with autocast(device):
             output = model(inputs, labels=labels, ignore_index=IGNORED, loss_reduction="none", return_logits=False)
         total += output.ce_loss.double().sum()
     loss = float(total) / sequences.predicted_tokens
     if not loss <= LARGEST_LOSS:
-        raise UltraMemError(f"the loss is {loss}, as the training diverged; use an earlier checkpoint")
+        raise UltraMemError(
+            f"the loss is {loss}, as the training diverged; use an earlier checkpoint: RUN/stepN, and for training "
+            "--from-checkpoint stepN"
+        )
     return loss
-
-
-def find_data(
-    checkpoint: Checkpoint, paths: Sequence[Path] = (), split: str = "heldout", dtype: str | None = None
-) -> EvaluationData:
-    """Find the data to evaluate a checkpoint on; the arguments are those of `evaluate`.
-
-    Raises:
-        ConfigError: `dtype` is invalid.
-        UltraMemError: a file is missing or damaged, or its vocabulary is larger than that of the checkpoint.
-    """
-    trained_on, vocab_size = checkpoint.config.data, checkpoint.config.model.vocab_size
-    directory = trained_on.directory
-    if paths:
-        directory = paths[0] if paths[0].is_dir() else None
-    if directory is not None:
-        manifest = load_manifest(directory)
-        if manifest.vocab_size > vocab_size:
-            raise UltraMemError(
-                f"{manifest.directory} has a vocabulary of {manifest.vocab_size} tokens, but the model's has "
-                f"{vocab_size}; give data made with the tokenizer of its training"
-            )
-        return EvaluationData(split, manifest.split(split).paths, manifest.dtype, manifest)
-    # The training's configuration has either a directory or a dtype.
-    dtype = dtype or trained_on.dtype or load_manifest(cast(Path, trained_on.directory)).dtype
-    if paths:
-        split = "files"
-    else:
-        paths = {"train": trained_on.train_files, "heldout": trained_on.heldout_files}.get(split, ())
-        if not paths:
-            raise UltraMemError(
-                f"{checkpoint.run} was trained on token files and has none for split {split!r}; give some with --data"
-            )
-    check_token_files(paths, dtype, vocab_size)
-    return EvaluationData(split, paths, dtype)
 
 
 def unigram_loss(train: Sequence[Path], heldout: Sequence[Path], dtype: str, vocab_size: int) -> float:

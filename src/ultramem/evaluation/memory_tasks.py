@@ -88,7 +88,7 @@ def _recall_question(pairs: int, length: int, tokenizer: ChosenTokenizer, random
     answer = random.randrange(len(chosen))
     endings = _requests(tokenizer, f"{names[chosen[answer]]} =", [f" {values[i]}\n" for i in chosen])
     lines = [f"{name} = {value}\n" for name, value in zip(names, values, strict=True)]
-    encoded = [encoding.ids for encoding in tokenizer.tokenizer.encode_batch(lines, add_special_tokens=False)]
+    encoded = [encoding.ids for encoding in tokenizer.encode(lines)]
     room = length - sum(map(len, encoded)) - max(len(ending.input()) for ending in endings)
     if room < 0:
         return None
@@ -104,7 +104,7 @@ def _recall_question(pairs: int, length: int, tokenizer: ChosenTokenizer, random
 
 def _filler(tokenizer: ChosenTokenizer, random: Random) -> list[int]:
     line = random.choice(FILLER).format(*random.sample(FILLER_NAMES.split(), 4))
-    return tokenizer.tokenizer.encode(line, add_special_tokens=False).ids
+    return tokenizer.encode([line])[0].ids
 
 
 def copying_questions(
@@ -174,7 +174,7 @@ def _requests(tokenizer: ChosenTokenizer, context: str, continuations: Sequence[
     first token that does so in any of them, as their probabilities can be compared only after the same tokens.
     """
     texts = [context + continuation for continuation in continuations]
-    encodings = tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
+    encodings = tokenizer.encode(texts)
     border = min(sum(end <= len(context) for _, end in encoding.offsets) for encoding in encodings)
     while len({tuple(encoding.ids[:border]) for encoding in encodings}) > 1:
         border -= 1

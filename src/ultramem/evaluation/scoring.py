@@ -87,7 +87,10 @@ def score(
     if processes > 1:
         dist.all_reduce(found, group=group)
     if not found.isfinite().all():
-        raise UltraMemError("the model's output is not finite, as its training diverged; use an earlier checkpoint")
+        raise UltraMemError(
+            "the model's output is not finite, as its training diverged; use an earlier checkpoint: RUN/stepN, and for "
+            "training --from-checkpoint stepN"
+        )
     return [Score(log_likelihood, int(matches)) for log_likelihood, matches in found.T.tolist()]
 
 

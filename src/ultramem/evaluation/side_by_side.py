@@ -10,10 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from ultramem.errors import UltraMemError
 from ultramem.evaluation.loss import Evaluation, evaluate
 from ultramem.evaluation.tasks import GROUPS, TaskEvaluation, evaluate_tasks
+from ultramem.files.whole_files import check_output
 from ultramem.runs.checkpoints import find_checkpoint
-from ultramem.runs.layout import EVALUATION_NAME
+from ultramem.runs.layout import EVALUATION_NAME, TASKS_NAME
+from ultramem.runs.results import holds_results
 
 
 def show_losses(
@@ -21,19 +24,26 @@ def show_losses(
 ) -> None:
     """Evaluate checkpoints on token files, and print a table and the paths of the results.
 
-    `output` is a JSON file to write, for a single checkpoint; by default each run's `evaluation.json`, for its held-out
-    split. Data, options and errors are those of `evaluate`; errors in `paths` come before any evaluation.
+    `output` is a JSON file to write, for a single checkpoint; by default each run's `evaluation.json`, for its own
+    held-out data. Data, options and errors are those of `evaluate`. Errors in `paths` and files that cannot be written
+    come before any evaluation; if a file cannot be written at the end, the table is printed all the same.
     """
     for path in paths:
-        find_checkpoint(path)
+        checkpoint = find_checkpoint(path)
+        if output or (options.get("split") in (None, "heldout") and all(path.is_dir() for path in data)):
+            check_output(output or checkpoint.run / EVALUATION_NAME, holds_results)
     evaluations, notes = [], []
     for path in paths:
         evaluation = evaluate(path, data, **options)
         evaluations.append(evaluation)
-        if output or evaluation.split == "heldout":
-            own = f"{evaluation.run / EVALUATION_NAME} has {evaluation.checkpoint} on all tokens"
+        try:
             file = evaluation.save(output)
-            notes.append(f"written to {file}" if file else f"not written: {own}; choose another file with --output")
+        except UltraMemError:
+            print_losses(evaluations)  # what was computed is not lost
+            raise
+        has_all = f"has {evaluation.checkpoint} on all tokens"
+        reason = has_all if evaluation.of_run else "is for the run's own held-out data"
+        notes.append(_note(file, evaluation.run / EVALUATION_NAME, reason))
     print_losses(evaluations)
     for note in notes:
         print(note)
@@ -43,12 +53,28 @@ def show_tasks(paths: Sequence[Path], tasks: Sequence[str], *, output: Path | No
     """Evaluate checkpoints on tasks, and print a table and the paths of the results.
 
     `output` is a JSON file to write, for a single checkpoint; by default each run's `tasks.json`. Tasks, options and
-    errors are those of `evaluate_tasks`.
+    errors are those of `evaluate_tasks`, and for files as in `show_losses`.
     """
-    saved = [(evaluation, evaluation.save(output)) for evaluation in evaluate_tasks(paths, tasks, **options)]
-    print_task_table([evaluation for evaluation, _ in saved])
-    for _, file in saved:
-        print(f"written to {file}")
+    for path in paths:
+        check_output(output or find_checkpoint(path).run / TASKS_NAME, holds_results)
+    evaluations, notes = [], []
+    for evaluation in evaluate_tasks(paths, tasks, **options):
+        evaluations.append(evaluation)
+        try:
+            file = evaluation.save(output)
+        except UltraMemError:
+            print_task_table(evaluations)  # what was computed is not lost
+            raise
+        reason = f"has {evaluation.checkpoint} on all questions"
+        notes.append(_note(file, evaluation.run / TASKS_NAME, reason))
+    print_task_table(evaluations)
+    for note in notes:
+        print(note)
+
+
+def _note(written: Path | None, own: Path, reason: str) -> str:
+    """Where results were written, or why the run's own file was left as it is."""
+    return f"written to {written}" if written else f"not written: {own} {reason}; choose another file with --output"
 
 
 def print_losses(evaluations: Sequence[Evaluation]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,16 +16,18 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from ultramem.configuration.decoding import decode
 from ultramem.configuration.field_types import check_least
 from ultramem.data.tokenizers import ChosenTokenizer
 from ultramem.errors import ConfigError
 from ultramem.evaluation import memory_tasks, table3
 from ultramem.evaluation.scoring import BATCH_TOKENS, Request, Score, score
+from ultramem.files.json_files import read_json_object
 from ultramem.files.whole_files import write_json
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.checkpoints import Checkpoint, find_checkpoint
 from ultramem.runs.layout import TASKS_NAME
-from ultramem.runs.results import TaskResult
+from ultramem.runs.results import TaskResult, may_replace
 from ultramem.runs.tokenizer import find_tokenizer
 
 # Names of groups of tasks, whose mean is reported too.
@@ -126,12 +127,15 @@ class TaskEvaluation:
     run: Path
     max_questions: int | None = None
 
-    def save(self, path: Path | None = None) -> Path:
+    def save(self, path: Path | None = None) -> Path | None:
         """Write the results to a JSON file, by default the run's `tasks.json`, which `ultramem report` shows.
 
-        Results in the run's file for other tasks of the same checkpoint, with the same settings, are kept. Raises
-        UltraMemError if the file cannot be written.
+        Results in the run's file for other tasks of the same checkpoint, with the same settings, are kept. Nothing is
+        written, and None returned, if it has the checkpoint on all questions, and these results are on some of them.
+        Raises UltraMemError if the file cannot be written.
         """
+        if path is None and not may_replace(self.run / TASKS_NAME, self.checkpoint, self.max_questions is None):
+            return None
         settings = {name: getattr(self, name) for name in ("checkpoint", "context_length", "max_questions")}
         earlier = _saved_results(self.run / TASKS_NAME, settings) if path is None else []
         new = {_task(result) for result in self.results}
@@ -185,7 +189,8 @@ def _evaluate(checkpoint: Checkpoint, suite: TaskSuite, batch_tokens: int, devic
     model, tokens = checkpoint.load_model(device), suite.tokens()
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    console.quiet = not console.is_terminal  # else it gets an empty line at the end
+    with Progress(*columns, console=console, disable=console.quiet) as progress:
         bar = progress.add_task(f"{checkpoint.run.name}/{checkpoint.name}", total=tokens)
         started = time.perf_counter()
         results = suite.run(model, batch_tokens=batch_tokens, on_tokens=lambda count: progress.advance(bar, count))
@@ -203,10 +208,10 @@ def _task(result: TaskResult) -> str:
 def _saved_results(path: Path, settings: Mapping[str, object]) -> list[TaskResult]:
     """Results in a file if it has these settings; none if it is missing or not valid."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
         same = all(content[name] == value for name, value in settings.items())
-        return [TaskResult.parse(result) for result in content["results"] if same]
-    except (OSError, ValueError, TypeError, KeyError):
+        return [decode(TaskResult, result) for result in content["results"] if same]
+    except (ValueError, TypeError, KeyError):
         return []
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ultramem.errors import UltraMemError, system_reason
+from ultramem.files.json_files import parse_json, path_inside
 from ultramem.files.whole_files import write_text
 
 CHECKSUMS_NAME = "checksums.json"
@@ -66,15 +67,17 @@ class Checksums:
         """
         path = directory / CHECKSUMS_NAME
         try:
-            content = json.loads(path.read_bytes())
+            content = parse_json(path.read_bytes())
             if content["algorithm"] != "crc32":
                 raise ValueError("another algorithm than crc32")
             files = {name: [_parse_piece(piece) for piece in pieces] for name, pieces in content["files"].items()}
+            for name in files:
+                path_inside(directory, name)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise UltraMemError(f"{path} cannot be read ({system_reason(error)}); check its permissions") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedFileError(f"{path} is damaged ({type(error).__name__})") from error
         return Checksums(directory, files)
 
@@ -129,6 +132,28 @@ class Checksums:
 
     def _damaged(self, name: str) -> DamagedFileError:
         return DamagedFileError(f"{self.directory / name} is damaged: it differs from its checksum")
+
+
+def check_files(directory: Path, names: Iterable[str], remedy: str) -> None:
+    """Compare those of a directory's files that its `checksums.json` lists; version 0.1 wrote none.
+
+    Args:
+        directory: the directory.
+        names: paths in it.
+        remedy: what to do about a damaged file, for the error.
+
+    Raises:
+        UltraMemError: a file is missing or damaged, or cannot be read.
+    """
+    try:
+        checksums = Checksums.load(directory)
+        if checksums is not None:
+            checksums.check(name for name in names if name in checksums.files)
+    except DamagedFileError as error:
+        on_purpose = f"if it was changed on purpose, remove {directory / CHECKSUMS_NAME}"
+        raise DamagedFileError(f"{error}; {remedy}; {on_purpose}") from error
+    except OSError as error:
+        raise UltraMemError(f"{error.filename} cannot be read ({system_reason(error)}); check the file") from error
 
 
 def _pieces(path: Path, lengths: list[int] | None) -> Pieces:

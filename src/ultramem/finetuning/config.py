@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ultramem.configuration.field_types import check_least, check_types
+from ultramem.configuration.field_types import check_range, check_types
 from ultramem.errors import ConfigError
 from ultramem.hosts.transformers.sparse_finetuning import OptimizerKind
 
@@ -73,13 +72,11 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_least(1, rows=self.rows, rank=self.rank, steps=self.steps, epochs=self.epochs)
-        check_least(1, batch_size=self.batch_size, background_batches=self.background_batches)
-        check_least(2, sequence_length=self.sequence_length)
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"learning_rate={self.learning_rate}: must be above 0 and finite")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed={self.seed}: must be from 0 to 2**32 - 1")
+        counts = ("rows", "rank", "steps", "epochs", "batch_size", "background_batches")
+        check_range(self, *counts, least=1, most=2**31 - 1)
+        check_range(self, "sequence_length", least=2, most=2**31 - 1)
+        check_range(self, "learning_rate", above=0)
+        check_range(self, "seed", least=0, below=2**32)
         if self.steps and self.epochs:
             raise ConfigError(f"steps={self.steps}: must not be given with epochs={self.epochs}; leave out one of them")
         if self.method == "sparse" and not self.background:

@@ -12,6 +12,7 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from ultramem.configuration.decoding import encode
+from ultramem.data.documents import check_include
 from ultramem.device import choose_device
 from ultramem.errors import UltraMemError
 from ultramem.files.directories import partial_directory
@@ -20,12 +21,7 @@ from ultramem.finetuning.config import FinetuneConfig
 from ultramem.finetuning.examples import make_examples, mean_loss, read_texts
 from ultramem.finetuning.methods import Finetuning, read_background
 from ultramem.hosts.transformers import detach_memory, save_memory
-from ultramem.hosts.transformers.files import (
-    MODEL_CONFIG_NAME,
-    MODEL_CONTENTS,
-    load_model_and_tokenizer,
-    save_model_file,
-)
+from ultramem.hosts.transformers.files import MODEL_DIRECTORY, load_model_and_tokenizer, save_checksums
 from ultramem.hosts.transformers.sparse_finetuning import find_tables
 
 MEMORY_NAME = "memory"
@@ -83,12 +79,14 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> FinetuneResu
     With `overwrite` an existing model in the output directory is replaced.
 
     Raises:
-        ConfigError: the device is not available.
+        ConfigError: the device is not available, or a value does not apply.
         UltraMemError: model or data is missing or does not fit, training diverged, or the output cannot be written.
             Nothing is written then.
     """
     device, sparse = choose_device(config.device), config.method == "sparse"
-    with partial_directory(config.output.absolute(), overwrite, MODEL_CONFIG_NAME, MODEL_CONTENTS) as partial:
+    check_include((*config.data, *config.background, *config.heldout), config.include)
+    read = (config.model, *config.data, *config.background, *config.heldout, *filter(None, [config.memory]))
+    with partial_directory(config.output.absolute(), overwrite, MODEL_DIRECTORY, read) as partial:
         new, background, heldout = (
             read_texts(paths, config.text_field, config.include) if paths else []
             for paths in (config.data, config.background, config.heldout)
@@ -126,8 +124,9 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> FinetuneResu
         if config.memory is not None:
             save_memory(model, partial / MEMORY_NAME)
             detach_memory(model)
-        save_model_file(model, partial)
+        model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         settings = {**encode(config), "learning_rate": config.chosen_learning_rate}
         write_json(partial / RESULT_NAME, {"settings": settings, **asdict(result)})
+        save_checksums(partial)
     return result

@@ -100,6 +100,11 @@ class MemoryLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def count_parameters(cls, config: MemoryConfig, d_model: int, axis_keys: int) -> int:
+        """Number of a layer's parameters without its table, by arithmetic. A kind adds those that it creates."""
+        return cls.queries_per_token(config) * config.key_dim * (d_model + config.query_conv)
+
+    @classmethod
     def layout(cls, config: MemoryConfig, num_layers: int) -> TableLayout:
         """The tables and windows of a model with `num_layers` memory layers."""
         raise NotImplementedError
@@ -193,6 +198,21 @@ class MemoryLayer(nn.Module):
     def init_published(self, generator: torch.Generator) -> None:
         """Initialise all but the table with the constants of the published code."""
         raise NotImplementedError
+
+    def check_loaded(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        """Check what decides which rows are read in a state from a file; kernels rely on it.
+
+        Args:
+            state: a state with this layer's parameters and buffers; some may be missing or on `meta`.
+            prefix: with which their names begin.
+
+        Raises:
+            UltraMemError: indices are out of range or repeated, or a direction is not finite.
+        """
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        self.check_loaded(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "auxiliary_loss": None}  # it has a graph, which cannot be copied

@@ -35,6 +35,12 @@ class MemoryPlus(ProductKeyLayer):
         self.output_proj = nn.Linear(config.value_dim, d_model, bias=False, **factory)
 
     @classmethod
+    def count_parameters(cls, config: MemoryConfig, d_model: int, axis_keys: int) -> int:
+        """As in `MemoryLayer`."""
+        own = config.key_dim + 2 * d_model * config.value_dim
+        return super().count_parameters(config, d_model, axis_keys) + own
+
+    @classmethod
     def layout(cls, config: MemoryConfig, num_layers: int) -> TableLayout:
         return whole_tables(config.num_keys, num_layers, shared=True)
 

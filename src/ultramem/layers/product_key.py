@@ -46,6 +46,11 @@ class ProductKeyLayer(MemoryLayer):
     def queries_per_token(cls, config: MemoryConfig) -> int:
         return config.heads * 2
 
+    @classmethod
+    def count_parameters(cls, config: MemoryConfig, d_model: int, axis_keys: int) -> int:
+        """As in `MemoryLayer`."""
+        return super().count_parameters(config, d_model, axis_keys) + config.heads * 2 * axis_keys * config.key_dim
+
     def retrieve(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """As in `MemoryLayer`; the weights are a softmax over each head's chosen sums."""
         config = self.config

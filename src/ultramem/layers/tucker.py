@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ultramem.errors import ConfigError
+from ultramem.files.checksums import DamagedFileError
 from ultramem.layers.initial_values import SIMULATED_TOKENS, HostScheme
 from ultramem.layers.memory_layer import MemoryLayer, balance_loss, rms_norm
 from ultramem.ops.tucker_topk import tucker_topk
@@ -61,6 +62,14 @@ class TuckerMemory(MemoryLayer):
         return 2 * (config.tucker_rank if config.query_per_rank else 1)
 
     @classmethod
+    def count_parameters(cls, config: MemoryConfig, d_model: int, axis_keys: int) -> int:
+        """As in `MemoryLayer`."""
+        keys = config.heads * 2 * axis_keys * config.key_dim * config.tucker_rank
+        cores = config.cores * config.heads * config.tucker_rank**2
+        own = 2 * config.key_dim + keys + cores + d_model * (config.pre_value_dim + config.output_width)
+        return super().count_parameters(config, d_model, axis_keys) + own
+
+    @classmethod
     def check(cls, config: MemoryConfig, d_model: int | None = None) -> None:
         if config.value_dim % config.cores:
             raise ConfigError(
@@ -108,6 +117,16 @@ class TuckerMemory(MemoryLayer):
 
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
         return self.output_proj(looked_up)
+
+    def check_loaded(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        """As in `MemoryLayer`: the shuffle must be a permutation, `u` and `t` finite."""
+        for name in ("shuffle", "u", "t"):
+            tensor = state.get(f"{prefix}{name}")
+            if tensor is None or tensor.is_meta or tensor.shape != getattr(self, name).shape:
+                continue  # whoever loads the state finds what is missing or of another shape
+            if not (_is_permutation(tensor) if name == "shuffle" else tensor.isfinite().all()):
+                must = "a permutation of the virtual rows, int64" if name == "shuffle" else "finite"
+                raise DamagedFileError(f"{prefix}{name} is damaged: it must be {must}")
 
     def refresh(self) -> None:
         """Recompute `u` and `t` from the cores; call once after each optimizer step."""
@@ -230,6 +249,15 @@ def tucker_penalty(cores: Tensor, threshold: float) -> Tensor:
     """
     trailing = torch.linalg.svdvals(_summed(cores))[..., 1:]
     return F.relu(trailing - threshold).square().sum() / max(trailing.numel(), 1)
+
+
+def _is_permutation(indices: Tensor) -> bool:
+    """Whether indices (n,) are the numbers from 0 to n - 1 as int64, each once."""
+    if indices.dtype != torch.int64 or not ((indices >= 0) & (indices < len(indices))).all():
+        return False
+    found = torch.zeros(len(indices), dtype=torch.bool, device=indices.device)
+    found[indices] = True
+    return bool(found.all())
 
 
 def _whole(cores: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ultramem.configuration.yaml_text import parse_yaml
-from ultramem.errors import UltraMemError, system_reason
-from ultramem.files.whole_files import write_text
+from ultramem.errors import UltraMemError
+from ultramem.files.whole_files import cannot_write, check_output, write_text
 from ultramem.report import plots
 from ultramem.report.run import Array, LayerSeries, Run, Series
 from ultramem.runs.layout import (
@@ -73,21 +74,18 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
         UltraMemError: a directory is not a run, has no metrics yet or has an invalid file; `output` is missing for
             several runs; or the page cannot be written.
     """
-    paths = list(dict.fromkeys(path.resolve() for path in runs))
+    paths = list(dict.fromkeys(Path(os.path.realpath(path)) for path in runs))
     if not paths:
         raise UltraMemError("no run to report on; give at least one run directory")
     if output is None:
         if len(paths) > 1:
             raise UltraMemError("a comparison of runs needs a file to write; give it with --output FILE")
         output = paths[0] / REPORT_NAME
-    if not output.parent.is_dir():
-        raise UltraMemError(f"{output} cannot be written ({output.parent} is not a directory); choose another --output")
     read = [Run.read(path) for path in paths]
+    check_output(output, lambda path: b" ultramem</title>" in path.read_bytes()[: 2**16])
     page = _run_page(read[0]) if len(read) == 1 else _comparison_page(read)
-    try:
+    with cannot_write(output):
         write_text(output, page)
-    except OSError as error:
-        raise UltraMemError(f"{output} cannot be written ({system_reason(error)}); choose another --output") from error
     return output
 
 
@@ -139,26 +137,26 @@ def _run_page(run: Run) -> str:
 
 def _tiles(run: Run) -> list[Tile]:
     """Tiles of loss, speed, parameters, operations and bytes; figures that were not measured are left out."""
-    summary, decimals = run.summary, "{:.3f}".format
+    summary, parameters, decimals = run.summary, run.summary.parameters, "{:.3f}".format
     bits, loss, perplexity = (held_out(run, figure) for figure in ("bits_per_byte", "loss", "perplexity"))
     unigram = run.evaluation and run.evaluation.unigram_bits_per_byte
     trained = f"{abbreviate(summary.train_tokens)} training tokens" if summary.train_tokens else ""
-    active = f"{abbreviate(summary.active_without_embeddings)} without embeddings"
-    total = f"{abbreviate(summary.total_without_embeddings)} without embeddings"
+    active = f"{abbreviate(parameters.active_without_embeddings)} without embeddings"
+    total = f"{abbreviate(parameters.total_without_embeddings)} without embeddings"
     figures: list[tuple[str, float | None, Callable[[float], str], str]] = [
         ("Held-out bits per byte", bits, decimals, f"unigram model: {unigram:.3f}" if unigram else ""),
         ("Held-out loss", loss, decimals, f"perplexity {perplexity:.4g}" if perplexity is not None else ""),
         ("Training loss", final_loss(run), decimals, "at the last step, smoothed"),
         ("Tokens per second", throughput(run), abbreviate, "median"),
         ("Last step", run.last_step, "{:,}".format, trained),
-        ("Active parameters", summary.active, abbreviate, active),
-        ("Total parameters", summary.total, abbreviate, total),
+        ("Active parameters", parameters.active, abbreviate, active),
+        ("Total parameters", parameters.total, abbreviate, total),
         ("FLOPs per token", summary.flops_per_token, partial(in_unit, unit="FLOP"), "forward, active"),
         ("Read per token", summary.bytes_per_token, partial(in_unit, unit="B"), "bf16, batch of one"),
     ]
     if memory := summary.memory:
-        note = f"{memory['layers']} layers, {abbreviate(memory['window_rows'])} in each window"
-        figures.append(("Memory rows", memory["table_rows"], abbreviate, note))
+        note = f"{memory.layers} layers, {abbreviate(memory.window_rows)} in each window"
+        figures.append(("Memory rows", memory.table_rows, abbreviate, note))
     return [Tile(label, value, write(value), note) for label, value, write, note in figures if value is not None]
 
 

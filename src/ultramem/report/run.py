@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ultramem.errors import UltraMemError
+from ultramem.configuration.decoding import decode
+from ultramem.configuration.field_types import check_range, check_types, field_types
+from ultramem.errors import ConfigError, UltraMemError
+from ultramem.files.json_files import damaged, read_json
 from ultramem.runs.layout import CONFIG_NAME, EVALUATION_NAME, METRICS_NAME, SAMPLES_NAME, SUMMARY_NAME, TASKS_NAME
-from ultramem.runs.results import LossResult, TaskResult
+from ultramem.runs.results import LossResult, TaskResult, parse_report
 
 Array = NDArray[np.float64]
-Parsed = TypeVar("Parsed")
+T = TypeVar("T")
 
 _PROVENANCE = {
     "started": "Started",
@@ -27,7 +29,7 @@ _PROVENANCE = {
     "torch": "PyTorch",
     "git": "Git revision",
 }
-_LAYER_METRIC = re.compile(r"(?P<group>[^/]+)/(?P<axis>layer|block) (?P<index>\d+)/(?P<name>.+)")
+_LAYER_METRIC = re.compile(r"(?P<group>[^/]+)/(?P<axis>layer|block) (?P<index>[0-9]{1,9})/(?P<name>.+)")
 
 
 @dataclass(frozen=True)
@@ -64,35 +66,56 @@ class LayerSeries:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """The content of `summary.json`; parameters, rows and tokens are counts."""
+class Parameters:
+    """Counts of the model's parameters."""
 
-    system: str
     total: int
     active: int
     total_without_embeddings: int
     active_without_embeddings: int
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_range(self, *field_types(Parameters), least=0)
+
+
+@dataclass(frozen=True)
+class MemorySizes:
+    """Rows of all tables and of a layer's window, and number of memory layers."""
+
+    table_rows: int
+    window_rows: int
+    layers: int
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_range(self, *field_types(MemorySizes), least=0)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The content of `summary.json`."""
+
+    system: str
+    parameters: Parameters
     flops_per_token: int
     bytes_per_token: int
-    memory: dict[str, int] | None
-    train_tokens: int | None
-    provenance: dict[str, str]
+    memory: MemorySizes | None = None
+    train_tokens: int | None = None
+    started: str | None = None
+    device: str | None = None
+    world_size: int | None = None
+    torch: str | None = None
+    git: str | None = None
 
-    @classmethod
-    def parse(cls, content: dict[str, Any]) -> Summary:
-        """Parse the content of the file."""
-        parameters, memory = content["parameters"], content.get("memory")
-        tokens = content.get("train_tokens")
-        counts = ("total", "active", "total_without_embeddings", "active_without_embeddings")
-        return cls(
-            system=str(content["system"]),
-            **{name: int(parameters[name]) for name in counts},
-            flops_per_token=int(content["flops_per_token"]),
-            bytes_per_token=int(content["bytes_per_token"]),
-            memory=memory and {name: int(memory[name]) for name in ("table_rows", "window_rows", "layers")},
-            train_tokens=None if tokens is None else int(tokens),
-            provenance={label: str(content[key]) for key, label in _PROVENANCE.items() if content.get(key) is not None},
-        )
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_range(self, "flops_per_token", "bytes_per_token", "train_tokens", "world_size", least=0)
+
+    @property
+    def provenance(self) -> dict[str, str | int]:
+        """What is known of where and when the run was made, by label."""
+        return {label: value for name, label in _PROVENANCE.items() if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -100,31 +123,46 @@ class Tasks:
     """The content of `tasks.json`."""
 
     checkpoint: str
-    results: list[TaskResult]
+    results: tuple[TaskResult, ...]
 
-    @classmethod
-    def parse(cls, content: dict[str, Any]) -> Tasks:
-        """Parse the content of the file."""
-        return cls(str(content["checkpoint"]), [TaskResult.parse(result) for result in content["results"]])
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True)
 class ReportedSample:
-    """A prompt, the model's continuation, and the sampling settings."""
+    """An entry of `samples.json`: a prompt, the text including it, and the sampling settings."""
 
     prompt: str
-    continuation: str
-    settings: dict[str, float]
+    text: str
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
 
-    @classmethod
-    def parse(cls, content: dict[str, Any]) -> ReportedSample:
-        """Parse an entry of `samples.json`."""
+    def __post_init__(self) -> None:
+        check_types(self)
+
+    @property
+    def continuation(self) -> str:
+        """The text without its prompt."""
+        return self.text.removeprefix(self.prompt)
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """The sampling settings by label."""
         names = {"temperature": "temperature", "top_k": "top-k", "top_p": "top-p", "seed": "seed"}
-        return cls(
-            prompt=content["prompt"],
-            continuation=content["text"].removeprefix(content["prompt"]),
-            settings={label: content[name] for name, label in names.items() if content.get(name) is not None},
-        )
+        return {label: value for name, label in names.items() if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The content of `samples.json`."""
+
+    entries: tuple[ReportedSample, ...]
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -137,7 +175,7 @@ class Run:
         summary: content of `summary.json`.
         metrics: metrics by step, ascending; a step that was repeated after a resume has its last report.
         unreadable_lines: number of incomplete lines of `metrics.jsonl`, which a crash left, without the last line.
-        evaluation: content of `evaluation.json`, None without that file.
+        evaluation: content of `evaluation.json`, None without that file or if it is not on the run's own held-out data.
         tasks: content of `tasks.json`, None without that file.
         samples: content of `samples.json`, empty without that file.
     """
@@ -149,7 +187,7 @@ class Run:
     unreadable_lines: int
     evaluation: LossResult | None
     tasks: Tasks | None
-    samples: list[ReportedSample]
+    samples: tuple[ReportedSample, ...]
 
     @classmethod
     def read(cls, path: Path) -> Run:
@@ -157,7 +195,9 @@ class Run:
 
         Raises UltraMemError if the directory is not a run, has no metrics yet, or has an invalid file.
         """
-        path = path.resolve()
+        path = Path(os.path.realpath(path))
+        if not path.exists():
+            raise UltraMemError(f"{path} does not exist; give the trainer.directory of `ultramem train`")
         for name in (CONFIG_NAME, SUMMARY_NAME):
             if not (path / name).is_file():
                 raise UltraMemError(
@@ -165,18 +205,17 @@ class Run:
                     "`ultramem train`"
                 )
         metrics, unreadable_lines = _read_metrics(path / METRICS_NAME)
-        evaluation, tasks, samples = (path / name for name in (EVALUATION_NAME, TASKS_NAME, SAMPLES_NAME))
+        losses, tasks, samples = (path / name for name in (EVALUATION_NAME, TASKS_NAME, SAMPLES_NAME))
+        evaluation = _load(LossResult, losses) if losses.is_file() else None
         return cls(
             path=path,
             config=(path / CONFIG_NAME).read_text(encoding="utf-8", errors="replace"),
-            summary=_parse(path / SUMMARY_NAME, Summary.parse),
+            summary=_load(Summary, path / SUMMARY_NAME),
             metrics=metrics,
             unreadable_lines=unreadable_lines,
-            evaluation=_parse(evaluation, LossResult.parse) if evaluation.is_file() else None,
-            tasks=_parse(tasks, Tasks.parse) if tasks.is_file() else None,
-            samples=_parse(samples, lambda entries: [ReportedSample.parse(entry) for entry in entries])
-            if samples.is_file()
-            else [],
+            evaluation=evaluation if evaluation is not None and evaluation.of_run else None,
+            tasks=_load(Tasks, tasks) if tasks.is_file() else None,
+            samples=_load(Samples, samples, "entries").entries if samples.is_file() else (),
         )
 
     @property
@@ -215,7 +254,7 @@ def _layer_series(group: str, axis: str, name: str, points: list[tuple[int, int,
 def _read_metrics(path: Path) -> tuple[dict[int, dict[str, float]], int]:
     """Metrics by ascending step, and the number of unreadable lines before the last."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    reports = [_parse_report(line) for line in lines]
+    reports = [parse_report(line) for line in lines]
     metrics = dict(report for report in reports if report is not None)
     if not any(metrics.values()):
         raise UltraMemError(
@@ -224,21 +263,11 @@ def _read_metrics(path: Path) -> tuple[dict[int, dict[str, float]], int]:
     return dict(sorted(metrics.items())), reports[:-1].count(None)
 
 
-def _parse_report(line: str) -> tuple[int, dict[str, float]] | None:
-    """Step and metrics of one line of `metrics.jsonl`; None if it is unreadable."""
+def _load(kind: type[T], path: Path, field: str | None = None) -> T:
+    """Read a JSON file into a dataclass, or into one of its fields."""
+    remedy = "write it again or remove it"
+    content = read_json(path, remedy)
     try:
-        report = json.loads(line)
-        metrics = report["metrics"].items()
-        return int(report["step"]), {name: float(value) for name, value in metrics if isinstance(value, int | float)}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _parse(path: Path, parse: Callable[[Any], Parsed]) -> Parsed:
-    """Read a JSON file and parse its content with `parse`."""
-    try:
-        return parse(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UltraMemError(f"{path} is not valid ({error}); write it again or remove it") from error
-    except KeyError as error:
-        raise UltraMemError(f"{path} lacks {error}; write it again or remove it") from error
+        return decode(kind, content if field is None else {field: content})
+    except ConfigError as error:
+        raise damaged(path, error, remedy) from error

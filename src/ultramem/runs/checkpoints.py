@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from olmo_core.distributed.checkpoint import load_state_dict
-from torch.distributed.checkpoint.api import CheckpointException
-
-from ultramem.device import choose_device
+from ultramem.device import check_memory, choose_device
 from ultramem.errors import UltraMemError
-from ultramem.hosts.olmo_core.checkpoint import check_stored_model
+from ultramem.files.checksums import Checksums, DamagedFileError
+from ultramem.files.owned import others_in, remove_ours
+from ultramem.files.whole_files import TEMPORARY_NAME
+from ultramem.hosts.olmo_core.checkpoint import METADATA_NAME, CheckpointReader, check_stored_model
 from ultramem.hosts.olmo_core.model import MemoryTransformer
+from ultramem.hosts.olmo_core.sizes import bytes_to_load
+from ultramem.hosts.weights import check_finite_weights
 from ultramem.runs.config import RunConfig
 from ultramem.runs.config_files import load_config
 from ultramem.runs.layout import CONFIG_NAME
 
 # Files of a checkpoint of OLMo-core's trainer, which writes the last one at the end.
-MODEL_NAME = "model_and_optim"
-_PARTS = ("train/rank0.pt", f"{MODEL_NAME}/.metadata", ".metadata.json")
+STEP_NAME = re.compile(r"step(0|[1-9][0-9]*)")
+_PARTS = ("train/rank0.pt", METADATA_NAME, ".metadata.json")
+# All files that it may have, also OLMo-core's temporary ones, and ours.
+CONTENTS = re.compile(
+    r"\.metadata\.json|checksums\.json|train/(rank[0-9]+\.pt)?|model_and_optim/(__[0-9]+_[0-9]+\.distcp|\.metadata)?"
+    rf"|(train/|model_and_optim/)?(tmp[a-z0-9_]{{8}}(\.distcp|\.tmp)?|{TEMPORARY_NAME.pattern})"
+)
 
 
 @dataclass(frozen=True)
@@ -44,35 +50,43 @@ class Checkpoint:
         return checkpoint_name(self.step)
 
     def load_model(self, device: str = "auto") -> MemoryTransformer:
-        """Load the model, in evaluation mode and without gradients.
-
-        The distributed checkpoints of PyTorch and OLMo-core hold pickles: load only checkpoints that you trust.
+        """Load the model, in evaluation mode and without gradients. Nothing in the checkpoint is run.
 
         Args:
             device: `cpu`, `cuda`, or `auto` for CUDA if available.
 
         Raises:
-            ConfigError: the device is invalid or not available.
-            UltraMemError: the checkpoint is damaged or does not match the run's configuration.
+            ConfigError: the device is invalid, not available or too small for the model.
+            UltraMemError: the checkpoint is damaged, holds more than data, has weights that are not finite, or does not
+                match the run's configuration.
         """
         place = choose_device(device)
-        directory = self.run / self.name / MODEL_NAME
-        check_stored_model(directory, self.config.model)
-        model = self.config.model.build("meta")
-        model.to_empty(device=place)
-        tensors = model.state_dict()
-        if model.tie_word_embeddings:
-            model.lm_head.w_out.weight = model.embeddings.weight
-            del tensors["lm_head.w_out.weight"]
+        directory = self.run / self.name
+        check_memory(bytes_to_load(self.config.model), place)
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-                load_state_dict(directory, {"model": tensors})
-        except (Exception, CheckpointException) as error:  # the latter is no Exception
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise UltraMemError(f"{directory} is damaged ({reason}); use an earlier checkpoint") from error
+            check_stored_model(directory, self.config.model)
+            model = self.config.model.build("meta")
+            model.to_empty(device=place)
+            tensors = model.state_dict()
+            if model.tie_word_embeddings:
+                model.lm_head.w_out.weight = model.embeddings.weight
+                del tensors["lm_head.w_out.weight"]
+            CheckpointReader(directory).load({"model": tensors})
+            if model.memory is not None:
+                model.memory.check_loaded(tensors, "memory.")
+        except DamagedFileError as error:
+            raise UltraMemError(f"{error}; {self._alternative()}") from error
+        check_finite_weights(model.state_dict(), directory)
         model.get_rope_buffers(self.config.data.sequence_length, place)  # computed once, for all shorter lengths too
         return model.eval().requires_grad_(False)
+
+    def _alternative(self) -> str:
+        earlier = [step for step in complete_steps(self.run) if step < self.step]
+        good = next((step for step in reversed(earlier) if _is_undamaged(self.run / checkpoint_name(step))), None)
+        if good is None:
+            return "there is no good checkpoint before it"
+        name = checkpoint_name(good)
+        return f"use the one before it, {self.run / name}; training goes on from there with --from-checkpoint {name}"
 
 
 def checkpoint_name(step: int) -> str:
@@ -85,9 +99,36 @@ def is_complete(directory: Path) -> bool:
     return all((directory / part).is_file() for part in _PARTS)
 
 
+def _is_undamaged(directory: Path) -> bool:
+    """Whether all files are as their checksums say; a checkpoint of version 0.1 has none."""
+    try:
+        checksums = Checksums.load(directory)
+        if checksums is not None:
+            checksums.check()
+    except (UltraMemError, OSError):
+        return False
+    return True
+
+
+def others_in_checkpoint(directory: Path) -> list[str]:
+    """Names of what is no part of a checkpoint in its directory; see `owned.others_in`."""
+    return others_in(directory, CONTENTS.fullmatch)
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Remove a checkpoint, complete or not; what is no part of it stays.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    remove_ours(directory, CONTENTS.fullmatch)
+    if not any(directory.iterdir()):
+        directory.rmdir()
+
+
 def complete_steps(run: Path) -> list[int]:
     """Steps of a run's complete checkpoints, in ascending order."""
-    named = ((path, re.fullmatch(r"step(\d+)", path.name)) for path in run.iterdir())
+    named = ((path, STEP_NAME.fullmatch(path.name)) for path in run.iterdir())
     return sorted(int(match[1]) for path, match in named if match and is_complete(path))
 
 

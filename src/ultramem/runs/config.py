@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ultramem.configuration.decoding import encode
-from ultramem.configuration.field_types import check_field, check_types, field_types, without_none
+from ultramem.configuration.field_types import check_field, check_range, check_types, field_types, without_none
 from ultramem.configuration.yaml_text import dump_yaml
 from ultramem.errors import ConfigError
 from ultramem.files.whole_files import write_text
 from ultramem.hosts.olmo_core import ModelConfig
+
+LARGEST_COUNT = 2**31 - 1  # of steps and of tokens in a batch: their product fits into 64 bits
+LARGEST_WEIGHT_DECAY = 100
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class DataConfig:
         vocab_size: with `train_files`: one more than the largest token id.
         eos_token_id: with `train_files`: the token that ends a document.
         dtype: with `train_files`: `uint16` or `uint32`.
+        verify: whether to read every token file once, before training and before an evaluation, and compare it with its
+            checksum and with what the run began with. Switch it off where that takes too long, with terabytes.
     """
 
     directory: Path | None = None
@@ -41,11 +45,14 @@ class DataConfig:
     vocab_size: int | None = None
     eos_token_id: int | None = None
     dtype: Literal["uint16", "uint32"] | None = None
+    verify: bool = True
 
     def __post_init__(self) -> None:
         check_types(self)
         _make_absolute(self, "directory", "more_directories", "train_files", "heldout_files")
-        check_field(self, "sequence_length", self.sequence_length >= 2, "at least 2")
+        check_range(self, "sequence_length", least=2, most=LARGEST_COUNT)
+        check_range(self, "vocab_size", least=1, most=2**32)
+        check_range(self, "eos_token_id", least=0, below=2**32)
         for_files = {name: getattr(self, name) for name in ("vocab_size", "eos_token_id", "dtype")}
         if self.directory is not None:
             given = [name for name, value in for_files.items() if value is not None]
@@ -84,12 +91,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_field(self, "learning_rate", self.learning_rate > 0, "above 0")
+        check_range(self, "learning_rate", above=0)
         check_field(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
-        check_field(self, "eps", self.eps > 0, "above 0")
-        check_field(self, "weight_decay", self.weight_decay >= 0, "at least 0")
-        check_field(self, "value_weight_decay", (self.value_weight_decay or 0) >= 0, "at least 0")
-        check_field(self, "max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "above 0, or null")
+        check_range(self, "eps", above=0, most=1)
+        check_range(self, "weight_decay", "value_weight_decay", least=0, most=LARGEST_WEIGHT_DECAY)
+        check_range(self, "max_grad_norm", above=0)
 
 
 @dataclass(frozen=True)
@@ -112,10 +118,9 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_field(self, "warmup_steps", (self.warmup_steps or 0) >= 0, "at least 0, or null")
-        check_field(self, "warmup_share", 0 <= self.warmup_share <= 1, "from 0 to 1")
-        check_field(self, "decay_share", 0 <= self.decay_share <= 1, "from 0 to 1")
-        check_field(self, "final_share", 0 <= self.final_share < 1, "from 0 to below 1")
+        check_range(self, "warmup_steps", least=0)
+        check_range(self, "warmup_share", "decay_share", least=0, most=1)
+        check_range(self, "final_share", least=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,8 @@ class TrainerConfig:
             them.
         checkpoint_interval: steps between checkpoints; there is always one at the end.
         keep_checkpoints: number of checkpoints to keep, besides the last one of a run; null for all.
+        async_checkpoints: whether to go on training while a checkpoint is written. Takes a copy of parameters and
+            optimizer state in the CPU's memory meanwhile.
         metrics_interval: steps between progress reports. Metrics of every step are written.
         memory_metrics_interval: steps between reports of what each memory layer or mixture of experts reads.
         evaluate_interval: steps between evaluations on held-out data; null for none.
@@ -167,6 +174,7 @@ class TrainerConfig:
     activation_checkpointing: bool = False
     checkpoint_interval: int = 1000
     keep_checkpoints: int | None = 2
+    async_checkpoints: bool = False
     metrics_interval: int = 10
     memory_metrics_interval: int = 100
     evaluate_interval: int | None = 1000
@@ -180,10 +188,11 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check_types(self)
         _make_absolute(self, "directory", "initial_weights")
-        for name, hint in field_types(TrainerConfig).items():
-            if name != "seed" and without_none(hint)[0] is int:
-                check_field(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
-        check_field(self, "seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
+        check_field(self, "directory", self.directory.name not in ("", ".."), "a directory with a name of its own")
+        counts = {name for name, hint in field_types(TrainerConfig).items() if without_none(hint)[0] is int}
+        check_range(self, *sorted(counts - {"seed", "tokens", "evaluate_tokens"}), least=1, most=LARGEST_COUNT)
+        check_range(self, "tokens", "evaluate_tokens", least=1)
+        check_range(self, "seed", least=0, below=2**32)
         if (self.steps is None) == (self.tokens is None):
             raise ConfigError(
                 "steps is missing; give either steps or tokens"
@@ -191,7 +200,7 @@ class TrainerConfig:
                 else f"tokens={self.tokens}: steps={self.steps} sets the length already; leave out one of them"
             )
         if self.tokens is not None:
-            object.__setattr__(self, "steps", math.ceil(self.tokens / self.batch_size))
+            object.__setattr__(self, "steps", -(-self.tokens // self.batch_size))
             object.__setattr__(self, "tokens", None)
 
     @property

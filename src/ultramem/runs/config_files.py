@@ -12,8 +12,8 @@ from typing import Any
 from ultramem.config import MemoryConfig
 from ultramem.configuration.decoding import decode, dotted_keys, encode
 from ultramem.configuration.overrides import apply_overrides
-from ultramem.configuration.yaml_text import parse_yaml
-from ultramem.errors import ConfigError, system_reason
+from ultramem.configuration.yaml_text import read_yaml
+from ultramem.errors import ConfigError
 from ultramem.hosts.olmo_core import ModelConfig, preset
 from ultramem.layers import KINDS
 from ultramem.runs.config import DataConfig, RunConfig
@@ -40,12 +40,8 @@ def load_config(
         ConfigError: the file is missing or not valid, or a key or value is invalid.
         UltraMemError: the vocabulary size is that of the data, and the data is missing or damaged.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = system_reason(error) if isinstance(error, OSError) else error
-        raise ConfigError(f"{path}: cannot be read ({reason}); check the path") from error
-    content = parse_yaml(text, str(path)) or {}
+    content = read_yaml(path)
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must have sections of keys and values, such as `trainer:` with `steps: 1000`")
     apply_overrides(content, overrides)

@@ -1,5 +1,7 @@
 """Names of the files in a run directory and of the metrics in `metrics.jsonl`."""
 
+from pathlib import Path
+
 CONFIG_NAME = "config.yaml"
 SUMMARY_NAME = "summary.json"
 METRICS_NAME = "metrics.jsonl"
@@ -8,6 +10,17 @@ EVALUATION_NAME = "evaluation.json"
 TASKS_NAME = "tasks.json"
 SAMPLES_NAME = "samples.json"
 REPORT_NAME = "report.html"
+
+_NAMES = (
+    *(CONFIG_NAME, SUMMARY_NAME, METRICS_NAME, TOKENIZER_NAME),
+    *(EVALUATION_NAME, TASKS_NAME, SAMPLES_NAME, REPORT_NAME),
+)
+
+
+def is_runs_own(path: Path) -> bool:
+    """Whether a path is that of a run's own file."""
+    return path.name in _NAMES and (path.parent / CONFIG_NAME).is_file()
+
 
 TOKENS = "train/tokens"
 TRAIN_LOSS = "train/CE loss"

@@ -1,9 +1,27 @@
-"""Results of evaluations in the run directory: losses in `evaluation.json`, tasks in `tasks.json`."""
+"""Results in the run directory: losses in `evaluation.json`, tasks in `tasks.json`, metrics in `metrics.jsonl`."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+
+from ultramem.configuration.field_types import LARGEST, check_range, check_types
+from ultramem.files.json_files import parse_json, read_json_object
+
+
+def may_replace(path: Path, checkpoint: str, complete: bool) -> bool:
+    """Whether results may replace those in a run's file: on a part of the data, never those of the checkpoint on all.
+
+    Args:
+        path: `evaluation.json` or `tasks.json`.
+        checkpoint: name of the checkpoint.
+        complete: whether the results are on all tokens or questions.
+    """
+    earlier = read_json_object(path)
+    # Tasks have a limit instead; version 0.1 does not say whether losses are on all tokens.
+    earlier_complete = earlier.get("complete", earlier.get("max_questions") is None)
+    return complete or earlier.get("checkpoint") != checkpoint or not earlier_complete
 
 
 @dataclass(frozen=True)
@@ -19,6 +37,7 @@ class LossResult:
         bits_per_byte: bits per byte of text, including the loss of end-of-text tokens; None without a manifest.
         unigram_bits_per_byte: bits per byte of the train split's unigram model, or None.
         complete: whether all tokens of the files were used.
+        data: the directory or token files, if they are not the run's own.
     """
 
     checkpoint: str
@@ -28,22 +47,17 @@ class LossResult:
     perplexity: float
     bits_per_byte: float | None
     unigram_bits_per_byte: float | None
-    complete: bool = True
+    complete: bool = True  # version 0.1 does not say
+    data: str | None = None
 
-    @staticmethod
-    def parse(content: dict[str, Any]) -> LossResult:
-        """Parse the content of the file."""
-        bits, unigram = content.get("bits_per_byte"), content.get("unigram_bits_per_byte")
-        return LossResult(
-            checkpoint=str(content["checkpoint"]),
-            split=str(content["split"]),
-            tokens=int(content["tokens"]),
-            loss=float(content["loss"]),
-            perplexity=float(content["perplexity"]),
-            bits_per_byte=None if bits is None else float(bits),
-            unigram_bits_per_byte=None if unigram is None else float(unigram),
-            complete=bool(content.get("complete", True)),  # version 0.1 does not say
-        )
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_range(self, "tokens", least=0)
+
+    @property
+    def of_run(self) -> bool:
+        """Whether they are on the run's own held-out data, and not on any other."""
+        return self.split == "heldout" and self.data is None
 
 
 @dataclass(frozen=True)
@@ -68,10 +82,25 @@ class TaskResult:
     chance: float
     cut: float = 0.0
 
-    @staticmethod
-    def parse(content: dict[str, Any]) -> TaskResult:
-        """Parse one result of the file."""
-        shares = {name: float(content[name]) for name in ("value", "standard_error", "chance", "cut")}
-        return TaskResult(
-            name=str(content["name"]), metric=str(content["metric"]), questions=int(content["questions"]), **shares
-        )
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_range(self, "questions", least=0)
+
+
+def parse_report(line: str) -> tuple[int, dict[str, float]] | None:
+    """Step and metrics of one line of `metrics.jsonl`, NaN for what cannot be drawn; None if it is unreadable."""
+    try:
+        report = parse_json(line)
+        step, metrics = report["step"], report["metrics"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if type(step) is not int or step < 0:
+        return None
+    numbers = {name: float(value) for name, value in metrics if type(value) in (int, float)}
+    return step, {name: value if abs(value) <= LARGEST else math.nan for name, value in numbers.items()}
+
+
+def holds_results(path: Path) -> bool:
+    """Whether a file holds results of an evaluation."""
+    content = read_json_object(path)
+    return "checkpoint" in content and ("loss" in content or "results" in content)

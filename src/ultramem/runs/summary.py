@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from ultramem.files.whole_files import read_json_object
+from ultramem.files.json_files import read_json_object
 from ultramem.hosts.olmo_core import ModelConfig, ModelStatistics
 from ultramem.runs.config import RunConfig
 from ultramem.runs.layout import SUMMARY_NAME
 from ultramem.runs.tokens import TokenData
 
 EOS_TOKEN_ID = "eos_token_id"  # also in the data, which may be moved
+DATA = "data"  # sizes and checksums of its files
 
 
 def make_summary(

@@ -23,6 +23,7 @@ class TokenData:
         train_bytes_per_token: UTF-8 bytes of text per training token; None if not known.
         heldout_bytes_per_token: UTF-8 bytes of text per held-out token; None if not known.
         tokenizer: the `tokenizer.json`, or None if not known.
+        manifests: of the directories that the files are in, if they are not named one by one.
     """
 
     train: tuple[Path, ...]
@@ -33,6 +34,7 @@ class TokenData:
     train_bytes_per_token: float | None = None
     heldout_bytes_per_token: float | None = None
     tokenizer: Path | None = None
+    manifests: tuple[Manifest, ...] = ()
 
 
 def open_token_data(config: DataConfig) -> TokenData:
@@ -63,6 +65,7 @@ def open_token_data(config: DataConfig) -> TokenData:
         sum(split.bytes for split in train) / sum(split.tokens for split in train),
         heldout.bytes / heldout.tokens if heldout.tokens else None,
         manifest.tokenizer_path,
+        (manifest, *others),
     )
 
 
@@ -71,7 +74,7 @@ def _same_tokenizer(first: Manifest, second: Manifest) -> bool:
 
 
 def check_token_data(data: TokenData, config: RunConfig) -> None:
-    """Check that the files can be read, fit the model and have enough tokens for a batch.
+    """Check that the files can be read, fit the model and have enough tokens for a batch; contents are not compared.
 
     Raises:
         UltraMemError: a file is missing or damaged, the vocabulary is larger than the model's, or there are too few

@@ -54,7 +54,8 @@ def pooled_table(num_keys: int, num_layers: int, key_expansion: int, share_ratio
         if sharing == "ring":
             return own
         if sharing == "block":
-            own = own // window_keys**2 * window_keys**2
+            window_rows = max(window_keys, 1) ** 2
+            own = own // window_rows * window_rows
         return min(own, table_rows - window_keys**2)
 
     starts = tuple(start(layer) for layer in range(num_layers))

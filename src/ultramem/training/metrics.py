@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train.callbacks import Callback, WandBCallback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ultramem.files.whole_files import cannot_write
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.hosts.olmo_core.moe import DroplessMoE
 from ultramem.runs.directory import recorded_metrics
 from ultramem.runs.layout import HELD_OUT, LEARNING_RATES, TASK_METRICS, THROUGHPUT, TOKENS, TRAIN_LOSS
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 _COUNTED = 4  # reads are counted in one of this many steps
 # Metrics of OLMo-core that are redundant or meaningless.
@@ -98,34 +98,47 @@ class MetricsFile(Callback):
         self._last = step, earlier | finite
         line = {"step": step, "time": round(self._times.get(step, time.time()), 3), "metrics": self._last[1]}
         self._times = {noted: noted_at for noted, noted_at in self._times.items() if noted >= step}
-        with self.path.open("a", encoding="utf-8") as file:
+        with cannot_write(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
 @dataclass
 class TensorBoard(Callback):
-    """Writes all metrics as TensorBoard events to a directory, in the first process."""
+    """Writes all metrics as TensorBoard events to a directory, in the first process.
+
+    PyTorch's `SummaryWriter` writes in a thread, which shows its errors as tracebacks.
+    """
 
     directory: Path = field(default_factory=Path)
-    _writer: SummaryWriter | None = None
+    _file: Path | None = None
 
     def pre_train(self) -> None:
-        """Open the event file; events that an interrupted run wrote for later steps are to be ignored."""
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
+        """Begin an event file; events that an interrupted run wrote for later steps are to be ignored."""
+        from tensorboard.compat.proto.event_pb2 import SessionLog
 
-        if get_rank() == 0:
-            self._writer = SummaryWriter(self.directory, purge_step=self.step + 1)
+        if get_rank() == 0 and self._file is None:
+            self._file = self.directory / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+            with cannot_write(self.directory):
+                self.directory.mkdir(exist_ok=True)
+            self._write(file_version="brain.Event:2")
+            self._write(step=self.step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Write."""
-        if self._writer is not None:
-            for name, value in metrics.items():
-                self._writer.add_scalar(name, value, step)
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-    def close(self) -> None:
-        """Close the event file."""
-        if self._writer is not None:
-            self._writer.close()
+        if get_rank() == 0:
+            self.pre_train()  # an evaluation that another callback makes up for comes before
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+            self._write(step=step, summary=Summary(value=values))
+
+    def _write(self, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        assert self._file is not None
+        with cannot_write(self._file), self._file.open("ab") as file:
+            RecordWriter(file).write(Event(wall_time=time.time(), **content).SerializeToString())
 
 
 @dataclass
@@ -171,6 +184,10 @@ class ProgressReport(Callback):
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Show loss, tokens per second and learning rate; results of evaluations on lines of their own."""
+        with cannot_write("standard output"):
+            self._show_metrics(step, metrics)
+
+    def _show_metrics(self, step: int, metrics: dict[str, float]) -> None:
         if TRAIN_LOSS in metrics:
             self._speed = metrics.get(THROUGHPUT, self._speed)
             parts = [f"loss {metrics[TRAIN_LOSS]:.4f}"]

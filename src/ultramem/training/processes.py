@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from olmo_core.config import DType
 from olmo_core.distributed import parallel
-from olmo_core.distributed.utils import broadcast_object, get_rank, get_world_size, init_distributed
+from olmo_core.distributed.utils import (
+    all_gather_object,
+    broadcast_object,
+    get_rank,
+    get_world_size,
+    init_distributed,
+)
 from olmo_core.train.train_module import TransformerDataParallelConfig
 
 from ultramem.device import choose_device, has_fast_bfloat16
 from ultramem.errors import ConfigError, UltraMemError, system_reason
 from ultramem.runs.config import RunConfig, TrainerConfig
+from ultramem.training.launch import check_launch, environment_number, launched_processes
 
 T = TypeVar("T")
 
@@ -57,6 +63,19 @@ class Processes:
         return result
 
 
+def in_all(function: Callable[[], T]) -> T:
+    """Call `function` in every process; if it raises an `UltraMemError` in one, all raise it."""
+    outcome: T | UltraMemError
+    try:
+        outcome = function()
+    except UltraMemError as error:
+        outcome = error
+    for failure in all_gather_object(outcome if isinstance(outcome, UltraMemError) else None):
+        if failure is not None:
+            raise failure
+    return cast(T, outcome)
+
+
 @contextmanager
 def join_processes(config: RunConfig) -> Iterator[Processes]:
     """Join the processes that torchrun started, if it started any.
@@ -65,16 +84,16 @@ def join_processes(config: RunConfig) -> Iterator[Processes]:
         ConfigError: the configuration does not fit the machine or the number of processes.
     """
     trainer = config.trainer
-    launched = "RANK" in os.environ or dist.is_initialized()
-    count = get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
-    kind = _device(trainer).type
-    data_parallel = _data_parallel(trainer, count, launched)
+    started = None if dist.is_initialized() else launched_processes()
+    joins, count = started is not None, started or get_world_size()
+    device = _device(trainer)
+    data_parallel = _data_parallel(trainer, count, joins or dist.is_initialized())
     _check_batch(config, count)
-    joins = launched and not dist.is_initialized()
+    if joins and count > 1:
+        check_launch()
     if joins:
         with redirect_stdout(StringIO()):  # it prints what it does
-            init_distributed("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+            init_distributed("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         bfloat16 = has_fast_bfloat16(device) if trainer.precision == "auto" else trainer.precision == "bfloat16"
         yield Processes(get_rank(), count, device, torch.bfloat16 if bfloat16 else None, data_parallel)
@@ -89,9 +108,14 @@ def _device(trainer: TrainerConfig) -> torch.device:
         device = choose_device(trainer.device)
     except ConfigError as error:
         raise ConfigError(f"trainer.{error}") from error
-    if trainer.compile and device.type == "cpu":
-        raise ConfigError("trainer.compile=True: needs a CUDA device; leave it out")
-    return device
+    if device.type == "cpu":
+        if trainer.compile:
+            raise ConfigError("trainer.compile=True: needs a CUDA device; leave it out")
+        return device
+    number, count = environment_number("LOCAL_RANK") or 0, torch.cuda.device_count()
+    if number >= count:
+        raise ConfigError(f"LOCAL_RANK={number}: must be below {count}, the number of GPUs; start fewer processes")
+    return torch.device("cuda", number)
 
 
 def _data_parallel(trainer: TrainerConfig, count: int, launched: bool) -> TransformerDataParallelConfig | None:

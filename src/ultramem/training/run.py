@@ -10,27 +10,33 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from olmo_core.distributed.parallel import DataParallelType
 from olmo_core.train import Trainer
 from rich.console import Console
 from rich.markup import escape
 
 from ultramem.convert.initial_weights import load_weights, read_model_config
 from ultramem.data.tokenizers import load_model_tokenizer
-from ultramem.errors import ConfigError, UltraMemError, system_reason
+from ultramem.device import check_memory
+from ultramem.errors import ConfigError, UltraMemError, explain, system_reason
 from ultramem.evaluation.tasks import TaskSuite, task_names
-from ultramem.hosts.olmo_core import ModelStatistics
-from ultramem.hosts.olmo_core.checkpoint import check_stored_model
+from ultramem.files.checksums import DamagedFileError
+from ultramem.hosts.olmo_core.sizes import bytes_to_train
+from ultramem.hosts.weights import check_finite_weights
 from ultramem.runs import config_files
-from ultramem.runs.checkpoints import MODEL_NAME
+from ultramem.runs.checkpoints import checkpoint_name
 from ultramem.runs.config import RunConfig
+from ultramem.runs.contents import DataContents
 from ultramem.runs.directory import RunDirectory
 from ultramem.runs.tokens import TokenData, check_token_data, open_token_data
 from ultramem.training.checkpoints import load_checkpoint
-from ultramem.training.processes import Processes, join_processes
+from ultramem.training.launch import environment_number
+from ultramem.training.processes import Processes, in_all, join_processes
 from ultramem.training.reproducible import deterministic_algorithms
 from ultramem.training.stopping import DivergedError
 from ultramem.training.trainer import build_trainer
@@ -69,25 +75,38 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def train(
-    config: RunConfig, *, overwrite: bool = False, verbose: bool = False, console: Console | None = None
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    from_checkpoint: str | None = None,
+    verbose: bool = False,
+    console: Console | None = None,
 ) -> RunResult:
     """Train a model to the last step, or resume an interrupted run.
 
-    A resumed run continues from its latest complete checkpoint exactly as if it had not been interrupted. With torchrun
-    all processes call this function.
+    A resumed run continues from its latest complete checkpoint exactly as if it had not been interrupted. If that one
+    is damaged, it is renamed to `stepN.damaged`, and the run continues from the latest good one. With torchrun all
+    processes call this function.
 
     Args:
         config: configuration of the run.
         overwrite: whether to replace any run in the directory, including this one.
+        from_checkpoint: name of the checkpoint to continue from, such as `step400`, also of a finished run. Later
+            checkpoints are renamed to `stepN.unused`, and `metrics.jsonl` with later steps to `metrics.jsonl.unused`.
         verbose: whether to show OLMo-core's log.
         console: console for progress; by default standard output.
 
     Raises:
         ConfigError: the configuration does not fit the machine, the data or the number of processes.
-        UltraMemError: the data is missing or damaged, the directory holds another run, a checkpoint cannot be written
-            or read, or the loss or gradient is not finite. Complete checkpoints are always kept.
+        UltraMemError: the data is missing or damaged, the directory holds another run or not that checkpoint, a
+            checkpoint cannot be written or read, or the loss or gradient is not finite. Complete checkpoints are always
+            kept.
     """
     console = console or Console(highlight=False, soft_wrap=True)
+    if overwrite and from_checkpoint is not None:
+        raise ConfigError(
+            f"--from-checkpoint={from_checkpoint}: does not apply with --overwrite; leave out one of them"
+        )
     data = open_token_data(config.data)
     check_token_data(data, config)
     _check_wandb(config)
@@ -95,33 +114,66 @@ def train(
     directory = RunDirectory(config)
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(config))
+        _check_memory(config, processes)
         stack.enter_context(_quiet_engine(verbose))
         if config.trainer.compile:
             torch.compiler.reset()  # what an earlier run of this process left would change what is compiled now
         if config.trainer.deterministic:
             stack.enter_context(deterministic_algorithms())
 
-        def claim() -> tuple[int | None, bool, ModelStatistics]:
+        def check() -> tuple[int | None, DataContents | None]:
             stack.enter_context(directory.locked())
-            step = directory.claim(overwrite)
-            statistics = directory.describe(data, processes.device, processes.count)
-            return step, directory.is_finished(step, bool(data.heldout)), statistics
+            latest = directory.find_step(overwrite)
+            step = latest if from_checkpoint is None else directory.step_of(from_checkpoint)
+            if directory.is_finished(step, bool(data.heldout)):
+                return step, None
+            directory.check_room(overwrite)
+            contents = DataContents.of(data, config.data.verify)
+            directory.check_data(data, contents, overwrite)
+            return step, contents
 
-        step, finished, statistics = processes.on_first(claim)
-        if step is not None and finished:
+        step, contents = processes.on_first(check)
+        if step is not None and contents is None:
             return RunResult(directory.path, step, "already finished")
-        if step is not None:
-            check_stored_model(directory.checkpoint(step) / MODEL_NAME, config.model)
         if processes.rank == 0:
-            _announce(console, config, statistics, data, processes, step)
+            _announce(console, directory, data, processes)
         trainer = build_trainer(config, data, suite, processes, console)
         if step is not None:
-            load_checkpoint(trainer, directory.checkpoint(step))
+            step = _resume(trainer, directory, step, from_checkpoint is not None, processes, console)
         elif config.trainer.initial_weights is not None:
             load_weights(trainer.train_module.model, config.trainer.initial_weights, config.model)
+
+        def claim() -> None:
+            assert contents is not None
+            ending = "damaged" if from_checkpoint is None else "unused"
+            if step is not None and (moved := directory.put_aside(step, ending)):
+                console.print(f"kept as {', '.join(moved)}")
+            directory.claim(overwrite)
+            directory.describe(data, contents, processes.device, processes.count)
+            if overwrite and (others := directory.others()):
+                more = "" if len(others) <= 5 else f" and {len(others) - 5} more"
+                console.print(f"kept, as ultramem did not write it: {escape(', '.join(others[:5]))}{more}")
+
+        processes.on_first(claim)  # at the last moment: from here on, only training itself can fail
         _fit(trainer, directory)
         complete = trainer.global_step >= config.trainer.total_steps
         return RunResult(directory.path, trainer.global_step, "finished" if complete else "interrupted")
+
+
+def _check_memory(config: RunConfig, processes: Processes) -> None:
+    """Refuse what cannot fit before anything is written: the state after a step, and the largest activations in it."""
+    sharded = processes.data_parallel is not None and processes.data_parallel.name == DataParallelType.fsdp
+    # On a CPU all processes of the machine share its memory.
+    alone = processes.device.type == "cuda" or processes.count == 1
+    together = 1 if alone else environment_number("LOCAL_WORLD_SIZE") or 1
+    share = together / processes.count if sharded else together
+    check_memory(bytes_to_train(config.model, share), processes.device)
+    batch, length = config.trainer.batch_size // processes.count, config.data.sequence_length
+    tokens = config.trainer.micro_batch_size or batch
+    what = f"data.sequence_length={length}" if tokens == length else f"trainer.micro_batch_size={tokens}"
+    # The logits, and the residual stream at each block.
+    width = config.model.vocab_size + config.model.num_blocks * config.model.d_model
+    check_memory({what: tokens * width * together * (2 if processes.autocast else 4)}, processes.device)
 
 
 def _load_tasks(config: RunConfig, data: TokenData) -> TaskSuite | None:
@@ -154,14 +206,8 @@ def _check_wandb(config: RunConfig) -> None:
         raise UltraMemError("logging.wandb: set WANDB_API_KEY, or WANDB_MODE=offline, in the environment")
 
 
-def _announce(
-    console: Console,
-    config: RunConfig,
-    statistics: ModelStatistics,
-    data: TokenData,
-    processes: Processes,
-    step: int | None,
-) -> None:
+def _announce(console: Console, directory: RunDirectory, data: TokenData, processes: Processes) -> None:
+    config, statistics = directory.config, directory.statistics
     count = "" if processes.count == 1 else f", {processes.count} processes"
     console.print(
         f"{config.model.system}: {statistics.active / 1e6:,.1f} M active of {statistics.total / 1e6:,.1f} M "
@@ -171,12 +217,37 @@ def _announce(
     console.print(f"run directory: {escape(str(config.trainer.directory))}")
     if not data.heldout:
         console.print("no held-out data, so no evaluation during training")
-    if step is not None:
+
+
+def _resume(
+    trainer: Trainer, directory: RunDirectory, step: int, chosen: bool, processes: Processes, console: Console
+) -> int:
+    """Load the checkpoint of a step, or the latest good one before it unless the user chose it; return its step."""
+    while True:
+        try:
+            load_checkpoint(trainer, directory.checkpoint(step), directory.config.model)
+            break
+        except DamagedFileError as error:
+            earlier = processes.on_first(partial(directory.step_before, step))
+            if earlier is None:
+                raise UltraMemError(
+                    f"{error}; there is no earlier checkpoint, so start again with --overwrite"
+                ) from error
+            name = checkpoint_name(earlier)
+            if chosen:
+                raise UltraMemError(f"{error}; use an earlier one: --from-checkpoint {name}") from error
+            if processes.rank == 0:
+                console.print(f"{checkpoint_name(step)} is damaged ({escape(str(error))}); resuming from {name}")
+            step = earlier
+    in_all(lambda: check_finite_weights(trainer.train_module.model.state_dict(), directory.checkpoint(step)))
+    if processes.rank == 0:
         console.print(f"resuming from step {step:,}")
+    return step
 
 
 def _fit(trainer: Trainer, directory: RunDirectory) -> None:
     """Train. Errors of the user or the machine name the last good checkpoint."""
+    first = trainer.global_step + 1
     try:
         trainer.fit()
     except torch.OutOfMemoryError as error:
@@ -184,7 +255,7 @@ def _fit(trainer: Trainer, directory: RunDirectory) -> None:
             "the GPU is out of memory; lower trainer.micro_batch_size, or set trainer.activation_checkpointing=true"
         ) from error
     except (UltraMemError, OSError, RuntimeError) as error:
-        described = _describe(error)
+        described = _describe(error, first)
         if described is None:
             raise
         latest = directory.latest_step()
@@ -194,19 +265,24 @@ def _fit(trainer: Trainer, directory: RunDirectory) -> None:
         raise UltraMemError(f"{described}; {left}") from error
 
 
-def _describe(error: Exception) -> str | None:
-    """What is wrong and what to do; None for an error that is neither the user's nor the machine's."""
+def _describe(error: Exception, first: int) -> str | None:
+    """What is wrong and what to do; None for an error that is neither the user's nor the machine's.
+
+    Args:
+        error: the error.
+        first: first step of this call.
+    """
     not_finite = re.fullmatch(r"(\S+) loss encountered at step (\d+)", str(error))  # OLMo-core's words
     if not_finite is not None:
         error = DivergedError("loss", float(not_finite[1]), int(not_finite[2]))
     if isinstance(error, DivergedError):
+        if error.step == first:  # nothing has been learnt yet
+            return f"{error}, the first: check the weights that it started from, and the model's sizes and init_std"
         return f"{error}; start a new run with a lower optimizer.learning_rate"
-    if isinstance(error, UltraMemError):
-        return str(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        reason = system_reason(error)
-        return f"{error.filename} cannot be written ({reason}); free some space and run the same command again"
-    return None
+    if isinstance(error, OSError):
+        name, reason = error.filename or "a file", system_reason(error)
+        return f"{name} cannot be written ({reason}); free some space and run the same command again"
+    return explain(error)
 
 
 @contextmanager

@@ -63,3 +63,4 @@ class DivergedError(UltraMemError):
 
     def __init__(self, what: str, value: float, step: int) -> None:
         super().__init__(f"the {what} is {value} at step {step}")
+        self.step = step

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from olmo_core.data import DataLoaderBase, NumpyDataLoaderConfig, NumpyFSLDataset
+from olmo_core.data import DataCollator, DataLoaderBase, NumpyFSLDataLoader, NumpyFSLDataset
+from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train import Duration, LoadStrategy, Trainer, TrainerConfig
 from olmo_core.train.callbacks import Callback
 from olmo_core.train.train_module import TransformerActivationCheckpointingConfig, TransformerTrainModule
@@ -21,6 +22,7 @@ from ultramem.evaluation.tasks import TaskSuite
 from ultramem.runs.config import RunConfig
 from ultramem.runs.layout import METRICS_NAME
 from ultramem.runs.tokens import TokenData
+from ultramem.training.checkpointer import CheckpointerConfig
 from ultramem.training.checkpoints import Checkpoints
 from ultramem.training.evaluation import HeldoutBatches, HeldoutCallback, HeldoutEvaluator, TaskCallback
 from ultramem.training.metrics import LayerMetrics, MetricsFile, ProgressReport, TensorBoard, WeightsAndBiases
@@ -66,6 +68,18 @@ class TrainModule(TransformerTrainModule):
         return [parameter for group in self.optim.param_groups if group["rowwise"] for parameter in group["params"]]
 
 
+class DataLoader(NumpyFSLDataLoader):
+    """OLMo-core's, with the order of an epoch's sequences in memory: 4 bytes for each, in every process.
+
+    OLMo-core writes it to a file through a memory map, which ends the process when the disk is full, and believes any
+    file that it finds there.
+    """
+
+    def build_and_save_global_indices(self, in_memory: bool = True) -> None:
+        """Make the order, which depends on seed, epoch and number of sequences alone."""
+        super().build_and_save_global_indices(in_memory=True)
+
+
 def build_trainer(
     config: RunConfig, data: TokenData, suite: TaskSuite | None, processes: Processes, console: Console
 ) -> Trainer:
@@ -89,7 +103,11 @@ def build_trainer(
     )
     if processes.data_parallel is None and model.memory is not None and model.memory.config.optimizer == "rowwise":
         module.optim.take_over(model.memory.tables)
-    checkpoints = Checkpoints(save_interval=trainer.checkpoint_interval, max_checkpoints=trainer.keep_checkpoints)
+    checkpoints = Checkpoints(
+        save_interval=trainer.checkpoint_interval,
+        max_checkpoints=trainer.keep_checkpoints,
+        save_async=trainer.async_checkpoints,
+    )
     callbacks: dict[str, Callback] = {
         "checkpointer": checkpoints,
         "layer_metrics": LayerMetrics(module.model, trainer.memory_metrics_interval),
@@ -119,6 +137,7 @@ def build_trainer(
         )
     return TrainerConfig(
         save_folder=str(trainer.directory),
+        checkpointer=CheckpointerConfig(),
         load_strategy=LoadStrategy.never,  # `train` has found the checkpoint already
         device=str(processes.device),
         max_duration=Duration.steps(trainer.total_steps),
@@ -143,12 +162,16 @@ def build_data_loader(
         dtype=np.uint16 if data.dtype == "uint16" else np.uint32,
         include_instance_metadata=False,
     )
-    return NumpyDataLoaderConfig(
+    return DataLoader(
+        dataset,
+        collator=DataCollator(pad_token_id=data.eos_token_id, vocab_size=data.vocab_size),
         global_batch_size=config.trainer.batch_size,
         seed=config.trainer.seed,
-        work_dir=str(config.trainer.directory / "data_order"),
+        work_dir=config.trainer.directory,  # nothing is written there
         target_device_type=device.type,
-    ).build(dataset, dp_process_group=group)
+        dp_world_size=get_world_size(group),
+        dp_rank=get_rank(group),
+    )
 
 
 def _heldout_evaluation(

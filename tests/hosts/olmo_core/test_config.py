@@ -37,7 +37,7 @@ MOE = MoEConfig(hidden_size=8, num_experts=4, top_k=2)
         ("init_std", "0.02", "must be a number"),
         ("tie_embeddings", 1, "must be true or false"),
         ("seed", -1, "at least 0"),
-        ("seed", 2**63, "below"),
+        ("seed", 2**63, "from -2"),
         ("seed", 1.5, "must be a whole number"),
     ],
 )

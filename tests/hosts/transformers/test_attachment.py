@@ -22,6 +22,7 @@ from ultramem.hosts.transformers import (
     load_memory,
     save_memory,
 )
+from ultramem.hosts.transformers.files import load_model_file, save_checksums
 
 SIZES = {
     "vocab_size": 53, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -126,7 +127,9 @@ def test_saved_apart(architecture: str, tokens: Tensor, tmp_path: Path) -> None:
     optimizer.step()
     expected = model.eval()(tokens).logits
     save_memory(model, tmp_path / "memory")
-    assert {path.name for path in (tmp_path / "memory").iterdir()} == {"memory_config.json", "memory.safetensors"}
+    assert {path.name for path in (tmp_path / "memory").iterdir()} == {
+        "memory_config.json", "memory.safetensors", "checksums.json",
+    }  # fmt: skip
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     assert (tmp_path / "memory" / "memory.safetensors").stat().st_size < whole
     again = make(architecture)
@@ -223,6 +226,7 @@ def test_wrong_memory_directories(tmp_path: Path, tokens: Tensor) -> None:
         load_memory(make("llama", num_hidden_layers=2), tmp_path)
     config, weights = tmp_path / "memory_config.json", tmp_path / "memory.safetensors"
     text, content = config.read_text(), weights.read_bytes()
+    (tmp_path / "checksums.json").unlink()  # as version 0.1 wrote it
     config.write_text(text.replace('"top_k": 4', '"top_k": 4, "colour": 1'))
     with pytest.raises(UltraMemError, match="is damaged"):
         load_memory(make("llama"), tmp_path)
@@ -232,7 +236,7 @@ def test_wrong_memory_directories(tmp_path: Path, tokens: Tensor) -> None:
         load_memory(fresh, tmp_path)
     assert not hasattr(fresh, "memory")
     config.write_text("{")
-    with pytest.raises(UltraMemError, match="not valid JSON"):
+    with pytest.raises(UltraMemError, match="is damaged"):
         load_memory(fresh, tmp_path)
     config.write_text(text)
     weights.write_bytes(content[: len(content) // 2])
@@ -279,6 +283,7 @@ def test_a_memory_in_another_dtype_than_its_model(tokens: Tensor, tmp_path: Path
         assert narrow(tokens).logits.dtype == dtype
     integers = {name: t.int() for name, t in load_file(tmp_path / "memory.safetensors").items()}
     save_file(integers, tmp_path / "memory.safetensors")
+    (tmp_path / "checksums.json").unlink()
     fresh = make("llama")
     with pytest.raises(UltraMemError, match="of another shape"):
         load_memory(fresh, tmp_path)
@@ -307,3 +312,38 @@ def test_a_memory_that_a_model_was_built_with_stays(inner: bool, tokens: Tensor)
     with pytest.raises(UltraMemError, match="no memory that was attached to it: it was built with its own"):
         detach_memory(owner)
     assert torch.equal(model(tokens % 64).logits, before)
+
+
+@pytest.mark.parametrize("name", ["memory_config.json", "memory.safetensors"])
+def test_a_damaged_memory(name: str, tmp_path: Path) -> None:
+    model = make("llama")
+    model.save_pretrained(tmp_path)
+    save_checksums(tmp_path)
+    attach_memory(model, small())
+    save_memory(model, tmp_path)  # beside a model, whose checksums stay
+    fresh = make("llama")
+    load_memory(fresh, tmp_path)
+    load_model_file(tmp_path, torch.float32)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-9] ^= 4
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UltraMemError, match=rf"{name} is damaged: it differs from its checksum; save the memory again"):
+        load_memory(make("llama"), tmp_path)
+    save_memory(fresh, tmp_path)
+    load_memory(make("llama"), tmp_path)
+    content = bytearray((tmp_path / "model.safetensors").read_bytes())
+    content[-9] ^= 4
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UltraMemError, match=r"model.safetensors is damaged"):
+        load_model_file(tmp_path, torch.float32)
+
+
+def test_a_memory_with_other_indices(tmp_path: Path) -> None:
+    model = make("llama")
+    memory = attach_memory(model, small())
+    memory.layers[2].shuffle[5] = -1
+    save_memory(model, tmp_path)
+    fresh = make("llama")
+    with pytest.raises(UltraMemError, match=r"memory.safetensors: layers.2.shuffle is damaged: it must be a permutati"):
+        load_memory(fresh, tmp_path)
+    assert not hasattr(fresh, "memory")

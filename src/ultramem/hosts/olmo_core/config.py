@@ -11,8 +11,8 @@ from olmo_core.nn.layer_norm import LayerNormConfig, LayerNormType
 from olmo_core.nn.lm_head import LMHeadConfig
 from olmo_core.nn.rope import RoPEConfig
 
-from ultramem.config import MemoryConfig
-from ultramem.configuration.field_types import check_field, check_finite, check_types
+from ultramem.config import LARGEST_COUNT, LARGEST_SIZE, MemoryConfig
+from ultramem.configuration.field_types import check_field, check_range, check_types
 from ultramem.errors import ConfigError
 from ultramem.hosts.olmo_core.model import MemoryBlockConfig, MemoryTransformer
 from ultramem.hosts.olmo_core.moe import ROW_ALIGNMENT, MoEConfig
@@ -57,13 +57,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_finite(self)
-        for name in ("d_model", "num_blocks", "num_heads", "vocab_size", "rope_theta"):
-            check_field(self, name, getattr(self, name) >= 1, "at least 1")
-        check_field(self, "feed_forward_size", self.feed_forward_size >= 1 or self.moe is not None, "at least 1")
-        check_field(self, "seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63")
-        check_field(self, "norm_eps", self.norm_eps > 0, "above 0")
-        check_field(self, "init_std", self.init_std is None or self.init_std > 0, "above 0")
+        check_range(self, "d_model", "num_heads", least=1, most=LARGEST_SIZE)
+        check_range(self, "feed_forward_size", least=0 if self.moe else 1, most=LARGEST_SIZE)
+        check_range(self, "num_blocks", least=1, most=LARGEST_COUNT)
+        check_range(self, "vocab_size", least=1, most=2**32)
+        check_range(self, "rope_theta", least=1)
+        check_range(self, "seed", least=0)
+        check_range(self, "norm_eps", above=0, most=1)
+        check_range(self, "init_std", above=0)
         if self.d_model % (2 * self.num_heads):
             raise ConfigError(
                 f"num_heads={self.num_heads}: must divide d_model={self.d_model} into heads of an even width"

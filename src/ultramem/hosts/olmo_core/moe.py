@@ -12,7 +12,8 @@ from olmo_core.nn.transformer.init import _apply_init
 from olmo_core.ops import attach_auxiliary_loss
 from torch import Tensor, nn
 
-from ultramem.configuration.field_types import check_field, check_finite, check_types
+from ultramem.config import LARGEST_COUNT, LARGEST_SIZE
+from ultramem.configuration.field_types import check_field, check_range, check_types
 
 if TYPE_CHECKING:
     from olmo_core.train.common import ReduceType
@@ -43,13 +44,12 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_finite(self)
         _check_aligned(self, "hidden_size")
-        check_field(self, "num_experts", self.num_experts >= 1, "at least 1")
+        check_range(self, "num_experts", least=1, most=LARGEST_COUNT)
+        check_range(self, "hidden_size", most=LARGEST_SIZE)
         right = 1 <= self.top_k <= self.num_experts
         check_field(self, "top_k", right, f"at least 1 and at most num_experts={self.num_experts}")
-        for name in ("load_balancing_coef", "z_loss_coef"):
-            check_field(self, name, getattr(self, name) >= 0, "at least 0; 0 turns the loss off")
+        check_range(self, "load_balancing_coef", "z_loss_coef", least=0)
 
     def num_params(self, d_model: int) -> int:
         """Number of parameters of the layer, including the router."""

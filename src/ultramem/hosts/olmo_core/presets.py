@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ultramem.config import MemoryConfig
+from ultramem.configuration.field_types import LONGEST_SHOWN, shown
 from ultramem.errors import ConfigError
 from ultramem.hosts.olmo_core.config import ModelConfig
 from ultramem.hosts.olmo_core.moe import MoEConfig
@@ -18,9 +19,9 @@ def preset(name: str) -> ModelConfig:
     Raises:
         ConfigError: there is no preset with this name.
     """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1, 0)
-        raise ConfigError(f"preset={name!r}: unknown preset; did you mean {near[0]!r}? All: {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        near = difflib.get_close_matches(str(name)[:LONGEST_SHOWN], PRESETS, 1, 0)
+        raise ConfigError(f"preset={shown(name)}: unknown preset; did you mean {near[0]!r}? All: {', '.join(PRESETS)}")
     return PRESETS[name]
 
 

@@ -11,8 +11,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen3Confi
 
 from ultramem.config import MemoryConfig
 from ultramem.errors import ConfigError, UltraMemError
+from ultramem.files.checksums import CHECKSUMS_NAME, DamagedFileError
 from ultramem.files.whole_files import write_text
 from ultramem.hosts.transformers.attachment import Connection, add_auxiliary_loss, check_host_config
+from ultramem.hosts.transformers.files import check_model_files
 from ultramem.layers import HostScheme
 from ultramem.memory import Memory
 
@@ -52,6 +54,11 @@ class UltraMemConfig(_NamedInItsDirectory, Qwen3Config):
 
     memory: dict[str, Any] | None = None
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
+        """As in transformers. Checksums of what was there before go; models call this first when they are saved."""
+        Path(save_directory, CHECKSUMS_NAME).unlink(missing_ok=True)
+        super().save_pretrained(save_directory, *args, **options)
+
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs["auto_map"] = {
             "AutoConfig": "modeling_ultramem.UltraMemConfig",
@@ -75,7 +82,26 @@ class UltraMemConfig(_NamedInItsDirectory, Qwen3Config):
 
 
 class _SavedWithCode(_NamedInItsDirectory):
-    """Saves the code with which `trust_remote_code=True` finds the classes."""
+    """Saves the code with which `trust_remote_code=True` finds the classes, and checks what it loads."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
+        """As in transformers. Files of a local directory are first compared with its `checksums.json`, if it has one.
+
+        Raises:
+            UltraMemError: a file is damaged, or its indices are not those of a memory.
+        """
+        if pretrained_model_name_or_path is not None:
+            directory = Path(pretrained_model_name_or_path, options.get("subfolder") or "")
+            if directory.is_dir():
+                check_model_files(directory)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **options)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        try:
+            model.memory.check_loaded()
+        except DamagedFileError as error:
+            raise UltraMemError(f"{pretrained_model_name_or_path}: {error}; write it again") from error
+        return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
         """As in transformers."""

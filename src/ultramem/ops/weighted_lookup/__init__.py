@@ -16,6 +16,10 @@ def weighted_lookup(reads: Reads, values: Tensor, pre_values: Tensor | None = No
     Autograd makes a gradient as large as the table for each call; where several lookups read one table in a pass, a
     `TrainableTable` makes one for all.
 
+    Row numbers must be those of the table. Plain PyTorch raises an IndexError for others on a CPU; kernels read beyond
+    the table, as to look at numbers first would make them wait. Memory layers make only numbers that are right, also
+    of scores that are not finite, and check the permutation that they use when it is loaded.
+
     Args:
         reads: which rows, and what weighs them.
         values: (table_rows, value_dim), where value_dim is a multiple of the number of cores.
