@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -194,7 +195,7 @@ class Run:
 
         Raises UltraMemError if the directory is not a run, has no metrics yet, or has an invalid file.
         """
-        path = path.resolve()
+        path = Path(os.path.realpath(path))  # also of a loop of links
         if not path.exists():
             raise UltraMemError(f"{path} does not exist; give the trainer.directory of `ultramem train`")
         for name in (CONFIG_NAME, SUMMARY_NAME):
