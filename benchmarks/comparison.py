@@ -116,7 +116,10 @@ def main() -> None:
 
 def run(row: Row, config: RunConfig, tasks: Sequence[str]) -> dict[str, Any]:
     """Train a run, and evaluate it on all held-out text and on tasks; return its results."""
-    directory = train(config).directory
+    result = train(config)
+    if result.status == "interrupted":
+        raise UltraMemError(f"{row.name} was interrupted at step {result.step}; run the same command again")
+    directory = result.directory
     evaluation = evaluate(directory, batch_size=EVALUATION_SEQUENCES)
     evaluation.save()
     scores: list[Any] = []

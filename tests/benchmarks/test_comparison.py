@@ -11,6 +11,7 @@ from benchmarks import comparison
 from ultramem.cli import app
 from ultramem.errors import UltraMemError
 from ultramem.evaluation import evaluate
+from ultramem.training.run import RunResult
 
 CONFIG = """
 data: {directory: tokens, sequence_length: 32}
@@ -82,3 +83,13 @@ def test_unknown_row(compare, capsys):
 def test_runs_of_one_step_have_no_speed(compare):
     compare("dense", "--trainer.steps=1")
     assert json.loads(Path("runs/results/dense-seed0.json").read_text())["tokens_per_second"] is None
+
+
+def test_an_interrupted_run_has_no_results(compare, monkeypatch):
+    def interrupted(config):
+        return RunResult(config.trainer.directory, 2, "interrupted")
+
+    monkeypatch.setattr(comparison, "train", interrupted)
+    with pytest.raises(UltraMemError, match="dense-seed0 was interrupted at step 2; run the same command again"):
+        compare("dense")
+    assert not Path("runs/results/dense-seed0.json").exists()

@@ -78,6 +78,7 @@ def test_any_metrics(run: Path, lines: object) -> None:
 
 @settings(max_examples=settings().max_examples // 10)
 @given(name=st.sampled_from([*METRICS, "memory/layer 99999999999/x", "moe/block 1/$x^"]), number=numbers)
+@example("optim/total grad norm", "1e308")
 def test_any_number_is_drawn(tmp_path_factory: pytest.TempPathFactory, run: Path, name: str, number: str) -> None:
     path = shutil.copytree(run, tmp_path_factory.getbasetemp() / "drawn", dirs_exist_ok=True)
     lines = [f'{{"step": {step}, "metrics": {{"{name}": {value}}}}}\n' for step, value in ((1, 1), (2, number))]

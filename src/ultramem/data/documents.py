@@ -122,7 +122,7 @@ def find_sources(paths: Iterable[Path], include: Sequence[str] = (), exclude: Se
         else:
             raise UltraMemError(f"{path} does not exist; check the path")
         for file in files:
-            if (real_path := file.resolve()) not in found:
+            if (real_path := Path(os.path.realpath(file))) not in found:
                 found[real_path] = SourceFile(file, file.stat().st_size, offset)
                 offset += file.stat().st_size
     if not found:

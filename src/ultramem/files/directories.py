@@ -123,7 +123,7 @@ def _check_place(place: Path, sources: Iterable[Path]) -> None:
     if place.parent == place or os.path.ismount(place):
         raise UltraMemError(f"{place} is the root of a file system; choose a directory in it")
     for name, directory in (("home", Path(os.environ.get("HOME", "/"))), ("working", Path.cwd())):
-        if directory.resolve().is_relative_to(place):
+        if Path(os.path.realpath(directory)).is_relative_to(place):
             raise UltraMemError(f"{place} is, or holds, the {name} directory; choose another directory")
     for source in sources:
         real = Path(os.path.realpath(source))

@@ -195,7 +195,7 @@ class Run:
 
         Raises UltraMemError if the directory is not a run, has no metrics yet, or has an invalid file.
         """
-        path = Path(os.path.realpath(path))  # also of a loop of links
+        path = Path(os.path.realpath(path))
         if not path.exists():
             raise UltraMemError(f"{path} does not exist; give the trainer.directory of `ultramem train`")
         for name in (CONFIG_NAME, SUMMARY_NAME):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ultramem.configuration.field_types import check_range, check_types
+from ultramem.configuration.field_types import LARGEST, check_range, check_types
 from ultramem.files.json_files import parse_json, read_json_object
 
 
@@ -87,7 +88,7 @@ class TaskResult:
 
 
 def parse_report(line: str) -> tuple[int, dict[str, float]] | None:
-    """Step and metrics of one line of `metrics.jsonl`; None if it is unreadable."""
+    """Step and metrics of one line of `metrics.jsonl`, NaN for what cannot be drawn; None if it is unreadable."""
     try:
         report = parse_json(line)
         step, metrics = report["step"], report["metrics"].items()
@@ -95,7 +96,8 @@ def parse_report(line: str) -> tuple[int, dict[str, float]] | None:
         return None
     if type(step) is not int or step < 0:
         return None
-    return step, {name: float(value) for name, value in metrics if type(value) in (int, float)}
+    numbers = {name: float(value) for name, value in metrics if type(value) in (int, float)}
+    return step, {name: value if abs(value) <= LARGEST else math.nan for name, value in numbers.items()}
 
 
 def holds_results(path: Path) -> bool:
