@@ -177,14 +177,14 @@ def test_run_without_a_tokenizer(train_run: TrainRun, token_directory: Path, tmp
 def test_an_export_is_replaced_only_when_asked(train_run: TrainRun, tmp_path: Path) -> None:
     run, directory = train_run("dense"), tmp_path / "model"
     export(run, directory)
-    (directory / "finetuning.json").touch()  # a name of ours
+    (directory / "README.md").write_text("changed")
     with pytest.raises(UltraMemError, match="exists already; replace it with --overwrite"):
         export(run, directory)
     with pytest.raises(UltraMemError, match="max_shard_size='large': must be a number of bytes"):
         export(run, directory, max_shard_size="large", overwrite=True)
-    assert (directory / "finetuning.json").exists()
+    assert (directory / "README.md").read_text() == "changed"
     export(run, directory, overwrite=True)
-    assert not (directory / "finetuning.json").exists()
+    assert (directory / "README.md").read_text() != "changed"
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
     other = tmp_path / "other"
     other.mkdir()
@@ -238,11 +238,15 @@ def test_weights_that_are_not_complete(train_run: TrainRun, tmp_path: Path) -> N
 
 
 def test_what_else_is_in_a_directory_is_not_lost(train_run: TrainRun, tmp_path: Path) -> None:
-    export(train_run("dense"), tmp_path / "model")
-    (tmp_path / "model" / "thesis.tex").touch()
-    with pytest.raises(UltraMemError, match=r"also holds thesis\.tex, which would be lost"):
-        export(train_run("dense"), tmp_path / "model", overwrite=True)
-    assert (tmp_path / "model" / "thesis.tex").exists()
+    run, model = train_run("dense"), tmp_path / "model"
+    export(run, model)
+    for name in ("thesis.tex", "notes.json", "memory/thesis.tex"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).touch()
+        with pytest.raises(UltraMemError, match=rf"also holds {name.split('/')[0]}.*, which would be lost"):
+            export(run, model, overwrite=True)
+        (model / name).unlink()
+    (model / "memory").rmdir()
 
 
 def test_checksums(train_run: TrainRun, tmp_path: Path) -> None:
@@ -266,16 +270,6 @@ def test_damaged_initial_weights(
     (tmp_path / "model" / name).write_bytes(content)
     with pytest.raises(UltraMemError, match=rf"{name} is damaged: it differs from its checksum; write it again"):
         train(load_config(config))
-
-    run, model = train_run("dense"), tmp_path / "model"
-    export(run, model)
-    for name in ("thesis.tex", "notes.json", "memory/thesis.tex"):
-        (model / name).parent.mkdir(exist_ok=True)
-        (model / name).touch()
-        with pytest.raises(UltraMemError, match=rf"also holds {name.split('/')[0]}.*, which would be lost"):
-            export(run, model, overwrite=True)
-        (model / name).unlink()
-    (model / "memory").rmdir()
 
 
 @pytest.mark.parametrize("system", ["dense", "ultramem_v2"])

@@ -233,7 +233,7 @@ def test_broken_records_stop_or_are_skipped(corpus: Path) -> None:
         ({"heldout": -0.1}, "heldout=-0.1: must be"),
         ({"heldout": float("nan")}, "heldout=nan: must be"),
         ({"seed": -1}, "seed=-1: must be"),
-        ({"processes": 10**9}, "processes=1000000000: must be at most 1024"),
+        ({"processes": 10**9}, "processes=1000000000: must be at least 1 and at most 1024"),
         ({"processes": 0}, "processes=0: must be at least 1"),
         ({"shard_tokens": 0}, "shard_tokens=0: must be"),
         ({"max_size": 0}, "max_size=0: must be"),

@@ -135,7 +135,7 @@ def test_saving(run: Any, tmp_path: Path) -> None:
             "data": None,
         }
     assert not list(tmp_path.rglob("*.partial"))
-    with pytest.raises(UltraMemError, match=r"missing/other.json cannot be written: No such file or directory"):
+    with pytest.raises(UltraMemError, match=r"missing/other.json cannot be written \(No such file or directory\)"):
         result.save(tmp_path / "missing" / "other.json")
 
 

@@ -302,7 +302,6 @@ def test_a_run_is_not_cleared_for_one_that_cannot_start(fault, make_config, monk
         monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
         monkeypatch.setattr("ultramem.runs.directory.CHECKPOINT_BYTES", 100)
     else:
-        (old.trainer.directory / "data_order").rename(tmp_path / "order")
         (old.trainer.directory / "step1").mkdir()
         (old.trainer.directory / "step1" / "notes").touch()
         before = files_in(old.trainer.directory)
