@@ -39,6 +39,8 @@ BAD_VALUES: dict[str, list[Any]] = {
     "value_lr_multiplier": [None, *NOT_NUMBERS],
     "value_lr_decay": [0, 1.5, None, *NOT_NUMBERS],
     "value_lr": [0, *NOT_NUMBERS],
+    "optimizer": ["sgd", None, 1],
+    "row_beta": [-0.1, 1, None, *NOT_NUMBERS],
     "norm_eps": [0, None, *NOT_NUMBERS],
 }
 

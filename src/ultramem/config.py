@@ -218,6 +218,8 @@ class MemoryConfig:
                     f"{name}={getattr(self, name)}: the values have a constant learning rate, "
                     f"value_lr={self.value_lr}; leave out one of them"
                 )
+        if self.optimizer == "adamw" and self.row_beta != MemoryConfig.row_beta:
+            raise ConfigError(f"row_beta={self.row_beta}: only optimizer='rowwise' uses it; leave out one of them")
         self._parse_insertion()
 
     def _check_unused(self, defaults: dict[str, Any]) -> None:

@@ -143,6 +143,7 @@ class Memory(nn.Module):
     ) -> list[dict[str, Any]]:
         """Two parameter groups for a PyTorch optimizer: all parameters but the tables', and the tables'.
 
+        With `optimizer="rowwise"` they are for `ultramem.tables.rowwise.RowwiseAdamW`; PyTorch's AdamW would ignore that.
         The tables' learning rate is `config.value_lr` if set. Otherwise it is the model's, and a scheduler must
         multiply it by `config.value_lr_factor` at each step:
 
@@ -161,7 +162,10 @@ class Memory(nn.Module):
         ids = {id(parameter) for parameter in values}
         others = [parameter for parameter in (model or self).parameters() if id(parameter) not in ids]
         rate = learning_rate if self.config.value_lr is None else self.config.value_lr
-        return [{"params": others, "lr": learning_rate, **options}, {"params": list(values), "lr": rate, **options}]
+        table: dict[str, Any] = {"params": list(values), "lr": rate}
+        if self.config.optimizer == "rowwise":
+            table |= {"rowwise": True, "row_beta": self.config.row_beta}
+        return [{"params": others, "lr": learning_rate, **options}, table | options]
 
     def auxiliary_loss(self) -> Tensor | None:
         """Sum of the layers' auxiliary losses in the last training forward pass; None if there are none."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ultramem import ConfigError, Memory, MemoryConfig
 from ultramem.ops import use_backend
 from ultramem.ops.weighted_lookup.reads import Reads
 from ultramem.tables.rowwise import RowwiseAdamW
@@ -61,6 +62,16 @@ def test_formula() -> None:
             root = (squares[row] / (1 - BETA ** steps[row])) ** 0.5
             expected[row] = [old - RATE * x / (root + EPS) for old, x in zip(expected[row], g, strict=True)]
     torch.testing.assert_close(table.data, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_groups_of_a_memory() -> None:
+    config = MemoryConfig(num_keys=4, key_dim=4, value_dim=4, top_k=4, optimizer="rowwise", row_beta=0.7)
+    memory = Memory(config, d_model=8, num_blocks=2)
+    others, values = RowwiseAdamW(memory.parameter_groups(1e-3)).param_groups
+    assert "rowwise" not in others
+    assert (values["rowwise"], values["row_beta"], values["lr"]) == (True, 0.7, 5e-3)
+    with pytest.raises(ConfigError, match=r"row_beta=0.7: only optimizer='rowwise' uses it; leave out one of them"):
+        MemoryConfig(row_beta=0.7)
 
 
 def test_other_groups_get_adamw() -> None:

@@ -54,10 +54,9 @@ class RowwiseAdamW(AdamW):
         **options: Any,
     ) -> None:
         super().__init__(params, **options)
-        own = {"rowwise": False, "row_beta": row_beta, "row_eps": row_eps}
-        self.defaults |= own
         for group in self.param_groups:
-            group |= own | group
+            if group.get("rowwise"):  # other groups have AdamW's entries alone, so that its checkpoints can be loaded
+                group |= {"row_beta": row_beta, "row_eps": row_eps} | group
         self.tables: Sequence[TrainableTable] = ()
         self._squared_norms: list[Tensor] = []
         self.take_over(tables)
@@ -78,7 +77,7 @@ class RowwiseAdamW(AdamW):
             self._step_table(table)
             of_tables |= {id(parameter) for parameter in table.parameters()}
         for group in self.param_groups:
-            for parameter in group["params"] if group["rowwise"] else ():
+            for parameter in group["params"] if group.get("rowwise") else ():
                 if id(parameter) not in of_tables and parameter.grad is not None:
                     self._step_rows(self._row_step(parameter, group), _local(parameter.grad))
         return loss
@@ -103,7 +102,7 @@ class RowwiseAdamW(AdamW):
                 self.state[parameter][_SQUARES] = saved[_SQUARES].to(parameter.device)
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
-        return False if group["rowwise"] else super()._init_group(group, *lists)
+        return False if group.get("rowwise") else super()._init_group(group, *lists)
 
     def _row_step(self, parameter: Tensor, group: dict[str, Any], copy: Tensor | None = None) -> RowStep:
         state = self.state[parameter]
@@ -116,7 +115,7 @@ class RowwiseAdamW(AdamW):
 
     def _step_table(self, table: TrainableTable) -> None:
         """Step a table by the products that its lookups have left, or by its gradient."""
-        groups = {id(p): group for group in self.param_groups if group["rowwise"] for p in group["params"]}
+        groups = {id(p): group for group in self.param_groups if group.get("rowwise") for p in group["params"]}
         parts = table.values, table.pre_values
         copies = table.copy_in_use.parts(*parts)
         steps = [

@@ -40,7 +40,8 @@ def optimizer_config(config: OptimizerConfig, model: MemoryTransformer) -> Rowwi
         memory = model.memory.config
         decay = config.weight_decay if config.value_weight_decay is None else config.value_weight_decay
         options = {GROUP_FLAG: True, "weight_decay": decay}
-        options |= {"rowwise": memory.optimizer == "rowwise", "row_beta": memory.row_beta}
+        if memory.optimizer == "rowwise":
+            options |= {"rowwise": True, "row_beta": memory.row_beta}
         overrides = [optim.OptimGroupOverride([f"memory.{name}" for name in model.memory.value_parameters()], options)]
     return RowwiseAdamWConfig(
         lr=config.learning_rate,

@@ -65,7 +65,7 @@ class TrainModule(TransformerTrainModule):
 
     @property
     def _rowwise(self) -> list[torch.nn.Parameter]:
-        return [parameter for group in self.optim.param_groups if group["rowwise"] for parameter in group["params"]]
+        return [parameter for group in self.optim.param_groups if group.get("rowwise") for parameter in group["params"]]
 
 
 class DataLoader(NumpyFSLDataLoader):
