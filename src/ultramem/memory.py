@@ -143,7 +143,7 @@ class Memory(nn.Module):
     ) -> list[dict[str, Any]]:
         """Two parameter groups for a PyTorch optimizer: all parameters but the tables', and the tables'.
 
-        With `optimizer="rowwise"` they are for `ultramem.tables.rowwise.RowwiseAdamW`; PyTorch's AdamW would ignore that.
+        With `optimizer="rowwise"` they are for `ultramem.tables.rowwise.RowwiseAdamW`; PyTorch's AdamW ignores that.
         The tables' learning rate is `config.value_lr` if set. Otherwise it is the model's, and a scheduler must
         multiply it by `config.value_lr_factor` at each step:
 
