@@ -149,7 +149,7 @@ class RunDirectory:
         for name in (SUMMARY_NAME, METRICS_NAME):
             check_output(self.path / name, lambda path: self._holds_run())
         logging = self.config.logging
-        for name, needed in (("data_order", True), ("tensorboard", logging.tensorboard), ("wandb", logging.wandb)):
+        for name, needed in (("tensorboard", logging.tensorboard), ("wandb", logging.wandb)):
             if needed and os.path.lexists(self.path / name) and not (self.path / name).is_dir():
                 raise UltraMemError(f"{self.path / name} is where a directory goes; rename it")
         self._check_space(replaces)
