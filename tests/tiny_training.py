@@ -15,6 +15,7 @@ from ultramem import MemoryConfig
 from ultramem.data.token_files import Manifest, Split, TokenFile, save_manifest
 from ultramem.hosts.olmo_core import ModelConfig, MoEConfig
 from ultramem.training import DataConfig, RunConfig, TrainerConfig
+from ultramem.training.reproducible import StepSeed
 
 LENGTH, VOCABULARY, BATCH = 16, 100, 128
 EPOCH_STEPS = 20  # and some sequences more, which do not make a batch
@@ -130,6 +131,18 @@ def metrics_of():
 def losses_of(metrics_of):
     """Reads a run's training losses by step."""
     return lambda directory: {step: metrics["train/CE loss"] for step, metrics in metrics_of(directory).items()}
+
+
+def at_step(monkeypatch, step, action):
+    """Do something at the beginning of a step."""
+    original = StepSeed.pre_step
+
+    def pre_step(self, batch):
+        original(self, batch)
+        if self.step == step:
+            action()
+
+    monkeypatch.setattr(StepSeed, "pre_step", pre_step)
 
 
 @pytest.fixture

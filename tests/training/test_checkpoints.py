@@ -17,31 +17,18 @@ import torch
 from olmo_core.distributed.checkpoint.filesystem import RemoteFileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tiny_training import tiny_config
+from tiny_training import at_step, tiny_config
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.files.checksums import Checksums, DamagedFileError
 from ultramem.hosts.olmo_core.checkpoint import CheckpointReader
 from ultramem.training import train
 from ultramem.training.checkpointer import Checkpointer, read_trainer_state
-from ultramem.training.reproducible import StepSeed
 
 FLIPS = int(os.environ.get("BIT_FLIPS", 100))
 
 
 class StoppedError(Exception):
     """A run that ends like that writes no checkpoint."""
-
-
-def at_step(monkeypatch, step, action):
-    """Do something at the beginning of a step."""
-    original = StepSeed.pre_step
-
-    def pre_step(self, batch):
-        original(self, batch)
-        if self.step == step:
-            action()
-
-    monkeypatch.setattr(StepSeed, "pre_step", pre_step)
 
 
 def stop():

@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from tests.training.test_run import assert_same_model, at_step, kill
+from tests.training.test_run import assert_same_model, kill
 
+from tiny_training import at_step
 from ultramem.training import train
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from tiny_training import at_step
 from ultramem.convert.transformers_models import to_transformers
 from ultramem.data.token_sequences import TokenSequences
 from ultramem.errors import UltraMemError
@@ -33,19 +34,6 @@ from ultramem.tables.trainable import TrainableTable
 from ultramem.training import LoggingConfig, OptimizerConfig, RunConfig, WandbConfig, load_config, train
 from ultramem.training.evaluation import HeldoutCallback
 from ultramem.training.metrics import MetricsFile, ProgressReport
-from ultramem.training.reproducible import StepSeed
-
-
-def at_step(monkeypatch, step, action):
-    """Do something at the beginning of a step."""
-    original = StepSeed.pre_step
-
-    def pre_step(self, batch):
-        original(self, batch)
-        if self.step == step:
-            action()
-
-    monkeypatch.setattr(StepSeed, "pre_step", pre_step)
 
 
 def kill():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,7 @@ def show_losses(
     for path in paths:
         evaluation = evaluate(path, data, **options)
         evaluations.append(evaluation)
-        try:
-            file = evaluation.save(output)
-        except UltraMemError:
-            print_losses(evaluations)  # what was computed is not lost
-            raise
+        file = _save_last(evaluations, output, print_losses)
         has_all = f"has {evaluation.checkpoint} on all tokens"
         reason = has_all if evaluation.of_run else "is for the run's own held-out data"
         notes.append(_note(file, evaluation.run / EVALUATION_NAME, reason))
@@ -60,16 +56,22 @@ def show_tasks(paths: Sequence[Path], tasks: Sequence[str], *, output: Path | No
     evaluations, notes = [], []
     for evaluation in evaluate_tasks(paths, tasks, **options):
         evaluations.append(evaluation)
-        try:
-            file = evaluation.save(output)
-        except UltraMemError:
-            print_task_table(evaluations)  # what was computed is not lost
-            raise
+        file = _save_last(evaluations, output, print_task_table)
         reason = f"has {evaluation.checkpoint} on all questions"
         notes.append(_note(file, evaluation.run / TASKS_NAME, reason))
     print_task_table(evaluations)
     for note in notes:
         print(note)
+
+
+def _save_last(evaluations: list[Any], output: Path | None, show: Callable[[list[Any]], None]) -> Path | None:
+    """Save the last evaluation; if that fails, show all of them: what was computed is not lost."""
+    try:
+        file: Path | None = evaluations[-1].save(output)
+    except UltraMemError:
+        show(evaluations)
+        raise
+    return file
 
 
 def _note(written: Path | None, own: Path, reason: str) -> str:

@@ -24,6 +24,7 @@ from ultramem.files.json_files import parse_json
 from ultramem.files.owned import divide, others_in, remove_ours
 from ultramem.files.whole_files import TEMPORARY_NAME, check_output, write_text
 from ultramem.hosts.olmo_core import ModelStatistics, model_statistics
+from ultramem.hosts.olmo_core.sizes import bytes_of_state
 from ultramem.runs.checkpoints import CONTENTS as CHECKPOINT_CONTENTS
 from ultramem.runs.checkpoints import (
     STEP_NAME,
@@ -333,7 +334,8 @@ class RunDirectory:
 
     def _check_space(self, replaces: bool) -> None:
         """Check that a checkpoint can fit."""
-        needed, free = CHECKPOINT_BYTES * self.statistics.total, shutil.disk_usage(self.path).free
+        needed = sum(bytes_of_state(self.config.model, CHECKPOINT_BYTES).values())
+        free = shutil.disk_usage(self.path).free
         if replaces:
             free += sum((self.path / name).lstat().st_size for name in divide(self.path, CONTENTS.fullmatch)[0])
         if needed > free:

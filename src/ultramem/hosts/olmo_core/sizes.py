@@ -30,15 +30,17 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 def _count_of_memory(memory: MemoryConfig, d_model: int, blocks: int) -> dict[str, int]:
     layers = len(memory.insertions(blocks))
     layout = memory.layout(layers)
-    widest = max(("num_keys", memory.num_keys**2), ("value_dim", memory.value_dim), key=lambda named: named[1])[0]
     return {
-        f"model.memory.{widest}={getattr(memory, widest)}": (
-            layout.num_tables * layout.table_rows * (memory.value_dim + memory.pre_value_dim)
-        ),
+        _name_of_table(memory): (layout.num_tables * layout.table_rows * (memory.value_dim + memory.pre_value_dim)),
         f"model.memory.key_dim={memory.key_dim}": (
             layers * memory.layer_type.count_parameters(memory, d_model, layout.axis_keys)
         ),
     }
+
+
+def _name_of_table(memory: MemoryConfig) -> str:
+    widest = max(("num_keys", memory.num_keys**2), ("value_dim", memory.value_dim), key=lambda named: named[1])[0]
+    return f"model.memory.{widest}={getattr(memory, widest)}"
 
 
 def bytes_to_load(config: ModelConfig) -> dict[str, int]:
@@ -53,4 +55,16 @@ def bytes_to_train(config: ModelConfig, share: float = 1.0) -> dict[str, int]:
         config: configuration of the model.
         share: of the parameters that are on the device; FSDP shards them.
     """
-    return {name: int(16 * share * count) for name, count in count_parameters(config).items()}
+    return {name: int(share * size) for name, size in bytes_of_state(config, 16).items()}
+
+
+def bytes_of_state(config: ModelConfig, with_adamw: int) -> dict[str, int]:
+    """Bytes of the parameters and what belongs to them; names as in `count_parameters`.
+
+    Args:
+        config: configuration of the model.
+        with_adamw: bytes of a parameter that AdamW trains. The row-wise optimizer may keep a table's parameters alone.
+    """
+    memory = config.memory
+    rowwise = _name_of_table(memory) if memory is not None and memory.optimizer == "rowwise" else None
+    return {name: (4 if name == rowwise else with_adamw) * count for name, count in count_parameters(config).items()}
