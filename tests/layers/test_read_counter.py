@@ -55,6 +55,15 @@ def test_reset_and_no_tokens() -> None:
     assert counter.metrics() == nothing
 
 
+def test_every_third_token() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, scores, output = (torch.randn(8, width, generator=generator) for width in (6, 6, 4))
+    sampled, whole = ReadCounter(10, "cpu", every=3), ReadCounter(10, "cpu")
+    for counter, step in ((sampled, 1), (whole, 3)):
+        record(counter, (rows[::step] * 2).abs().long() % 10, scores[::step, :, None], output[::step])
+    assert sampled.metrics() == whole.metrics()
+
+
 def test_uniform_and_concentrated_reads() -> None:
     counter = ReadCounter(8, "cpu")
     record(counter, torch.arange(8).view(2, 4), torch.ones(2, 4, 1), torch.ones(2, 1))

@@ -198,6 +198,7 @@ def test_relative_paths_start_at_the_working_directory(write, monkeypatch, tmp_p
         ("--trainer.device=tpu", "trainer.device='tpu': must be one of auto, cpu, cuda"),
         ("--trainer.parallel=tp", "trainer.parallel='tp': must be one of auto, none, ddp, fsdp"),
         ("--trainer.compile=1", "trainer.compile=1: must be true or false"),
+        ("--trainer.cuda_graphs=1", "trainer.cuda_graphs=1: must be true or false"),
         ("--trainer.async_checkpoints=1", "trainer.async_checkpoints=1: must be true or false"),
         ("--trainer.deterministic=1", "trainer.deterministic=1: must be true or false"),
         ("--trainer.activation_checkpointing=no", "trainer.activation_checkpointing='no': must be true or false"),

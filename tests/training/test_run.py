@@ -705,19 +705,16 @@ def test_wandb_offline(make_config, monkeypatch):
     assert list((config.trainer.directory / "wandb").rglob("*.wandb"))
 
 
-def test_reads_of_every_fourth_step_are_counted(make_config, monkeypatch):
-    """The reported step's among them, whatever the interval."""
+def test_reads_of_every_fourth_token_are_counted(make_config, monkeypatch):
     counted = []
     summarise = ReadCounter.summarise
 
     def spy(self, scores, output):
-        counted.append(current["step"])
+        counted.append(len(output))
         summarise(self, scores, output)
 
-    current = {}
-    for step in range(1, 13):
-        at_step(monkeypatch, step, lambda step=step: current.update(step=step))
     monkeypatch.setattr(ReadCounter, "summarise", spy)
-    config = make_config(steps=12, memory_metrics_interval=6, evaluate_interval=5)
+    config = make_config(steps=2, evaluate_interval=1)
     train(config)
-    assert sorted(set(counted)) == [4, 6, 10, 12]
+    layers = len(config.model.memory.insertions(config.model.num_blocks))
+    assert counted == [config.trainer.batch_size // 4] * 2 * layers

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class ReadCounter:
-    """What one memory layer read and returned in training mode since the last report.
+    """What one memory layer read and returned in training mode since the last report, for every `every`-th token.
 
-    Nothing here waits for a GPU, and a compiler takes all of it into its program.
+    Nothing here waits for a GPU. A compiler takes all of it into its program, and a CUDA graph can hold it.
     """
 
-    def __init__(self, window_rows: int, device: torch.device | str) -> None:
-        self.paused = False  # whether passes do not count for the time being
+    def __init__(self, window_rows: int, device: torch.device | str, every: int = 1) -> None:
+        self._every = every
         self._reads = torch.zeros(window_rows, dtype=torch.int64, device=device)
         self._one = torch.ones((), dtype=torch.int64, device=device)
         # tokens, highest scores, lowest scores, output elements, their sum, the sum of their squares
@@ -30,9 +30,9 @@ class ReadCounter:
     @torch.no_grad()
     def observe(self, layer: MemoryLayer, reads: Reads, output: Tensor) -> None:
         """Add one forward pass; see `ReadObserver`."""
-        if layer.training and not self.paused:
-            self.count(reads.rows - layer.window_start, layer.table.rows)
-            self.summarise(reads.scores, output)
+        if layer.training:
+            self.count(reads.rows[:: self._every] - layer.window_start, layer.table.rows)
+            self.summarise(reads.scores[:: self._every], output[:: self._every])
 
     def count(self, in_window: Tensor, table_rows: int) -> None:
         """Add reads (tokens, k) of rows, counted from the window's start; below zero is beyond the table's end."""

@@ -139,7 +139,9 @@ class TrainerConfig:
         device: `cpu`, `cuda`, or `auto` for CUDA if available.
         parallel: for several processes (torchrun): `fsdp` (FSDP2, parameters are sharded) or `ddp` (each process has
             all parameters). `auto` is `fsdp` for several processes and `none` for one.
-        compile: whether to compile the model; CUDA only.
+        compile: whether to compile the model; CUDA only. By default it is compiled there, which takes a minute or two.
+        cuda_graphs: whether to capture the passes of a step as CUDA graphs after a few steps, where a single process
+            trains on a GPU, so that it does not wait for the CPU to launch kernels.
         deterministic: whether to use deterministic algorithms, so that the same run on the same kind of machine gives
             the same bits. Slower on a GPU; on a CPU it also needs OMP_NUM_THREADS=1.
         activation_checkpointing: whether to recompute the blocks' activations in the backward pass instead of storing
@@ -169,7 +171,8 @@ class TrainerConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
-    compile: bool = False
+    compile: bool | None = None
+    cuda_graphs: bool = True
     deterministic: bool = False
     activation_checkpointing: bool = False
     checkpoint_interval: int = 1000

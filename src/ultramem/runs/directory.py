@@ -72,6 +72,7 @@ CHANGEABLE = {
     "trainer.device",
     "trainer.parallel",
     "trainer.compile",
+    "trainer.cuda_graphs",
     "trainer.deterministic",
     "trainer.activation_checkpointing",
     "trainer.checkpoint_interval",

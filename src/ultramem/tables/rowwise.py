@@ -61,11 +61,14 @@ class RowwiseAdamW(AdamW):
         self._squared_norms: list[Tensor] = []
         self.take_over(tables)
 
-    def take_over(self, tables: Sequence[TrainableTable]) -> None:
-        """See the gradients of these tables alone, as described of the argument `tables`."""
+    def take_over(self, tables: Sequence[TrainableTable], *, defer: bool = True) -> None:
+        """See the gradients of these tables alone, as described of the argument `tables`.
+
+        Without `defer` they are made in any case, as several backward passes in a step need.
+        """
         self.tables = tables
         for table in tables:
-            table.defers_gradient = True
+            table.defers_gradient = defer
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

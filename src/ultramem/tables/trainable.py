@@ -98,6 +98,10 @@ class TrainableTable(Table):
         products, self._accumulator.deferred = self._accumulator.deferred, []
         return products
 
+    def defer(self, products: list[Products]) -> None:
+        """Leave products as a backward pass does, for one that was replayed as a CUDA graph."""
+        self._accumulator.deferred = products
+
     @property
     def copy_in_use(self) -> ComputingCopy:
         """The copy that kernels read under autocast."""

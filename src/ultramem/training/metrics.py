@@ -22,7 +22,7 @@ from ultramem.hosts.olmo_core.moe import DroplessMoE
 from ultramem.runs.directory import recorded_metrics
 from ultramem.runs.layout import HELD_OUT, LEARNING_RATES, TASK_METRICS, THROUGHPUT, TOKENS, TRAIN_LOSS
 
-_COUNTED = 4  # reads are counted in one of this many steps
+_COUNTED = 4  # one of this many tokens counts
 # Metrics of OLMo-core that are redundant or meaningless.
 _LEFT_OUT = ("throughput/", "checkpoint/", "optim/LR (", "train/masked labels", "train/PPL")
 
@@ -31,7 +31,7 @@ _LEFT_OUT = ("throughput/", "checkpoint/", "optim/LR (", "train/masked labels", 
 class LayerMetrics(Callback):
     """Reports every `interval` steps what memory layers and mixtures of experts read.
 
-    Memory layers' reads are those of every fourth step.
+    Memory layers' reads are those of every fourth token.
     """
 
     priority: ClassVar[int] = 5  # before the checkpoint, so that a kill after it does not cost the report
@@ -41,13 +41,7 @@ class LayerMetrics(Callback):
     def pre_train(self) -> None:
         """Start counting."""
         if self.model.memory is not None:
-            self.model.memory.track_usage()
-
-    def pre_step(self, batch: dict[str, Any]) -> None:
-        """Count in some steps only, including that of the report: launching so many small kernels takes time."""
-        del batch
-        if self.model.memory is not None:
-            self.model.memory.pause_usage(self.step % self.interval % _COUNTED != 0)
+            self.model.memory.track_usage(every=_COUNTED)
 
     def post_train_batch(self) -> None:
         """Report, in all processes together."""

@@ -38,6 +38,7 @@ class Processes:
         count: number of processes.
         device: device of this process.
         autocast: dtype of autocast, or None for none.
+        compiles: whether to compile the model.
         data_parallel: OLMo-core's configuration; None for a single process.
     """
 
@@ -45,6 +46,7 @@ class Processes:
     count: int
     device: torch.device
     autocast: torch.dtype | None
+    compiles: bool
     data_parallel: TransformerDataParallelConfig | None
 
     def on_first(self, function: Callable[[], T]) -> T:
@@ -96,7 +98,9 @@ def join_processes(config: RunConfig) -> Iterator[Processes]:
             init_distributed("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         bfloat16 = has_fast_bfloat16(device) if trainer.precision == "auto" else trainer.precision == "bfloat16"
-        yield Processes(get_rank(), count, device, torch.bfloat16 if bfloat16 else None, data_parallel)
+        autocast = torch.bfloat16 if bfloat16 else None
+        compiles = device.type == "cuda" if trainer.compile is None else trainer.compile
+        yield Processes(get_rank(), count, device, autocast, compiles, data_parallel)
     finally:
         parallel._WORLD_MESH = None  # OLMo-core refuses to make a second one, which a notebook's next run needs
         if joins:

@@ -116,7 +116,7 @@ def train(
         processes = stack.enter_context(join_processes(config))
         _check_memory(config, processes)
         stack.enter_context(_quiet_engine(verbose))
-        if config.trainer.compile:
+        if processes.compiles:
             torch.compiler.reset()  # what an earlier run of this process left would change what is compiled now
         if config.trainer.deterministic:
             stack.enter_context(deterministic_algorithms())
@@ -215,6 +215,8 @@ def _announce(console: Console, directory: RunDirectory, data: TokenData, proces
         f"tokens on {processes.device.type}{count}"
     )
     console.print(f"run directory: {escape(str(config.trainer.directory))}")
+    if processes.compiles:
+        console.print("compiling: the first steps take a minute or two")
     if not data.heldout:
         console.print("no held-out data, so no evaluation during training")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,11 @@ from ultramem.evaluation.tasks import TaskSuite
 from ultramem.runs.config import RunConfig
 from ultramem.runs.layout import METRICS_NAME
 from ultramem.runs.tokens import TokenData
+from ultramem.tables.trainable import TrainableTable
 from ultramem.training.checkpointer import CheckpointerConfig
 from ultramem.training.checkpoints import Checkpoints
 from ultramem.training.evaluation import HeldoutBatches, HeldoutCallback, HeldoutEvaluator, TaskCallback
+from ultramem.training.graphs import GraphedPasses
 from ultramem.training.metrics import LayerMetrics, MetricsFile, ProgressReport, TensorBoard, WeightsAndBiases
 from ultramem.training.optimizer import build_scheduler, optimizer_config
 from ultramem.training.processes import Processes
@@ -36,12 +39,29 @@ class TrainModule(TransformerTrainModule):
     """OLMo-core's module without the dry run before training, whose made-up batch would count in metrics.
 
     Clipping leaves out tables with the row-wise optimizer, whose step does not depend on the scale of the gradient.
+
+    Attributes:
+        passes: replays passes as CUDA graphs; None to launch them kernel by kernel.
     """
+
+    passes: GraphedPasses | None = None
 
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
         """As in OLMo-core."""
         if not dry_run:
             super().train_batch(batch)
+
+    def model_forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **options: Any) -> Any:
+        """As in OLMo-core; of a replayed pass the loss has been propagated backward already."""
+        if self.passes is None or not torch.is_grad_enabled():
+            return super().model_forward(input_ids, labels=labels, **options)
+        assert labels is not None
+        inputs = {"input_ids": input_ids, "labels": labels, "loss_div_factor": options.pop("loss_div_factor")}
+        return self.passes(inputs, options)
+
+    def replay_passes(self, tables: list[TrainableTable], notify: Callable[[str], None]) -> None:
+        """Replay passes as CUDA graphs where possible; arguments as of `GraphedPasses`."""
+        self.passes = GraphedPasses(self.model, super().model_forward, tables, notify)
 
     def optim_step(self) -> None:
         """As in OLMo-core, and record the norm of the gradient of tables with the row-wise optimizer."""
@@ -92,7 +112,7 @@ def build_trainer(
         optim=optimizer_config(optimizer, model),
         rank_microbatch_size=micro_batch_size,
         max_sequence_length=config.data.sequence_length,
-        compile_model=trainer.compile,
+        compile_model=processes.compiles,
         dp_config=processes.data_parallel,
         ac_config=TransformerActivationCheckpointingConfig() if trainer.activation_checkpointing else None,
         autocast_precision=processes.autocast,
@@ -101,8 +121,13 @@ def build_trainer(
         scheduler=build_scheduler(config.schedule, optimizer.learning_rate, trainer.total_steps, config.model.memory),
         device=processes.device,
     )
-    if processes.data_parallel is None and model.memory is not None and model.memory.config.optimizer == "rowwise":
-        module.optim.take_over(model.memory.tables)
+    if processes.data_parallel is None:
+        memory = model.memory
+        tables = [table for table in memory.tables if isinstance(table, TrainableTable)] if memory is not None else []
+        if memory is not None and memory.config.optimizer == "rowwise":
+            module.optim.take_over(tables, defer=micro_batch_size == trainer.batch_size)
+        if trainer.cuda_graphs and processes.device.type == "cuda":
+            module.replay_passes(tables, console.print)
     checkpoints = Checkpoints(
         save_interval=trainer.checkpoint_interval,
         max_checkpoints=trainer.keep_checkpoints,

@@ -194,8 +194,7 @@ class MemoryTransformer(Transformer):
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_inputs(*args, **kwargs)
         if self.memory is not None:
-            for table in self.memory.tables:
-                table.begin_pass()
+            self.memory.begin_pass()
             prepared[2]["memory_outputs"] = PassOutputs()  # among the arguments that all blocks get
         return prepared
 

@@ -173,12 +173,14 @@ class DroplessMoE(nn.Module):
         balance, z = load_balancing_loss(probabilities, assignments), router_z_loss(logits)
         with torch.no_grad():
             sums = torch.cat([assignments, torch.stack([balance, z]) * len(logits)])
-            self._metric_sums = self._metric_sums.to(sums.device) + sums
+            if self._metric_sums.device != sums.device:
+                self._metric_sums = self._metric_sums.to(sums.device)
+            self._metric_sums += sums  # in place, as a CUDA graph does it
         return self.config.load_balancing_coef * balance + self.config.z_loss_coef * z
 
     def reset_metrics(self) -> None:
         """Set the counts to zero."""
-        self._metric_sums = torch.zeros_like(self._metric_sums)
+        self._metric_sums.zero_()
 
     @torch.no_grad()
     def compute_metrics(self, reset: bool = True) -> dict[str, tuple[Tensor, ReduceType | None]]:
