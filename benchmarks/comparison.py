@@ -31,11 +31,13 @@ from ultramem.runs.layout import HELD_OUT, REPORT_NAME, SUMMARY_NAME, THROUGHPUT
 from ultramem.training import RunConfig, load_config, train
 
 SYSTEMS = ("dense", "olmoe", "pkm", "memory_plus", "ultramem", "ultramem_v2")
+ADAMW = "model.memory.optimizer=adamw"
 # The values' learning rate falls to the model's, as in the papers, here from eight times it.
-DECAYING = ("model.memory.value_lr=null", "model.memory.value_lr_multiplier=8")
+DECAYING = (ADAMW, "model.memory.value_lr_multiplier=8")
 VARIANTS = {
     "dense-nondeterministic": ("trainer.deterministic=false",),
     "ultramem_v2-nondeterministic": ("trainer.deterministic=false",),
+    "ultramem_v2-adamw": (ADAMW, "model.memory.value_lr=1e-3"),
     "ultramem_v2-decaying": DECAYING,
     "ultramem_v2-decaying-matched": (*DECAYING, "model.memory.init=matched"),
 }

@@ -35,6 +35,7 @@ LABELS = {
     "ultramem_v2": "UltraMemV2",
     "dense-nondeterministic": "dense, not deterministic",
     "ultramem_v2-nondeterministic": "UltraMemV2, not deterministic",
+    "ultramem_v2-adamw": "UltraMemV2, AdamW for the table",
     "ultramem_v2-decaying": "UltraMemV2, values' rate falling, not deterministic",
     "ultramem_v2-decaying-matched": "UltraMemV2, values' rate falling, `matched`, not deterministic",
 }

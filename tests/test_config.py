@@ -39,7 +39,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "value_lr_multiplier": [None, *NOT_NUMBERS],
     "value_lr_decay": [0, 1.5, None, *NOT_NUMBERS],
     "value_lr": [0, *NOT_NUMBERS],
-    "optimizer": ["sgd", None, 1],
+    "optimizer": ["sgd", 1],
     "row_beta": [-0.1, 1, None, *NOT_NUMBERS],
     "norm_eps": [0, None, *NOT_NUMBERS],
 }
@@ -108,13 +108,20 @@ def test_the_values_learning_rate(step: int, factor: float) -> None:
     assert MemoryConfig(value_lr=1e-3).value_lr_factor(step, 100) == 1.0
 
 
+def test_a_falling_rate_is_adamws() -> None:
+    for field in ("value_lr_multiplier", "value_lr_decay"):
+        assert MemoryConfig(**{field: 0.5}).optimizer == "adamw"  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=f"{field}=0.5: .* value_lr=0.005; leave it out, or set optimizer to"):
+            MemoryConfig(optimizer="rowwise", **{field: 0.5})  # type: ignore[arg-type]
+
+
 def test_replace_checks_again() -> None:
     with pytest.raises(ConfigError, match="top_k=0"):
         replace(MemoryConfig(), top_k=0)
 
 
 @pytest.mark.parametrize(
-    ("kind", "query_per_rank", "key_expansion", "value_projectors", "value_lr"),
+    ("kind", "query_per_rank", "key_expansion", "value_projectors", "adamw_lr"),
     [
         ("pkm", False, 1, "single", 1e-3),
         ("memory_plus", False, 1, "single", 1e-3),
@@ -123,15 +130,13 @@ def test_replace_checks_again() -> None:
     ],
 )
 def test_defaults_of_each_kind(
-    kind: Any, query_per_rank: bool, key_expansion: int, value_projectors: str, value_lr: float | None
+    kind: Any, query_per_rank: bool, key_expansion: int, value_projectors: str, adamw_lr: float | None
 ) -> None:
     config = MemoryConfig(kind=kind)
     assert config.query_per_rank is query_per_rank
-    assert (config.key_expansion, config.value_projectors, config.value_lr) == (
-        key_expansion,
-        value_projectors,
-        value_lr,
-    )
+    assert (config.key_expansion, config.value_projectors) == (key_expansion, value_projectors)
+    assert (config.optimizer, config.value_lr) == ("rowwise", 5e-3)
+    assert MemoryConfig(kind=kind, optimizer="adamw").value_lr == adamw_lr
     assert config.axis_top_k is None
     assert config.output_width == config.value_dim * (4 if kind == "ultramem" else 1)
 

@@ -39,7 +39,11 @@ SYSTEMS = {
             balance_coef=0.01,
         ),
     },
-    "memory_plus": {"memory": MemoryConfig(kind="memory_plus", num_keys=12, key_dim=8, value_dim=32, top_k=4)},
+    "memory_plus": {
+        "memory": MemoryConfig(
+            kind="memory_plus", num_keys=12, key_dim=8, value_dim=32, top_k=4, optimizer="adamw", value_lr=1e-3
+        )
+    },
     "moe": {"feed_forward_size": 0, "moe": MoEConfig(hidden_size=16, num_experts=4, top_k=2)},
 }
 

@@ -63,11 +63,13 @@ class MemoryConfig:
         init: initial values. `matched`: the output has the standard deviation of the feed-forward's output beside it
             (UltraMemV2, appendix A). `published`: the constants of the published code. `zero_output`: as `matched`,
             but with an output of zero.
-        value_lr_multiplier: initial learning rate of the values, as a multiple of the model's.
+        optimizer: `rowwise`: the values are trained with one number for each row (`ultramem.tables.rowwise`), at the
+            rate `value_lr`; `adamw`: like other parameters, but at a rate of their own. By default `rowwise`, or
+            `adamw` if `value_lr_multiplier` or `value_lr_decay` is set.
+        value_lr: constant learning rate of the values. `rowwise`: 5e-3. `adamw` with PKM or Memory+: 1e-3.
+        value_lr_multiplier: initial learning rate of the values, as a multiple of the model's; for `adamw` without
+            `value_lr`.
         value_lr_decay: share of training over which this multiple falls linearly to 1.
-        value_lr: constant learning rate of the values, instead of the two fields above. PKM, Memory+: 1e-3.
-        optimizer: `rowwise`: the values are trained at the rate `value_lr` with one number for each row
-            (`ultramem.tables.rowwise`); `adamw`: like other parameters, but at a rate of their own.
         row_beta: decay rate of a row's mean square, for `rowwise`.
         norm_eps: epsilon of the query and key norms.
     """
@@ -95,10 +97,10 @@ class MemoryConfig:
     tucker_penalty_coef: float = 0.0
     tucker_penalty_threshold: float = 0.15
     init: Initialization = "matched"
+    optimizer: Literal["rowwise", "adamw"] | None = None
+    value_lr: float | None = None
     value_lr_multiplier: float = 4.0
     value_lr_decay: float = 1.0
-    value_lr: float | None = None
-    optimizer: Literal["rowwise", "adamw"] = "adamw"
     row_beta: float = 0.95
     norm_eps: float = 1e-5
 
@@ -106,6 +108,8 @@ class MemoryConfig:
         check_types(self)
         if self.kind not in KINDS:
             raise ConfigError(f"kind={self.kind!r}: must be one of {', '.join(KINDS)}")
+        if self.optimizer is None:
+            object.__setattr__(self, "optimizer", "adamw" if self._falling_rate() else "rowwise")
         defaults = {**MemoryLayer.defaults, **self.layer_type.defaults}
         if self.optimizer == "rowwise":
             defaults["value_lr"] = ROWWISE_LR
@@ -211,16 +215,23 @@ class MemoryConfig:
         check_range(self, "value_lr", above=0)
         check_range(self, "share_ratio", "value_lr_decay", above=0, most=1)
         check_range(self, "output_dropout", "row_beta", least=0, below=1)
-        for name in ("value_lr_multiplier", "value_lr_decay"):
-            is_set = getattr(self, name) != getattr(MemoryConfig, name)
-            if self.value_lr is not None and name not in self.layer_type.unused and is_set:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)}: the values have a constant learning rate, "
-                    f"value_lr={self.value_lr}; leave out one of them"
-                )
+        for name in self._falling_rate() if self.value_lr is not None else ():
+            remedy = (
+                "leave out one of them" if self.optimizer == "adamw" else "leave it out, or set optimizer to 'adamw'"
+            )
+            raise ConfigError(
+                f"{name}={getattr(self, name)}: the values have a constant learning rate, value_lr={self.value_lr}; "
+                f"{remedy}"
+            )
         if self.optimizer == "adamw" and self.row_beta != MemoryConfig.row_beta:
             raise ConfigError(f"row_beta={self.row_beta}: only optimizer='rowwise' uses it; leave out one of them")
         self._parse_insertion()
+
+    def _falling_rate(self) -> list[str]:
+        """The fields of a falling learning rate that are set, of a kind that uses them."""
+        fields = ("value_lr_multiplier", "value_lr_decay")
+        used = [name for name in fields if name not in self.layer_type.unused]
+        return [name for name in used if getattr(self, name) != getattr(MemoryConfig, name)]
 
     def _check_unused(self, defaults: dict[str, Any]) -> None:
         kind = self.layer_type

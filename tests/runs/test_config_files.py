@@ -85,11 +85,19 @@ def test_vocabulary_is_the_datas_unless_given(write):
     assert load_config(write(model={"preset": "dense_227m"})).model.vocab_size == 128
 
 
+def test_another_optimizer_than_the_presets(write):
+    """The preset's rate is for its own."""
+    section = {"preset": "ultramem_v2_medium", "memory": {"optimizer": "adamw"}}
+    assert load_config(write(model=section)).model.memory.value_lr is None
+    section["memory"]["value_lr"] = 1e-3
+    assert load_config(write(model=section)).model.memory.value_lr == 1e-3
+
+
 def test_another_kind_than_the_presets(write):
     """What the other kind prescribes is chosen anew, and what it has no use for is left out."""
     section = {"preset": "ultramem_v2_227m", "memory": {"kind": "memory_plus", "value_dim": 768}}
     memory, preset = load_config(write(model=section)).model.memory, PRESETS["ultramem_v2_227m"].memory
-    assert (memory.kind, memory.pre_value_dim, memory.share_ratio, memory.value_lr) == ("memory_plus", 0, 1.0, 1e-3)
+    assert (memory.kind, memory.pre_value_dim, memory.share_ratio, memory.value_lr) == ("memory_plus", 0, 1.0, 5e-3)
     assert (memory.num_keys, memory.key_dim, memory.top_k) == (preset.num_keys, preset.key_dim, preset.top_k)
 
 

@@ -76,7 +76,7 @@ def cosine(step, warmup=20, final=0.1):
 
 @pytest.mark.parametrize(("multiplier", "decay"), [(4.0, 1.0), (10.0, 0.5), (1.0, 1.0), (0.0, 0.25)])
 def test_values_rate(multiplier, decay):
-    memory = MemoryConfig(value_lr_multiplier=multiplier, value_lr_decay=decay)
+    memory = MemoryConfig(optimizer="adamw", value_lr_multiplier=multiplier, value_lr_decay=decay)
     schedule = ScheduleConfig(warmup_steps=20)
     of_model, names = rates(schedule, memory, values=False)
     assert of_model == pytest.approx([cosine(step) for step in range(1, STEPS + 1)])
@@ -90,7 +90,7 @@ def test_values_rate(multiplier, decay):
 
 
 def test_values_rate_may_be_constant():
-    assert rates(ScheduleConfig(), MemoryConfig(kind="memory_plus"), values=True)[0] == [1e-3] * STEPS
+    assert rates(ScheduleConfig(), MemoryConfig(kind="memory_plus"), values=True)[0] == [5e-3] * STEPS
     assert rates(ScheduleConfig(), MemoryConfig(value_lr=0.5), values=True)[0] == [0.5] * STEPS
 
 

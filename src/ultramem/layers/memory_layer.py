@@ -161,7 +161,12 @@ class MemoryLayer(nn.Module):
     def active_parameters(self) -> int:
         """Number of parameters that a token uses: the layer's own, and the table rows that it reads."""
         own = sum(parameter.numel() for parameter in {*self.parameters()} - {*self.table.parameters()})
-        return own + self.config.heads * self.config.top_k * (self.table.value_dim + self.table.pre_value_dim)
+        return own + self.numbers_read
+
+    @property
+    def numbers_read(self) -> int:
+        """How many numbers of the table a token reads."""
+        return self.config.heads * self.config.top_k * (self.table.value_dim + self.table.pre_value_dim)
 
     def metrics(self) -> dict[str, Tensor]:
         """Scalars about the layer's parameters, for `Memory.usage_metrics`."""

@@ -17,7 +17,7 @@ from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.hosts.olmo_core.sizes import bytes_to_load
 from ultramem.hosts.weights import check_finite_weights
 from ultramem.runs.config import RunConfig
-from ultramem.runs.config_files import load_config
+from ultramem.runs.config_files import load_stored_config
 from ultramem.runs.layout import CONFIG_NAME
 
 # Files of a checkpoint of OLMo-core's trainer, which writes the last one at the end.
@@ -156,7 +156,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if name not in named:
         fault = "is not a complete checkpoint" if given.exists() else "does not exist"
         raise UltraMemError(f"{given} {fault}; complete ones are {', '.join(named)}")
-    return Checkpoint(run, named[name], load_config(run / CONFIG_NAME))
+    return Checkpoint(run, named[name], load_stored_config(run / CONFIG_NAME))
 
 
 def load_model(path: str | os.PathLike[str], device: str = "auto") -> tuple[MemoryTransformer, RunConfig]:

@@ -17,6 +17,7 @@ from ultramem.errors import ConfigError
 from ultramem.hosts.olmo_core import ModelConfig, preset
 from ultramem.layers import KINDS
 from ultramem.runs.config import DataConfig, RunConfig
+from ultramem.runs.layout import CONFIG_NAME
 from ultramem.runs.tokens import open_token_data
 
 VOCABULARY_MULTIPLE = 128  # embedding rows: matrix products on GPUs are fastest so
@@ -50,6 +51,37 @@ def load_config(
     if other is not None or isinstance(content.get("model"), dict):
         content["model"] = _resolve_model(content, other, keys)
     return decode(RunConfig, content, keys)
+
+
+def load_stored_config(path: Path) -> RunConfig:
+    """Read the configuration that a run has written; version 0.1 had AdamW alone for tables, and did not say so.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    overrides = [] if _says_optimizer(path) else ["model.memory.optimizer=adamw"]
+    return load_config(path, overrides)
+
+
+def as_begun(config: RunConfig) -> RunConfig:
+    """With the optimizer of tables that a run of version 0.1 in the run directory began with; else as it is."""
+    path, memory = config.trainer.directory / CONFIG_NAME, config.model.memory
+    if memory is None or not path.is_file() or _says_optimizer(path):
+        return config
+    begun = load_stored_config(path).model.memory
+    if begun is None:
+        return config
+    names = ("optimizer", "value_lr", "value_lr_multiplier", "value_lr_decay", "row_beta")
+    memory = dataclasses.replace(memory, **{name: getattr(begun, name) for name in names})
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))
+
+
+def _says_optimizer(path: Path) -> bool:
+    """Whether a stored configuration has a memory's optimizer, or no memory."""
+    content = read_yaml(path)
+    model = content.get("model") if isinstance(content, dict) else None
+    memory = model.get("memory") if isinstance(model, dict) else None
+    return not isinstance(memory, dict) or "optimizer" in memory
 
 
 def _read_other_model(
@@ -86,9 +118,12 @@ def _on_top(base: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:
     section = dict(section)
     for part in ("memory", "moe"):
         if isinstance(section.get(part), dict) and base[part] is not None:
-            kind = section[part].get("kind", base[part].get("kind"))
-            kept = base[part] if kind == base[part].get("kind") else _for_another_kind(base[part], kind)
-            section[part] = kept | section[part]
+            given, kept = section[part], dict(base[part])
+            if given.get("optimizer", kept.get("optimizer")) != kept.get("optimizer"):
+                del kept["value_lr"]  # a rate for the other one
+            if given.get("kind", kept.get("kind")) != kept.get("kind"):
+                kept = _for_another_kind(kept, given["kind"])
+            section[part] = kept | given
     return base | section
 
 

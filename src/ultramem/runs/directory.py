@@ -35,7 +35,7 @@ from ultramem.runs.checkpoints import (
     remove_checkpoint,
 )
 from ultramem.runs.config import RunConfig
-from ultramem.runs.config_files import load_config
+from ultramem.runs.config_files import load_stored_config
 from ultramem.runs.contents import DataContents, file_content, recorded_contents
 from ultramem.runs.layout import (
     CONFIG_NAME,
@@ -178,7 +178,7 @@ class RunDirectory:
                 remove_checkpoint(path)
             _cut_torn_line(self.path / METRICS_NAME)
         config = self.path / CONFIG_NAME
-        if not config.exists() or load_config(config) != self.config:  # it may be the user's own, with comments
+        if not config.exists() or load_stored_config(config) != self.config:  # it may be the user's own, with comments
             self.config.save(config)
         return step
 
@@ -288,7 +288,7 @@ class RunDirectory:
         if self._holds_run():
             remedy += ", or replace that run with --overwrite"
         try:
-            other = load_config(self.path / CONFIG_NAME)
+            other = load_stored_config(self.path / CONFIG_NAME)
         except ConfigError as error:
             raise UltraMemError(f"{self.path} has a {CONFIG_NAME} that cannot be read ({error}); {remedy}") from error
         own, others = _flat(encode(self.config)), _flat(encode(other))

@@ -20,7 +20,16 @@ from ultramem.files.whole_files import cannot_write
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.hosts.olmo_core.moe import DroplessMoE
 from ultramem.runs.directory import recorded_metrics
-from ultramem.runs.layout import HELD_OUT, LEARNING_RATES, TASK_METRICS, THROUGHPUT, TOKENS, TRAIN_LOSS
+from ultramem.runs.layout import (
+    HELD_OUT,
+    LEARNING_RATES,
+    TABLE_BANDWIDTH,
+    TASK_METRICS,
+    THROUGHPUT,
+    TOKENS,
+    TRAIN_LOSS,
+    UTILISATION,
+)
 
 _COUNTED = 4  # one of this many tokens counts
 # Metrics of OLMo-core that are redundant or meaningless.
@@ -58,10 +67,16 @@ class LayerMetrics(Callback):
 
 @dataclass
 class MetricsFile(Callback):
-    """Appends the metrics of each step to a file of JSON lines, from the first process."""
+    """Appends the metrics of each step to a file of JSON lines, from the first process.
+
+    Attributes:
+        path: the file.
+        table_bytes: bytes of tables that a token reads in a forward pass, for their rate.
+    """
 
     priority: ClassVar[int] = 10
     path: Path = field(default_factory=Path)
+    table_bytes: int = 0
     _times: dict[int, float] = field(default_factory=dict)
     _last: tuple[int, dict[str, float]] = (0, {})
 
@@ -77,11 +92,15 @@ class MetricsFile(Callback):
     def pre_log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Replace OLMo-core's metrics with ours, for all callbacks."""
         del step
-        speed = metrics.get("throughput/device/TPS")
+        speed, utilisation = (metrics.get(f"throughput/device/{name}") for name in ("TPS", "MFU"))
         for name in [name for name in metrics if name.startswith(_LEFT_OUT)]:
             del metrics[name]
         if speed is not None:
             metrics[THROUGHPUT] = speed * get_world_size()
+            if self.table_bytes:
+                metrics[TABLE_BANDWIDTH] = metrics[THROUGHPUT] * self.table_bytes
+        if utilisation is not None:
+            metrics[UTILISATION] = utilisation / 100
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Write a line. A step's metrics may come in several parts: its last line holds all of them."""

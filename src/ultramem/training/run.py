@@ -107,6 +107,7 @@ def train(
         raise ConfigError(
             f"--from-checkpoint={from_checkpoint}: does not apply with --overwrite; leave out one of them"
         )
+    config = config if overwrite else config_files.as_begun(config)
     data = open_token_data(config.data)
     check_token_data(data, config)
     _check_wandb(config)

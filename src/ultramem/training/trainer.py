@@ -12,7 +12,7 @@ import torch.distributed as dist
 from olmo_core.data import DataCollator, DataLoaderBase, NumpyFSLDataLoader, NumpyFSLDataset
 from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train import Duration, LoadStrategy, Trainer, TrainerConfig
-from olmo_core.train.callbacks import Callback
+from olmo_core.train.callbacks import Callback, SpeedMonitorCallback
 from olmo_core.train.train_module import TransformerActivationCheckpointingConfig, TransformerTrainModule
 from rich.console import Console
 from torch.distributed.tensor import DTensor
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from ultramem.configuration.decoding import encode
 from ultramem.data.token_sequences import TokenSequences
 from ultramem.evaluation.tasks import TaskSuite
+from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.config import RunConfig
 from ultramem.runs.layout import METRICS_NAME
 from ultramem.runs.tokens import TokenData
@@ -136,7 +137,8 @@ def build_trainer(
     callbacks: dict[str, Callback] = {
         "checkpointer": checkpoints,
         "layer_metrics": LayerMetrics(module.model, trainer.memory_metrics_interval),
-        "metrics_file": MetricsFile(trainer.directory / METRICS_NAME),
+        "metrics_file": MetricsFile(trainer.directory / METRICS_NAME, _table_bytes(model, processes.autocast)),
+        "speed_monitor": SpeedMonitorCallback(device_peak_flops_per_second=_peak_flops(processes)),
         "step_seed": StepSeed(trainer.seed),
         "stop_on_signal": StopOnSignal(console),
         "stop_when_diverged": StopWhenDiverged(),
@@ -172,6 +174,20 @@ def build_trainer(
         async_bookkeeping=False,  # to see a loss that is not finite before a checkpoint is written
         callbacks=callbacks,
     ).build(module, build_data_loader(data, config, processes.device, module.dp_process_group))
+
+
+def _table_bytes(model: MemoryTransformer, autocast: torch.dtype | None) -> int:
+    """Bytes of tables that a token reads in a forward pass."""
+    layers = [] if model.memory is None else model.memory.layers
+    return sum(layer.numbers_read * (autocast or layer.table.dtype).itemsize for layer in layers)
+
+
+def _peak_flops(processes: Processes) -> int | None:
+    """Of GPUs that OLMo-core does not know, in bfloat16 without sparsity; None leaves it to OLMo-core."""
+    if processes.autocast is None or processes.device.type != "cuda":
+        return None
+    # The vendor's data sheet: as an H100.
+    return int(989e12) if "H200" in torch.cuda.get_device_name(processes.device) else None
 
 
 def build_data_loader(

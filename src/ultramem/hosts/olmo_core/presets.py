@@ -73,9 +73,7 @@ PRESETS: dict[str, ModelConfig] = {
     "ultramem_medium": _memory(
         "medium", 1280, "ultramem", 430, key_dim=64, value_dim=256, insertion="1:2/3:4/5:6", value_lr_multiplier=8.0
     ),
-    "ultramem_v2_medium": _memory(
-        "medium", 1096, "ultramem_v2", 264, key_dim=128, value_dim=192, pre_value_dim=64, value_lr=1e-3
-    ),
+    "ultramem_v2_medium": _memory("medium", 1096, "ultramem_v2", 264, key_dim=128, value_dim=192, pre_value_dim=64),
     "dense_small": _DENSE["small"],
     "olmoe_small": _experts("small", num_experts=144, top_k=9, hidden_size=16),
     "pkm_small": _memory("small", 160, "pkm", 112, key_dim=16, value_dim=64, insertion="1:1/3:3", init="matched"),
