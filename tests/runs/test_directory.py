@@ -299,6 +299,7 @@ def test_a_file_in_the_place_of_a_directory(run):
 def test_too_little_space_for_a_checkpoint(make_config, monkeypatch):
     run = RunDirectory(make_config("dense"))
     run.path.mkdir()
+    run.config.save(run.path / "config.yaml")
     needed = 12 * run.statistics.total
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     with pytest.raises(UltraMemError, match=r"GB free, but a checkpoint of [\d,]+ parameters needs \S+ GB; free some"):

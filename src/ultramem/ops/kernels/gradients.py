@@ -32,8 +32,9 @@ def _cell_gradient(
 @triton.jit
 def _gradient_kernel(
     score_gradients, chosen_keys, chosen_scores, cores, cell_gradients, axis_gradients, axis_stride, rank_stride,
-    token_stride, head_stride, core_gradients, heads, k,
+    token_stride, head_stride, core_gradients, heads, k, keys,
     RANK: tl.constexpr, WEIGHTED: tl.constexpr, CORES: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the axes' scores, which are zero but for the chosen keys, and of this token's cores."""
     program, axis = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -42,6 +43,12 @@ def _gradient_kernel(
     chosen_scores += program * 2 * RANK * k
     chosen_keys += (program * 2 + axis) * k
     axis_gradients += axis * axis_stride + token * token_stride + head * head_stride
+    # Zeros first, while the rest is computed: what is written over them is still in the cache.
+    columns = tl.arange(0, BLOCK_KEYS)
+    for rank in tl.static_range(RANK):
+        for start in range(0, keys, BLOCK_KEYS):
+            places = axis_gradients + rank * rank_stride + start + columns
+            tl.store(places, tl.zeros([BLOCK_KEYS], axis_gradients.dtype.element_ty), start + columns < keys)
     order = tl.arange(0, BLOCK_K)
     mask = order < k
     key = tl.load(chosen_keys + order, mask, -1)
@@ -53,9 +60,9 @@ def _gradient_kernel(
                 score_gradients, opposite, cores, order, mask, axis, head, heads, k, rank, RANK, CORES
             )
             tl.store(cell_gradients + rank * k + order, gradient, mask)
-        tl.debug_barrier()
     else:
         cell_gradients = score_gradients
+    tl.debug_barrier()
     for rank in tl.static_range(RANK):
         # Cells that share a key are summed by comparing all pairs: no atomics. Each writes the same sum.
         total = tl.zeros([BLOCK_K], tl.float32)
@@ -80,12 +87,12 @@ def _gradient_kernel(
 def best_cells_backward(
     score_gradients: Tensor, chosen_keys: Tensor, chosen_scores: Tensor, axis_gradients: Tensor, cores: Tensor | None
 ) -> Tensor | None:
-    """Write the gradients of the axes' scores, but for those of keys that were not chosen; return the cores', or None.
+    """Write the gradients of the axes' scores; return the cores', or None.
 
     Args:
         score_gradients: (tokens, heads, k, cores), float32.
         chosen_keys, chosen_scores: `keys` and `chosen_scores` of `Cells`.
-        axis_gradients: (2, rank, tokens, heads, keys or more), written in its dtype.
+        axis_gradients: (2, rank, tokens, heads, keys or more), written in its dtype; zero for keys not chosen.
         cores: as in `best_cells`; their gradient is float32.
     """
     tokens, heads, k, num_cores = score_gradients.shape
@@ -97,8 +104,8 @@ def best_cells_backward(
         cell_gradients = score_gradients.new_empty((tokens, heads, 2, rank, k) if weighted else 0)
         _gradient_kernel(
             (tokens * heads, 2), score_gradients, chosen_keys, chosen_scores, cores, cell_gradients, axis_gradients,
-            *axis_gradients.stride()[:4], core_gradients, heads, k,
-            RANK=rank, WEIGHTED=weighted, CORES=num_cores, BLOCK_K=block_k, CHUNK=min(block_k, 32),
+            *axis_gradients.stride()[:4], core_gradients, heads, k, axis_gradients.shape[4],
+            RANK=rank, WEIGHTED=weighted, CORES=num_cores, BLOCK_K=block_k, CHUNK=min(block_k, 32), BLOCK_KEYS=256,
             num_warps=1 if block_k <= 128 else 2,
         )  # fmt: skip
     return core_gradients.sum(0) if weighted else None

@@ -51,7 +51,7 @@ def _fake(queries: Tensor, padded: Tensor, keys: int, k: int) -> tuple[Tensor, T
 
 def _backward(gradient: Tensor, queries: Tensor, padded: Tensor, chosen_keys: Tensor) -> tuple[Tensor, Tensor]:
     heads = padded.shape[0]
-    gradients = padded.new_zeros(heads * 2, queries.shape[0], 1, padded.shape[2])
+    gradients = padded.new_empty(heads * 2, queries.shape[0], 1, padded.shape[2])
     score_gradients, no_scores = gradient.contiguous().unsqueeze(-1), gradient.new_empty(0)
     best_cells_backward(score_gradients, chosen_keys, no_scores, _by_axis(gradients, heads), None)
     query_gradients, key_gradients = _backward_fake(gradient, queries, padded, chosen_keys)

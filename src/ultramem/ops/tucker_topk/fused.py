@@ -65,7 +65,7 @@ def _fake(
 def _backward(
     gradient: Tensor, queries: Tensor, padded: Tensor, cores: Tensor, chosen_keys: Tensor, chosen_scores: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = padded.new_zeros((*padded.shape[:2], queries.shape[0], *padded.shape[2:4]))
+    gradients = padded.new_empty((*padded.shape[:2], queries.shape[0], *padded.shape[2:4]))
     core_gradients = best_cells_backward(gradient.contiguous(), chosen_keys, chosen_scores, gradients, cores)
     assert core_gradients is not None
     query_gradients, key_gradients, _ = _backward_fake(gradient, queries, padded, cores, chosen_keys, chosen_scores)
