@@ -2,7 +2,7 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm
 
-from ultramem import Memory, MemoryConfig
+from ultramem import Memory, MemoryConfig, RowwiseAdamW
 
 
 class Model(nn.Module):
@@ -22,7 +22,7 @@ class Model(nn.Module):
 
 
 model = Model()
-optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+optimizer = RowwiseAdamW(model.memory.parameter_groups(3e-3, model))  # AdamW, but for the table
 x, target = torch.randn(2, 4, 32, 128)  # inputs and targets: 4 sequences of 32 tokens each
 for step in range(20):
     loss = (model(x) - target).square().mean()

@@ -275,7 +275,7 @@ def test_usage_metrics_of_two_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameter_groups(kind: str) -> None:
     """Every parameter of the model is in one group; the values' rate is the model's times the factor, or their own."""
-    model = torch.nn.ModuleDict({"memory": build(kind), "linear": torch.nn.Linear(3, 3)})
+    model = torch.nn.ModuleDict({"memory": build(kind, optimizer="adamw"), "linear": torch.nn.Linear(3, 3)})
     memory = model["memory"]
     others, values = memory.parameter_groups(1e-2, model, weight_decay=0.5)
     assert len(others["params"]) + len(values["params"]) == len(list(model.parameters()))

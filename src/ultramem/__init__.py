@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ultramem.errors import ConfigError, UltraMemError
     from ultramem.layers import HostScheme
     from ultramem.memory import Memory
+    from ultramem.tables.rowwise import RowwiseAdamW
 
     __version__: str
 
@@ -18,10 +19,11 @@ _HOME = {
     "HostScheme": "ultramem.layers",
     "Memory": "ultramem.memory",
     "MemoryConfig": "ultramem.config",
+    "RowwiseAdamW": "ultramem.tables.rowwise",
     "UltraMemError": "ultramem.errors",
 }
 
-__all__ = ["ConfigError", "HostScheme", "Memory", "MemoryConfig", "UltraMemError"]
+__all__ = ["ConfigError", "HostScheme", "Memory", "MemoryConfig", "RowwiseAdamW", "UltraMemError"]
 
 
 def __getattr__(name: str) -> Any:

@@ -150,12 +150,17 @@ class Memory(nn.Module):
     ) -> list[dict[str, Any]]:
         """Two parameter groups for a PyTorch optimizer: all parameters but the tables', and the tables'.
 
-        With `optimizer="rowwise"` they are for `ultramem.tables.rowwise.RowwiseAdamW`; PyTorch's AdamW ignores that.
+        They are for the optimizer that the configuration names:
+
+        ```python
+        optimizer = RowwiseAdamW(memory.parameter_groups(1e-3, model), tables=memory.tables)  # rowwise
+        optimizer = torch.optim.AdamW(memory.parameter_groups(1e-3, model))  # adamw
+        ```
+
         The tables' learning rate is `config.value_lr` if set. Otherwise it is the model's, and a scheduler must
         multiply it by `config.value_lr_factor` at each step:
 
         ```python
-        optimizer = torch.optim.AdamW(memory.parameter_groups(1e-3, model))
         factors = [lambda step: 1.0, lambda step: memory.config.value_lr_factor(step, steps)]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         ```

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.cache_utils import StaticCache
 
-from ultramem import ConfigError, UltraMemError
+from ultramem import ConfigError, RowwiseAdamW, UltraMemError
 from ultramem.hosts.transformers import UltraMemConfig, UltraMemForCausalLM, UltraMemModel
 
 Make = Callable[..., UltraMemForCausalLM]
@@ -335,6 +335,32 @@ def test_trainer(make_model: Make, tokens: Tensor, tmp_path: Path) -> None:
     assert ((left[..., 0] * u).sum(-1).abs() > 1 - 1e-5).all()
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-32")
     assert_same_state(saved, model)
+
+
+def test_trainer_with_the_rowwise_optimizer(make_model: Make, tokens: Tensor, tmp_path: Path) -> None:
+    """Its state has a number for each row; it goes on from a checkpoint as if it had not stopped."""
+    pytest.importorskip("accelerate")
+
+    def train(model: UltraMemForCausalLM, resume: str | None) -> RowwiseAdamW:
+        memory = model.memory
+        optimizer = RowwiseAdamW(memory.parameter_groups(1e-2, model), tables=memory.tables)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), num_train_epochs=4, per_device_train_batch_size=3, gradient_accumulation_steps=2,
+            report_to=[], save_strategy="steps", save_steps=8, disable_tqdm=True, use_cpu=True, logging_strategy="no",
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=arguments, train_dataset=Sentences(tokens), optimizers=(optimizer, None))
+        trainer.train(resume_from_checkpoint=resume)
+        return optimizer
+
+    model = make_model()
+    again = copy.deepcopy(model)
+    before = model(tokens, labels=tokens).loss.item()
+    optimizer = train(model, None)
+    assert model.eval()(tokens, labels=tokens).loss.item() < before / 2
+    values = model.memory.table.values
+    assert optimizer.state[values]["row_squares"].shape == (len(values),)
+    train(again, str(tmp_path / "checkpoint-8"))
+    assert_same_state(again, model)
 
 
 def test_copies_train_by_themselves(make_model: Make, tokens: Tensor) -> None:
