@@ -41,6 +41,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "value_lr": [0, *NOT_NUMBERS],
     "optimizer": ["sgd", 1],
     "row_beta": [-0.1, 1, None, *NOT_NUMBERS],
+    "table_dtype": ["bfloat16", "float16", None, 1],  # bfloat16 needs another optimizer
     "norm_eps": [0, None, *NOT_NUMBERS],
 }
 

@@ -298,3 +298,36 @@ def test_parameter_groups(kind: str) -> None:
     expected = [1e-3] * 4 if constant else [4e-2, 3.25e-2, 2.5e-2, 1.75e-2]
     assert [model_rate for model_rate, _ in rates] == [1e-2] * 4
     assert [rate for _, rate in rates] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrow_tables(kind: Any) -> None:
+    """The tables alone, with the numbers of wide ones rounded; an explicit dtype is that of all parameters."""
+    wide, narrow = (Memory(config, D_MODEL, BLOCKS) for config in (config_of(kind), narrow_config(kind)))
+    in_tables = narrow.value_parameters()
+    for name, parameter in narrow.named_parameters():
+        assert parameter.dtype == (torch.bfloat16 if name in in_tables else torch.float32)
+        assert torch.equal(parameter, wide.get_parameter(name).to(parameter.dtype))
+    for dtype in (torch.bfloat16, torch.float32):
+        explicit = Memory(narrow_config(kind), D_MODEL, BLOCKS, dtype=dtype)
+        assert {parameter.dtype for parameter in explicit.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("backend", ["naive", pytest.param("fused", marks=pytest.mark.kernels)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrow_tables_in_wide_layers(kind: Any, backend: Any, device: torch.device) -> None:
+    """Layers compute in float32, as with the same numbers in a table in float32."""
+    narrow, wide = (Memory(config, D_MODEL, BLOCKS, device=device) for config in (narrow_config(kind), config_of(kind)))
+    wide.load_state_dict(narrow.state_dict())
+    x = torch.randn(6, D_MODEL, generator=torch.Generator().manual_seed(0)).to(device)
+    with use_backend(backend):
+        for layer, expected in zip(narrow.layers, wide.layers, strict=True):
+            assert torch.equal(layer(x), expected(x))
+
+
+def config_of(kind: Any, **options: Any) -> MemoryConfig:
+    return MemoryConfig(kind=kind, num_keys=5, key_dim=4, value_dim=D_MODEL, top_k=4, **options)
+
+
+def narrow_config(kind: Any) -> MemoryConfig:
+    return config_of(kind, optimizer="rowwise", table_dtype="bfloat16")

@@ -71,6 +71,8 @@ class MemoryConfig:
             `value_lr`.
         value_lr_decay: share of training over which this multiple falls linearly to 1.
         row_beta: decay rate of a row's mean square, for `rowwise`.
+        table_dtype: of the tables in training; of nothing else. `bfloat16` is for `rowwise`, which rounds it
+            stochastically; `float32` is like the other parameters.
         norm_eps: epsilon of the query and key norms.
     """
 
@@ -102,6 +104,7 @@ class MemoryConfig:
     value_lr_multiplier: float = 4.0
     value_lr_decay: float = 1.0
     row_beta: float = 0.95
+    table_dtype: Literal["float32", "bfloat16"] = "float32"
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -225,6 +228,11 @@ class MemoryConfig:
             )
         if self.optimizer == "adamw" and self.row_beta != MemoryConfig.row_beta:
             raise ConfigError(f"row_beta={self.row_beta}: only optimizer='rowwise' uses it; leave out one of them")
+        if self.optimizer == "adamw" and self.table_dtype == "bfloat16":
+            raise ConfigError(
+                "table_dtype='bfloat16': optimizer='adamw' rounds to the nearest, which would undo most of its steps; "
+                "set optimizer='rowwise', which rounds stochastically, or leave it out"
+            )
         self._parse_insertion()
 
     def _falling_rate(self) -> list[str]:

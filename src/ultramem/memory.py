@@ -39,7 +39,8 @@ class Memory(nn.Module):
         num_blocks: number of transformer blocks.
         scheme: the host's initialisation, one for all blocks or one per block; by default the UltraMemV2 paper's.
         seed: seed for the initial values.
-        device, dtype: of the parameters. On `meta` nothing is initialised: call `to_empty` and `init_weights`.
+        device: of the parameters. On `meta` nothing is initialised: call `to_empty` and `init_weights`.
+        dtype: of all parameters. By default tables have `config.table_dtype`, and the others PyTorch's default.
 
     Attributes:
         layers: the memory layers, in the order of `insertions`.
@@ -74,7 +75,10 @@ class Memory(nn.Module):
 
         def new_table() -> TrainableTable:
             rows, value_dim, pre_value_dim = layout.table_rows, config.value_dim, config.pre_value_dim
-            return TrainableTable(rows, value_dim, pre_value_dim, device=device, dtype=dtype)
+            narrow = dtype is None and config.table_dtype == "bfloat16"
+            return TrainableTable(
+                rows, value_dim, pre_value_dim, device=device, dtype=torch.bfloat16 if narrow else dtype
+            )
 
         self.table = new_table() if layout.shared and self.insertions else None
         self.layers = nn.ModuleList(

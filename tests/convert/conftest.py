@@ -17,6 +17,9 @@ V2 = {"num_keys": 8, "key_dim": 8, "value_dim": 8, "pre_value_dim": 8, "top_k": 
 SYSTEMS: dict[str, dict[str, object]] = {
     "dense": {"tie_embeddings": False},
     "ultramem_v2": {"memory": MemoryConfig(**V2)},  # type: ignore[arg-type]
+    "ultramem_v2 with tables in bfloat16": {
+        "memory": MemoryConfig(**V2, optimizer="rowwise", table_dtype="bfloat16")  # type: ignore[arg-type]
+    },
     "ultramem": {
         "memory": MemoryConfig(
             kind="ultramem", num_keys=8, key_dim=8, value_dim=8, top_k=4, heads=2, insertion="0:1/1:2"

@@ -20,7 +20,7 @@ from ultramem.cli import app
 from ultramem.convert.export import export
 from ultramem.convert.transformers_models import read_config, read_model, to_transformers_config
 from ultramem.data.tokenizers import load_tokenizer
-from ultramem.evaluation import TextGenerator, find_checkpoint, load_model
+from ultramem.evaluation import SamplingConfig, TextGenerator, evaluate, find_checkpoint, load_model
 from ultramem.hosts.olmo_core import ModelConfig, MoEConfig
 from ultramem.hosts.transformers import UltraMemForCausalLM
 from ultramem.training import load_config, train
@@ -99,6 +99,33 @@ def test_pretraining_goes_on_from_a_directory(
         if "table." in name:
             continue  # it has a learning rate of its own
         torch.testing.assert_close(new.state_dict()[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_tables_in_bfloat16(train_run: TrainRun, run_yaml: Callable[..., Path], tmp_path: Path) -> None:
+    """An export has one dtype; in float32 it computes what the run does, and a run that starts from it goes on."""
+    run = train_run("ultramem_v2 with tables in bfloat16")
+    export(run, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {torch.float32}
+    trained, config = load_model(run, "cpu")
+    tokens = torch.randint(config.model.vocab_size, (2, 32))
+    for dtype in (torch.bfloat16, torch.float32):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    with torch.no_grad():
+        found, expected = model(tokens).logits, trained(tokens)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert next(TextGenerator.from_checkpoint(run, "cpu").stream("line", SamplingConfig(max_new_tokens=3)))
+    assert evaluate(run, device="cpu").loss < 7
+    overrides = ["--optimizer.learning_rate=1e-12", "--model.memory.value_lr=1e-12"]
+    continued = load_config(run_yaml(tmp_path / "model"), overrides)
+    assert continued.model.memory is not None
+    assert continued.model.memory.table_dtype == "bfloat16"
+    train(continued)
+    again, _ = load_model(continued.trainer.directory, "cpu")
+    for name, tensor in trained.state_dict().items():
+        assert again.state_dict()[name].dtype == tensor.dtype
+        torch.testing.assert_close(again.state_dict()[name], tensor, rtol=1e-5, atol=1e-7)
 
 
 def test_tokenizer_is_the_runs(train_run: TrainRun, token_directory: Path, tmp_path: Path) -> None:

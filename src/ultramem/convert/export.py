@@ -124,8 +124,7 @@ def _write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, directory: Path, dtype: str, shard_bytes: int
 ) -> None:
     transformers_logging.disable_progress_bar()
-    if dtype != "float32":
-        model = model.to(getattr(torch, dtype))
+    model = model.to(getattr(torch, dtype))  # also what the checkpoint has in another dtype
     if tokenizer is not None:
         # Rows of the embedding beyond the tokenizer's tokens were never trained.
         unused = list(range(len(tokenizer), model.config.vocab_size))

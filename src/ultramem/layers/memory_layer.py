@@ -124,7 +124,7 @@ class MemoryLayer(nn.Module):
         scores, indices = self.retrieve(self.queries(x))
         flat = x.reshape(-1, self.d_model)
         reads = self.locate(indices, scores, flat)
-        output = self.project(self.table.lookup(reads), flat)
+        output = self.project(self.table.lookup(reads, flat.dtype), flat)
         for observer in self.observers:
             observer.observe(self, reads, output)
         if self.config.output_dropout:

@@ -59,7 +59,7 @@ def takes_kernels(operation: str, supported: bool) -> bool:
     return supported and _backend != "naive"
 
 
-def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype to compute with a tensor in: that of autocast if enabled, else the tensor's own."""
+def autocast_dtype(tensor: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
+    """The dtype to compute with a tensor in: that of autocast if enabled, else `dtype`, by default the tensor's own."""
     device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype or tensor.dtype

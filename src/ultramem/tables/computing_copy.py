@@ -21,9 +21,12 @@ class ComputingCopy:
         self._fresh_after_step = False
 
     def in_dtype(self, values: Tensor, pre_values: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Values and pre-values (rows, dim), of one table at every call, in `dtype`: if they have another, the copy."""
+        """Values and pre-values (rows, dim), of one table at every call, to compute with in `dtype`.
+
+        They are the table's own if `dtype` holds all of its numbers, else the copy.
+        """
         self._fresh_after_step = False
-        if values.dtype == dtype:
+        if torch.promote_types(values.dtype, dtype) == dtype:
             return values, pre_values
         tables = [values] if pre_values is None else [pre_values, values]
         described = [describe_contents(table) for table in tables]

@@ -153,14 +153,16 @@ def _current_stream(tensor: Tensor) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
 
 
-def gather(which: int, table: Tensor, rows: Tensor, link: Tensor | None, accumulator: GradientAccumulator) -> Tensor:
+def gather(
+    which: int, table: Tensor, rows: Tensor, dtype: torch.dtype, link: Tensor | None, accumulator: GradientAccumulator
+) -> Tensor:
     """Rows (*rows.shape, dim) of the values (0) or pre-values (1), whose gradients are added up in an accumulator.
 
-    Without a link, and in compiled programs, this is plain PyTorch.
+    They are in `dtype`, and so are their gradients. Without a link, and in compiled programs, this is plain PyTorch.
     """
     if link is None or not table.requires_grad or torch.compiler.is_compiling():
-        return F.embedding(rows, table)
-    gathered: Tensor = _Gather.apply(link, table.detach(), rows, accumulator, which)
+        return F.embedding(rows, table).to(dtype)
+    gathered: Tensor = _Gather.apply(link, table.detach(), rows, dtype, accumulator, which)
     return gathered
 
 
@@ -183,11 +185,17 @@ class _Link(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, link: Tensor, table: Tensor, rows: Tensor, accumulator: GradientAccumulator, which: int
+        ctx: Any,
+        link: Tensor,
+        table: Tensor,
+        rows: Tensor,
+        dtype: torch.dtype,
+        accumulator: GradientAccumulator,
+        which: int,
     ) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.table, ctx.accumulator, ctx.which = table, accumulator, which
-        return F.embedding(rows, table)
+        return F.embedding(rows, table).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
@@ -198,4 +206,4 @@ class _Gather(torch.autograd.Function):
             )
         (rows,) = ctx.saved_tensors
         ctx.accumulator.add_rows(ctx.which, ctx.table, rows, gradient)
-        return None, None, None, None, None
+        return (None,) * 6

@@ -14,6 +14,8 @@ from torch.optim import AdamW
 from ultramem.ops.backend import HAS_KERNELS, can_run_kernels, takes_kernels
 from ultramem.ops.weighted_lookup import naive
 from ultramem.ops.weighted_lookup.reads import RowStep
+from ultramem.ops.weighted_lookup.rounding import part_seed
+from ultramem.tables.torch_internals import first_row
 from ultramem.tables.trainable import TrainableTable
 
 if HAS_KERNELS:
@@ -34,6 +36,10 @@ class RowwiseAdamW(AdamW):
     need 8 bytes per row, where AdamW needs 8 bytes per element. A table has no weight decay, and its step does not
     depend on the scale of its gradient, so clipping is not for it.
 
+    A table in bfloat16 is rounded stochastically (`ultramem.ops.weighted_lookup.rounding`). Its random bits depend on
+    the seed, the row and the number of the row's steps alone: they are the same after resuming, in all processes, and
+    however the table is sharded.
+
     Args:
         params: parameters, or groups of them.
         tables: tables whose gradient only this optimizer is to see. Where they have kernels and a step has a single
@@ -41,6 +47,7 @@ class RowwiseAdamW(AdamW):
             `grad` stays None. Then begin a step with this optimizer's `zero_grad`, not the module's.
         row_beta: decay rate of a row's mean square.
         row_eps: added to a row's root mean square.
+        seed: seed of the rounding.
         options: as of `torch.optim.AdamW`.
     """
 
@@ -51,9 +58,11 @@ class RowwiseAdamW(AdamW):
         tables: Sequence[TrainableTable] = (),
         row_beta: float = 0.95,
         row_eps: float = 1e-12,
+        seed: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(params, **options)
+        self._seed = seed
         for group in self.param_groups:
             if group.get("rowwise"):  # other groups have AdamW's entries alone, so that its checkpoints can be loaded
                 group |= {"row_beta": row_beta, "row_eps": row_eps} | group
@@ -73,7 +82,10 @@ class RowwiseAdamW(AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of all groups."""
-        loss = super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         self._squared_norms = []
         of_tables: set[int] = set()
         for table in self.tables:
@@ -83,6 +95,7 @@ class RowwiseAdamW(AdamW):
             for parameter in group["params"] if group.get("rowwise") else ():
                 if id(parameter) not in of_tables and parameter.grad is not None:
                     self._step_rows(self._row_step(parameter, group), _local(parameter.grad))
+        super().step()  # last: where plain AdamW is used too, this tells copies that they are out of date
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -114,7 +127,16 @@ class RowwiseAdamW(AdamW):
                 state[name] = _per_row(parameter)
         local, squares, steps = (_local(tensor) for tensor in (parameter, state[_SQUARES], state[_STEPS]))
         means = torch.zeros_like(squares)
-        return RowStep(local, squares, steps, means, copy, group["lr"], group["row_beta"], group["row_eps"])
+        options = group["lr"], group["row_beta"], group["row_eps"]
+        return RowStep(local, squares, steps, means, copy, *options, self._seed_of(parameter))
+
+    def _seed_of(self, parameter: Tensor) -> int | None:
+        """Seed of the rounding of a parameter in bfloat16; others are rounded to the nearest."""
+        if parameter.dtype != torch.bfloat16:
+            return None
+        rowwise = [other for group in self.param_groups if group.get("rowwise") for other in group["params"]]
+        number = next(number for number, other in enumerate(rowwise) if other is parameter)
+        return part_seed(self._seed, number, first_row(parameter))
 
     def _step_table(self, table: TrainableTable) -> None:
         """Step a table by the products that its lookups have left, or by its gradient."""

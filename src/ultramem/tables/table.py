@@ -12,8 +12,8 @@ from ultramem.ops.weighted_lookup.reads import Reads
 class Table(nn.Module):
     """Rows that memory layers look up; one table may serve many layers. Reads go in, weighted sums come out.
 
-    A table in another form is a subclass that defines `gather`, `init_weights`, `device` and `dtype`; and `lookup`,
-    where it can do better than to gather rows and sum them.
+    A table in another form is a subclass that defines `gather`, `init_weights` and `device`; and `lookup`, where it can
+    do better than to gather rows and sum them.
 
     It has `rows` rows, of a value of width `value_dim` and a pre-value of `pre_value_dim`, or 0 without pre-values.
     """
@@ -27,18 +27,26 @@ class Table(nn.Module):
         """Where reads must be."""
         raise NotImplementedError
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the sums, without autocast."""
-        raise NotImplementedError
+    def lookup(self, reads: Reads, dtype: torch.dtype | None = None) -> Tensor:
+        """Weighted sums of rows, (tokens, virtual copies * value_dim); see `ultramem.ops.weighted_lookup`.
 
-    def lookup(self, reads: Reads) -> Tensor:
-        """Weighted sums of rows, (tokens, virtual copies * value_dim); see `ultramem.ops.weighted_lookup`."""
-        values, pre_values = self.gather(reads.rows, pre_values=reads.pre_input is not None)
+        Args:
+            reads: which rows, and what weighs them.
+            dtype: to compute in and to return, without autocast; by default that of the rows.
+        """
+        values, pre_values = self.gather(reads.rows, pre_values=reads.pre_input is not None, dtype=dtype)
         return weighted_sum(reads, values, pre_values)
 
-    def gather(self, rows: Tensor, *, pre_values: bool) -> tuple[Tensor, Tensor | None]:
-        """Values (*rows.shape, value_dim) of rows, int64, and their pre-values if these are asked for, else None."""
+    def gather(
+        self, rows: Tensor, *, pre_values: bool, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Values (*rows.shape, value_dim) of rows, and their pre-values if these are asked for, else None.
+
+        Args:
+            rows: numbers of rows, int64.
+            pre_values: whether to gather pre-values too.
+            dtype: of the result; by default the table's own.
+        """
         raise NotImplementedError
 
     def init_weights(self, std: float, generator: torch.Generator) -> None:

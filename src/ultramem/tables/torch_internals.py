@@ -1,4 +1,4 @@
-"""What tables need of PyTorch's engine and optimizers; most of it, its documentation does not promise.
+"""What tables need of PyTorch's engine, optimizers and sharding; most of it, its documentation does not promise.
 
 Tested on PyTorch 2.11 and 2.13.
 """
@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 T = TypeVar("T")
@@ -76,3 +78,11 @@ def after_each_step(owner: T, action: Callable[[T, Optimizer], None]) -> None:
             action(alive, optimizer)
 
     weakref.finalize(owner, register_optimizer_step_post_hook(follow).remove)
+
+
+def first_row(parameter: Tensor) -> int:
+    """Number of the first row that this process has; 0 of a parameter that is not sharded."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offsets[0]

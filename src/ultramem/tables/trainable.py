@@ -22,8 +22,8 @@ if HAS_KERNELS:
 class TrainableTable(Table):
     """Values (rows, value_dim) and pre-values (rows, pre_value_dim), or None, as parameters; arguments as of `Table`.
 
-    However many lookups a pass makes, their gradient is made once. Under autocast, kernels read a copy in its dtype,
-    made once after each change of the parameters.
+    However many lookups a pass makes, their gradient is made once. Kernels that compute in a narrower dtype, as under
+    autocast, read a copy in it, made once after each change of the parameters.
     """
 
     pre_values: nn.Parameter | None
@@ -48,24 +48,22 @@ class TrainableTable(Table):
     def device(self) -> torch.device:
         return self.values.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
-
-    def lookup(self, reads: Reads) -> Tensor:
+    def lookup(self, reads: Reads, dtype: torch.dtype | None = None) -> Tensor:
         """As of `Table`; with kernels computed and returned in autocast's dtype where that is on."""
-        if not takes_kernels("weighted_lookup", HAS_KERNELS and fused.supports(reads, self.values, self.pre_values)):
-            return super().lookup(reads)
-        link = self._link.get(self.values, self.pre_values)
-        return fused.weighted_lookup(reads, self.values, self.pre_values, link=link, numbers=self._numbers)
+        tables = self.values, self.pre_values
+        if not takes_kernels("weighted_lookup", HAS_KERNELS and fused.supports(reads, *tables, dtype=dtype)):
+            return super().lookup(reads, dtype)
+        return fused.weighted_lookup(reads, *tables, dtype=dtype, link=self._link.get(*tables), numbers=self._numbers)
 
-    def gather(self, rows: Tensor, *, pre_values: bool) -> tuple[Tensor, Tensor | None]:
-        link = self._link.get(self.values, self.pre_values)
-        values = gather(0, self.values, rows, link, self._accumulator)
+    def gather(
+        self, rows: Tensor, *, pre_values: bool, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        link, dtype = self._link.get(self.values, self.pre_values), dtype or self.values.dtype
+        values = gather(0, self.values, rows, dtype, link, self._accumulator)
         if not pre_values:
             return values, None
         assert self.pre_values is not None
-        return values, gather(1, self.pre_values, rows, link, self._accumulator)
+        return values, gather(1, self.pre_values, rows, dtype, link, self._accumulator)
 
     def init_weights(self, std: float, generator: torch.Generator) -> None:
         for parameter in self.parameters():

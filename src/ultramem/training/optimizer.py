@@ -26,6 +26,7 @@ class RowwiseAdamWConfig(optim.OptimConfig[RowwiseAdamW]):
     eps: float = 1e-8
     weight_decay: float = 0.1
     fused: bool = True
+    seed: int = 0
 
     @classmethod
     def optimizer(cls) -> type[RowwiseAdamW]:
@@ -49,6 +50,7 @@ def optimizer_config(config: OptimizerConfig, model: MemoryTransformer) -> Rowwi
         eps=config.eps,
         weight_decay=config.weight_decay,
         group_overrides=overrides or None,
+        seed=model.init_seed,
     )
 
 

@@ -89,7 +89,7 @@ def join_processes(config: RunConfig) -> Iterator[Processes]:
     started = None if dist.is_initialized() else launched_processes()
     joins, count = started is not None, started or get_world_size()
     device = _device(trainer)
-    data_parallel = _data_parallel(trainer, count, joins or dist.is_initialized())
+    data_parallel = _data_parallel(config, count, joins or dist.is_initialized())
     _check_batch(config, count)
     if joins and count > 1:
         check_launch()
@@ -122,10 +122,15 @@ def _device(trainer: TrainerConfig) -> torch.device:
     return torch.device("cuda", number)
 
 
-def _data_parallel(trainer: TrainerConfig, count: int, launched: bool) -> TransformerDataParallelConfig | None:
-    name = trainer.parallel
+def _data_parallel(config: RunConfig, count: int, launched: bool) -> TransformerDataParallelConfig | None:
+    name, memory = config.trainer.parallel, config.model.memory
     if name == "auto":
         name = "fsdp" if count > 1 else "none"
+    if name == "fsdp" and memory is not None and memory.table_dtype == "bfloat16":
+        raise ConfigError(
+            f"trainer.parallel={config.trainer.parallel}: fsdp shards parameters of one dtype together, and "
+            "model.memory.table_dtype=bfloat16 gives tables another; set trainer.parallel=ddp, or leave out table_dtype"
+        )
     if name == "none":
         if count > 1:
             raise ConfigError(f"trainer.parallel=none: needs a single process, but there are {count}; use fsdp or ddp")

@@ -57,6 +57,9 @@ def test_a_table_with_the_rowwise_optimizer_needs_its_parameters_alone() -> None
     config = ModelConfig(**SIZES, memory=MEMORIES["ultramem_v2"])
     table = sum(parameter.numel() for parameter in config.build("meta").memory.value_parameters().values())
     assert sum(bytes_to_train(config).values()) == 16 * built(config) - 12 * table
+    narrow = replace(config, memory=replace(MEMORIES["ultramem_v2"], table_dtype="bfloat16"))
+    assert sum(bytes_to_train(narrow).values()) == 16 * built(config) - 14 * table
+    assert sum(bytes_to_load(narrow).values()) == 4 * built(config) - 2 * table
 
 
 @pytest.mark.parametrize(

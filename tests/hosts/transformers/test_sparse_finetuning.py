@@ -62,9 +62,9 @@ def reads(model: UltraMemForCausalLM, ids: Tensor) -> list[Counter[int]]:
     counters = [Counter[int]() for _ in tables]
     lookup = TrainableTable.lookup
 
-    def spying(self: TrainableTable, reads: Reads) -> Tensor:
+    def spying(self: TrainableTable, reads: Reads, dtype: torch.dtype | None = None) -> Tensor:
         counters[tables.index(self)].update(reads.rows.flatten().tolist())
-        return lookup(self, reads)
+        return lookup(self, reads, dtype)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(TrainableTable, "lookup", spying)

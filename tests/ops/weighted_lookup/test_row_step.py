@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from ultramem.ops.weighted_lookup import naive, table_gradient
 from ultramem.ops.weighted_lookup.reads import Products, RowStep
+from ultramem.ops.weighted_lookup.rounding import part_seed
 from ultramem.ops.weighted_lookup.row_step import step_rows
 from ultramem.ops.weighted_lookup.table_gradient import step_by_products
 
@@ -107,3 +108,93 @@ def test_by_a_gradient(width: int, dtype: torch.dtype, generator: torch.Generato
     expected = stepped(step, gradient.double())
     step_rows(step, gradient)
     check(step, expected, gradient.double())
+
+
+def narrow_step(generator: torch.Generator, rows: int, width: int, number: int = 0, *, copy: bool = False) -> RowStep:
+    """Of a parameter in bfloat16; with the options of `exact_gradient`."""
+    device = generator.device
+    parameter = torch.randn(rows, width, generator=generator, device=device).bfloat16()
+    zeros = torch.zeros(3, rows, device=device)
+    half = torch.zeros(rows, width, dtype=torch.float16, device=device) if copy else None
+    return RowStep(parameter, *zeros, half, lr=2.0**-12, beta=0.0, eps=0.0, seed=part_seed(1, number))
+
+
+def exact_gradient(generator: torch.Generator, rows: int, width: int) -> Tensor:
+    """Of ones, up to their sign: with a square as width, and a beta of 0, only the result of a step is rounded."""
+    return torch.randint(2, (rows, width), generator=generator, device=generator.device) * 2.0 - 1
+
+
+def twin(step: RowStep) -> RowStep:
+    return RowStep(*(part.clone() if isinstance(part, Tensor) else part for part in step))
+
+
+def assert_same(found: RowStep, expected: RowStep) -> None:
+    for one, other in zip(found[:5], expected[:5], strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("width", [1, 25, 64])
+def test_narrow_by_a_gradient_as_by_definition(width: int, generator: torch.Generator) -> None:
+    """To the bit, over steps in which some rows are not read."""
+    found = narrow_step(generator, 21, width, copy=True)
+    expected, begin = twin(found), found.parameter.clone()
+    for number in range(3):
+        gradient = exact_gradient(generator, 21, width)
+        gradient[number::4] = 0
+        step_rows(found, gradient)
+        naive.step_rows(expected, gradient)
+        read = gradient.abs().sum(1) > 0
+        assert_same(found._replace(means=found.means * read, copy=found.copy[read]),
+                    expected._replace(copy=expected.copy[read]))  # fmt: skip
+    assert not torch.equal(found.parameter, begin)
+
+
+@pytest.mark.parametrize("chunk", [4, 16])
+@pytest.mark.parametrize("parts", ["both", "values", "pre-values"])
+def test_narrow_by_products_as_by_definition(
+    parts: str, chunk: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of several reads, also over the borders of chunks."""
+    monkeypatch.setattr(table_gradient, "_CHUNK", chunk)
+    rows = torch.randint(TABLE_ROWS, (6, 5), generator=generator, device=generator.device).sort().values
+    products = random_products(generator, rows, value_dim=4, pre_dim=9, cores=2)
+    # Only the first read of each row has a gradient: of ones.
+    seen = {row: place for place, row in reversed([*enumerate(rows.flatten().tolist())])}
+    first = torch.zeros(rows.numel(), device=rows.device)
+    first[list(seen.values())] = 1
+    first = first.view(rows.shape)
+    products = products._replace(
+        weights=first[..., None].expand(-1, -1, 2).contiguous(),
+        gradients=exact_gradient(generator, 6, 4),
+        pre_weights=first,
+        pre_inputs=exact_gradient(generator, 6, 9),
+    )
+    steps = [narrow_step(generator, TABLE_ROWS, width, number) for number, width in enumerate((4, 9))]
+    wanted = [parts != "pre-values", parts != "values"]
+    found = [twin(step) if learns else None for step, learns in zip(steps, wanted, strict=True)]
+    assert step_by_products([products], found)
+    for step, expected, gradient in zip(found, steps, read_by_read([products], 4, 9), strict=True):
+        if step is not None:
+            naive.step_rows(expected, gradient.float())
+            assert_same(step, expected)
+            assert (expected.steps > 0).sum() == len(seen)
+
+
+def test_narrow_around_the_unrounded_row(generator: torch.Generator) -> None:
+    """Each number is next to that in float64, the mean error is 0, and runs are the same to the bit."""
+    rows, width = 300, 48
+    step = narrow_step(generator, rows, width)._replace(**OPTIONS)
+    gradient = torch.randn(rows, width, generator=generator, device=generator.device)
+    found, again = twin(step), twin(step)
+    (exact, *_), begin = stepped(step, gradient.double()), step.parameter.double()
+    step_rows(found, gradient)
+    step_rows(again, gradient)
+    assert_same(again, found)
+    units = torch.exp2(torch.frexp(exact).exponent - 8.0)
+    errors = (found.parameter.double() - exact) / units
+    assert errors.abs().max() < 1 + 1e-3
+    assert abs(errors.mean()) < 5 * 0.5 / errors.numel() ** 0.5
+    naive.step_rows(step, gradient)
+    # Another order of the sums in float32 tips a number over about once in 2^16.
+    assert (step.parameter != found.parameter).double().mean() < 1e-3
+    assert not torch.equal(begin, exact)

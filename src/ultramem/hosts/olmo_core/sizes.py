@@ -44,12 +44,14 @@ def _name_of_table(memory: MemoryConfig) -> str:
 
 
 def bytes_to_load(config: ModelConfig) -> dict[str, int]:
-    """Least bytes that a loaded model takes, its parameters in float32; names as in `count_parameters`."""
-    return {name: 4 * count for name, count in count_parameters(config).items()}
+    """Least bytes that a loaded model takes, in the dtypes that it is trained in; names as in `count_parameters`."""
+    return bytes_of_state(config, 4)
 
 
 def bytes_to_train(config: ModelConfig, share: float = 1.0) -> dict[str, int]:
     """Least bytes that training takes after a step: parameters, gradients and two moments, all in float32.
+
+    Of a table with the row-wise optimizer they are those of its parameters.
 
     Args:
         config: configuration of the model.
@@ -65,6 +67,9 @@ def bytes_of_state(config: ModelConfig, with_adamw: int) -> dict[str, int]:
         config: configuration of the model.
         with_adamw: bytes of a parameter that AdamW trains. The row-wise optimizer may keep a table's parameters alone.
     """
-    memory = config.memory
-    rowwise = _name_of_table(memory) if memory is not None and memory.optimizer == "rowwise" else None
-    return {name: (4 if name == rowwise else with_adamw) * count for name, count in count_parameters(config).items()}
+    counts, memory = count_parameters(config), config.memory
+    sizes = {name: with_adamw * count for name, count in counts.items()}
+    if memory is not None and memory.optimizer == "rowwise":
+        table = _name_of_table(memory)
+        sizes[table] = (2 if memory.table_dtype == "bfloat16" else 4) * counts[table]
+    return sizes

@@ -246,7 +246,7 @@ def _read(layer: MemoryLayer, x: Tensor) -> Tensor:
             "device_map placed the memory on no device, but each token reads it; give the module `memory` a device in "
             "device_map, such as 'cpu'"
         )
-    dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else table.dtype
+    dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else layer.query_proj.weight.dtype
     output: Tensor = layer(x.to(table.device, dtype))
     return output
 

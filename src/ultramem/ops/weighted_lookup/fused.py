@@ -27,7 +27,7 @@ class TableCopy(Protocol):
     """Makes a copy of a table in the dtype to compute in, for all lookups until the table changes."""
 
     def in_dtype(self, values: Tensor, pre_values: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Values and pre-values in `dtype`."""
+        """Values and pre-values in `dtype`, or in a narrower one that they have."""
 
 
 class ProductCollector(Protocol):
@@ -37,14 +37,16 @@ class ProductCollector(Protocol):
         """Keep what one knows."""
 
 
-def supports(reads: Reads, values: Tensor, pre_values: Tensor | None = None) -> bool:
+def supports(
+    reads: Reads, values: Tensor, pre_values: Tensor | None = None, *, dtype: torch.dtype | None = None
+) -> bool:
     """Whether there are kernels for these arguments."""
     tables = [values] if pre_values is None else [values, pre_values]
     return (
         can_run_kernels(values)
         and reads.pre_activation in _ACTIVATIONS
         and all(part.dtype in _DTYPES and part.shape[1] <= _MAX_WIDTH for part in tables)
-        and autocast_dtype(values) in _DTYPES
+        and autocast_dtype(values, dtype) in _DTYPES
     )
 
 
@@ -53,17 +55,19 @@ def weighted_lookup(
     values: Tensor,
     pre_values: Tensor | None = None,
     *,
+    dtype: torch.dtype | None = None,
     link: Tensor | None = None,
     numbers: Tensor | None = None,
 ) -> Tensor:
     """As the definition in `naive.py`, computed and returned in autocast's dtype where that is on.
 
     Args, beyond those of the definition:
+        dtype: to compute in and to return, without autocast; by default the values'.
         link: by which autograd knows that the lookup depends on the table. With it the table has no gradient from this
             lookup: what is known of it goes to the `ProductCollector`.
         numbers: (2,), int64, on the CPU, by which a `TableCopy` and a `ProductCollector` are found, or None.
     """
-    dtype = autocast_dtype(values)
+    dtype = autocast_dtype(values, dtype)
     if link is not None:
         values, pre_values = values.detach(), None if pre_values is None else pre_values.detach()
     rows, scores = reads.rows.contiguous(), reads.scores.float().contiguous()
@@ -213,7 +217,7 @@ _TABLE = "Tensor values, Tensor? pre_values"
 
 
 def _tables(numbers: Tensor | None, values: Tensor, pre_values: Tensor | None, dtype: torch.dtype) -> list[Any]:
-    """Values, pre-values and the strides of their rows, in the dtype to compute in."""
+    """Values, pre-values and the strides of their rows, in the dtype to compute in or a narrower one."""
     copy: TableCopy | None = find(numbers, 0)
     if copy is not None:
         values, pre_values = copy.in_dtype(values, pre_values, dtype)

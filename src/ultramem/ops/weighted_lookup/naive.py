@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ultramem.ops.weighted_lookup.reads import Reads, RowStep
+from ultramem.ops.weighted_lookup.rounding import random_bits, round_stochastically
 
+_ROWS_AT_ONCE = 2**15  # whose random bits are in memory together
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {None: lambda x: x, "gelu": F.gelu, "silu": F.silu}
 
 
@@ -49,7 +51,8 @@ def step_rows(step: RowStep, gradient: Tensor) -> None:
         s_r ← β s_r + (1 − β) |g|² / D,  n_r ← n_r + 1,  row ← row − lr · g / (sqrt(s_r / (1 − β^n_r)) + eps)
 
     Other rows, and their numbers, stay as they are. This is Adam (arXiv:1412.6980) without its first moment and with
-    one second moment for each row, whose bias is corrected by the number of the row's own steps.
+    one second moment for each row, whose bias is corrected by the number of the row's own steps. With a seed, the new
+    row is computed in float32 and rounded stochastically to bfloat16 (`rounding.py`).
 
     Args:
         step: parameter, s_r (`squares`), n_r (`steps`), and the optimizer's options.
@@ -61,7 +64,13 @@ def step_rows(step: RowStep, gradient: Tensor) -> None:
     step.steps.add_(read)
     step.squares.copy_(torch.where(read, step.squares.lerp(means, 1 - step.beta), step.squares))
     corrected = step.squares / (1 - step.beta ** step.steps.clamp(min=1))
-    factors = torch.where(read, step.lr / (corrected.sqrt() + step.eps), 0).to(step.parameter.dtype)
-    step.parameter.addcmul_(gradient, factors.unsqueeze(1), value=-1)
+    factors = torch.where(read, step.lr / (corrected.sqrt() + step.eps), 0)
+    if step.seed is None:
+        step.parameter.addcmul_(gradient, factors.to(step.parameter.dtype).unsqueeze(1), value=-1)
+    else:
+        for rows in read.nonzero().squeeze(1).split(_ROWS_AT_ONCE):
+            new = step.parameter[rows].float() - factors[rows].unsqueeze(1) * gradient[rows]
+            bits = random_bits(step.seed, rows, step.steps[rows], new.shape[1])
+            step.parameter[rows] = round_stochastically(new, bits)
     if step.copy is not None:
         step.copy.copy_(step.parameter)

@@ -69,6 +69,7 @@ class RowStep(NamedTuple):
         means: (rows,), float32, mean squares of this step's gradient; written where it is not zero.
         copy: (rows, width), the copy that is computed in, rows at any distance, changed like the parameter; or None.
         lr, beta, eps: of the optimizer.
+        seed: of `rounding.random_bits`, by which a parameter in bfloat16 is rounded; None rounds to the nearest.
     """
 
     parameter: Tensor
@@ -79,6 +80,7 @@ class RowStep(NamedTuple):
     lr: float
     beta: float
     eps: float
+    seed: int | None = None
 
     def options(self) -> tuple[int, float, float, float]:
         """What kernels need besides the tensors: distance of the copy's rows, learning rate, log of beta, epsilon."""

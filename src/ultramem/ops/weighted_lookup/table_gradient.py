@@ -141,8 +141,8 @@ def _sum(
     _sum_border_kernel((chunks,), sorted_rows, reads, *written, **sizes)
 
 
-def _numbers(step: RowStep | None) -> tuple[Tensor | None, ...]:
-    return (None,) * 4 if step is None else (step.squares, step.steps, step.means, step.copy)
+def _numbers(step: RowStep | None) -> tuple[Tensor | int | None, ...]:
+    return (None,) * 5 if step is None else (step.squares, step.steps, step.means, step.copy, step.seed)
 
 
 @triton.jit
@@ -176,14 +176,28 @@ def _contribution(
 
 @triton.jit
 def _write_sum(
-    table, row, columns, total, write, squares, steps, means, copy, copy_stride, lr, log_beta, eps,
+    table, row, columns, total, write, squares, steps, means, copy, seed, copy_stride, lr, log_beta, eps,
     DIM: tl.constexpr, ACCUMULATE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Write a row's sum to the gradient, or step the row by it."""
     if DIM > 0:
         if STEP:
             write_row(
-                table, row, columns, total, write, squares, steps, means, copy, copy_stride, lr, log_beta, eps, DIM
+                table,
+                row,
+                columns,
+                total,
+                write,
+                squares,
+                steps,
+                means,
+                copy,
+                seed,
+                copy_stride,
+                lr,
+                log_beta,
+                eps,
+                DIM,
             )
         else:
             places = table + row.to(tl.int64) * DIM + columns
@@ -205,27 +219,25 @@ def _store_partial(partial, value_columns, pre_columns, value, pre_value, write,
 @triton.jit
 def _write_sums(
     values, pre_values, row, value_columns, pre_columns, value, pre_value, write,
-    value_squares, value_steps, value_means, value_copy, pre_squares, pre_steps, pre_means, pre_copy,
-    copy_stride, lr, log_beta, eps, VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr, ACCUMULATE: tl.constexpr,
-    STEP: tl.constexpr,
+    value_squares, value_steps, value_means, value_copy, value_seed,
+    pre_squares, pre_steps, pre_means, pre_copy, pre_seed, copy_stride, lr, log_beta, eps,
+    VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr, ACCUMULATE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     _write_sum(
-        values, row, value_columns, value, write, value_squares, value_steps, value_means, value_copy, copy_stride, lr,
-        log_beta, eps,
-        VALUE_DIM, ACCUMULATE, STEP,
+        values, row, value_columns, value, write, value_squares, value_steps, value_means, value_copy, value_seed,
+        copy_stride, lr, log_beta, eps, VALUE_DIM, ACCUMULATE, STEP,
     )  # fmt: skip
     _write_sum(
-        pre_values, row, pre_columns, pre_value, write, pre_squares, pre_steps, pre_means, pre_copy, copy_stride, lr,
-        log_beta, eps,
-        PRE_DIM, ACCUMULATE, STEP,
+        pre_values, row, pre_columns, pre_value, write, pre_squares, pre_steps, pre_means, pre_copy, pre_seed,
+        copy_stride, lr, log_beta, eps, PRE_DIM, ACCUMULATE, STEP,
     )  # fmt: skip
 
 
 @triton.jit
 def _finish_read(
     position, rows, first_row, continued, value, pre_value, values, pre_values, partial, reads,
-    value_columns, pre_columns, value_squares, value_steps, value_means, value_copy,
-    pre_squares, pre_steps, pre_means, pre_copy, copy_stride, lr, log_beta, eps,
+    value_columns, pre_columns, value_squares, value_steps, value_means, value_copy, value_seed,
+    pre_squares, pre_steps, pre_means, pre_copy, pre_seed, copy_stride, lr, log_beta, eps,
     VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr, ACCUMULATE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Where a run of equal rows ends, write its sum: to the row, or as a partial sum if it began before the chunk."""
@@ -235,8 +247,8 @@ def _finish_read(
     began_before = continued & (row == first_row)
     _write_sums(
         values, pre_values, row, value_columns, pre_columns, value, pre_value, ends & (began_before == 0),
-        value_squares, value_steps, value_means, value_copy, pre_squares, pre_steps, pre_means, pre_copy, copy_stride,
-        lr, log_beta, eps,
+        value_squares, value_steps, value_means, value_copy, value_seed,
+        pre_squares, pre_steps, pre_means, pre_copy, pre_seed, copy_stride, lr, log_beta, eps,
         VALUE_DIM, PRE_DIM, ACCUMULATE, STEP,
     )  # fmt: skip
     _store_partial(partial, value_columns, pre_columns, value, pre_value, ends & began_before, VALUE_DIM, PRE_DIM)
@@ -247,8 +259,8 @@ def _finish_read(
 @triton.jit
 def _sum_chunk_kernel(
     rows, order, weights, value_gradients, copies, pre_weights, pre_inputs, reads, k, gradient_width,
-    values, pre_values, partials, value_squares, value_steps, value_means, value_copy,
-    pre_squares, pre_steps, pre_means, pre_copy, copy_stride, lr, log_beta, eps,
+    values, pre_values, partials, value_squares, value_steps, value_means, value_copy, value_seed,
+    pre_squares, pre_steps, pre_means, pre_copy, pre_seed, copy_stride, lr, log_beta, eps,
     CORES: tl.constexpr, HAS_COPIES: tl.constexpr, CHUNK: tl.constexpr,
     VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
     ACCUMULATE: tl.constexpr, STEP: tl.constexpr,
@@ -286,29 +298,29 @@ def _sum_chunk_kernel(
         value, pre_value = _finish_read(
             position, rows, first_row, continued, value + value_0, pre_value + pre_value_0, values, pre_values,
             partial,
-            reads, value_columns, pre_columns, value_squares, value_steps, value_means, value_copy,
-            pre_squares, pre_steps, pre_means, pre_copy, copy_stride, lr, log_beta, eps, VALUE_DIM, PRE_DIM,
+            reads, value_columns, pre_columns, value_squares, value_steps, value_means, value_copy, value_seed,
+            pre_squares, pre_steps, pre_means, pre_copy, pre_seed, copy_stride, lr, log_beta, eps, VALUE_DIM, PRE_DIM,
             ACCUMULATE, STEP,
         )  # fmt: skip
         value, pre_value = _finish_read(
             position + 1, rows, first_row, continued, value + value_1, pre_value + pre_value_1, values, pre_values,
             partial,
-            reads, value_columns, pre_columns, value_squares, value_steps, value_means, value_copy,
-            pre_squares, pre_steps, pre_means, pre_copy, copy_stride, lr, log_beta, eps, VALUE_DIM, PRE_DIM,
+            reads, value_columns, pre_columns, value_squares, value_steps, value_means, value_copy, value_seed,
+            pre_squares, pre_steps, pre_means, pre_copy, pre_seed, copy_stride, lr, log_beta, eps, VALUE_DIM, PRE_DIM,
             ACCUMULATE, STEP,
         )  # fmt: skip
         value, pre_value = _finish_read(
             position + 2, rows, first_row, continued, value + value_2, pre_value + pre_value_2, values, pre_values,
             partial,
-            reads, value_columns, pre_columns, value_squares, value_steps, value_means, value_copy,
-            pre_squares, pre_steps, pre_means, pre_copy, copy_stride, lr, log_beta, eps, VALUE_DIM, PRE_DIM,
+            reads, value_columns, pre_columns, value_squares, value_steps, value_means, value_copy, value_seed,
+            pre_squares, pre_steps, pre_means, pre_copy, pre_seed, copy_stride, lr, log_beta, eps, VALUE_DIM, PRE_DIM,
             ACCUMULATE, STEP,
         )  # fmt: skip
         value, pre_value = _finish_read(
             position + 3, rows, first_row, continued, value + value_3, pre_value + pre_value_3, values, pre_values,
             partial,
-            reads, value_columns, pre_columns, value_squares, value_steps, value_means, value_copy,
-            pre_squares, pre_steps, pre_means, pre_copy, copy_stride, lr, log_beta, eps, VALUE_DIM, PRE_DIM,
+            reads, value_columns, pre_columns, value_squares, value_steps, value_means, value_copy, value_seed,
+            pre_squares, pre_steps, pre_means, pre_copy, pre_seed, copy_stride, lr, log_beta, eps, VALUE_DIM, PRE_DIM,
             ACCUMULATE, STEP,
         )  # fmt: skip
     last = begin + CHUNK - 1
@@ -322,8 +334,8 @@ def _sum_chunk_kernel(
 @Launcher
 @triton.jit
 def _sum_border_kernel(
-    rows, reads, values, pre_values, partials, value_squares, value_steps, value_means, value_copy,
-    pre_squares, pre_steps, pre_means, pre_copy, copy_stride, lr, log_beta, eps, CHUNK: tl.constexpr,
+    rows, reads, values, pre_values, partials, value_squares, value_steps, value_means, value_copy, value_seed,
+    pre_squares, pre_steps, pre_means, pre_copy, pre_seed, copy_stride, lr, log_beta, eps, CHUNK: tl.constexpr,
     VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
     ACCUMULATE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -351,7 +363,7 @@ def _sum_border_kernel(
             next_begin += CHUNK
         _write_sums(
             values, pre_values, row, value_columns, pre_columns, value, pre_value, goes_on,
-            value_squares, value_steps, value_means, value_copy, pre_squares, pre_steps, pre_means, pre_copy,
-            copy_stride, lr, log_beta, eps,
+            value_squares, value_steps, value_means, value_copy, value_seed,
+            pre_squares, pre_steps, pre_means, pre_copy, pre_seed, copy_stride, lr, log_beta, eps,
             VALUE_DIM, PRE_DIM, ACCUMULATE, STEP,
         )  # fmt: skip
