@@ -179,7 +179,8 @@ def build_trainer(
 def _table_bytes(model: MemoryTransformer, autocast: torch.dtype | None) -> int:
     """Bytes of tables that a token reads in a forward pass."""
     layers = [] if model.memory is None else model.memory.layers
-    return sum(layer.numbers_read * (autocast or layer.table.dtype).itemsize for layer in layers)
+    dtypes = [autocast or next(layer.table.parameters()).dtype for layer in layers]
+    return sum(layer.numbers_read * dtype.itemsize for layer, dtype in zip(layers, dtypes, strict=True))
 
 
 def _peak_flops(processes: Processes) -> int | None:
