@@ -76,7 +76,7 @@ def test_groups_of_a_memory() -> None:
     assert "rowwise" not in others
     assert (values["rowwise"], values["row_beta"], values["lr"]) == (True, 0.7, 5e-3)
     with pytest.raises(ConfigError, match=r"row_beta=0.7: only optimizer='rowwise' uses it; leave out one of them"):
-        MemoryConfig(row_beta=0.7)
+        MemoryConfig(optimizer="adamw", row_beta=0.7)
 
 
 def test_other_groups_get_adamw() -> None:
