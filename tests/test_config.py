@@ -41,7 +41,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "value_lr": [0, *NOT_NUMBERS],
     "optimizer": ["sgd", 1],
     "row_beta": [-0.1, 1, None, *NOT_NUMBERS],
-    "table_dtype": ["bfloat16", "float16", None, 1],  # bfloat16 needs another optimizer
+    "table_dtype": ["float16", None, 1],
     "norm_eps": [0, None, *NOT_NUMBERS],
 }
 
@@ -101,6 +101,13 @@ def test_pkm_has_no_norms() -> None:
 def test_a_constant_rate_and_one_that_falls(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{field}={value}: .*value_lr=0.001.*; leave out one of them"):
         MemoryConfig(value_lr=1e-3, **{field: value})
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "adamw"}, {"value_lr_multiplier": 2.0}])
+def test_adamw_does_not_round_stochastically(options: dict[str, Any]) -> None:
+    assert MemoryConfig(table_dtype="bfloat16").optimizer == "rowwise"
+    with pytest.raises(ConfigError, match=r"table_dtype='bfloat16': optimizer='adamw' rounds .*; set optimizer='rowwi"):
+        MemoryConfig(table_dtype="bfloat16", **options)
 
 
 @pytest.mark.parametrize(("step", "factor"), [(0, 5.0), (25, 3.0), (50, 1.0), (99, 1.0)])

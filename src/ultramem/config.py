@@ -71,7 +71,7 @@ class MemoryConfig:
             `value_lr`.
         value_lr_decay: share of training over which this multiple falls linearly to 1.
         row_beta: decay rate of a row's mean square, for `rowwise`.
-        table_dtype: of the tables in training; of nothing else. `bfloat16` is for `rowwise`, which rounds it
+        table_dtype: dtype of the tables in training, and of nothing else. `bfloat16` is for `rowwise`, which rounds it
             stochastically; `float32` is like the other parameters.
         norm_eps: epsilon of the query and key norms.
     """
@@ -231,7 +231,7 @@ class MemoryConfig:
         if self.optimizer == "adamw" and self.table_dtype == "bfloat16":
             raise ConfigError(
                 "table_dtype='bfloat16': optimizer='adamw' rounds to the nearest, which would undo most of its steps; "
-                "set optimizer='rowwise', which rounds stochastically, or leave it out"
+                "set optimizer='rowwise', which rounds stochastically, or leave table_dtype out"
             )
         self._parse_insertion()
 
