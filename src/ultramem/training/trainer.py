@@ -66,6 +66,8 @@ class TrainModule(TransformerTrainModule):
 
     def optim_step(self) -> None:
         """As in OLMo-core, and record the norm of the gradient of tables with the row-wise optimizer."""
+        if self.passes is not None and not self.optim.state:
+            torch.cuda.empty_cache()  # or its state lies in the memory of the first passes, which then stays reserved
         super().optim_step()
         if self._rowwise:
             norm = self.optim.table_norm()
