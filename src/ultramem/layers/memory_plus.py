@@ -48,6 +48,13 @@ class MemoryPlus(ProductKeyLayer):
         """Normalised queries (tokens, num_queries, key_dim)."""
         return rms_norm(super().queries(x), self.query_norm.weight, self.config.norm_eps)
 
+    def folded_parameters(self) -> list[Tensor]:
+        return [*super().folded_parameters(), self.query_norm.weight]
+
+    def query_gain(self) -> tuple[Tensor | None, float | None]:
+        """As in `ProductKeyLayer`."""
+        return self.query_norm.weight, self.config.norm_eps
+
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
         """As in `MemoryLayer`: gate and project."""
         return self.output_proj(looked_up * F.silu(self.gate_proj(x)))
