@@ -15,7 +15,7 @@ from ultramem.ops.kernels.launching import Launcher, ceil_div, next_power_of_2
 def _scores_kernel(
     queries, token_stride, axis_step, rank_step, head_step, keys, scores, tokens, num_keys, rank, heads, eps,
     NORMED: tl.constexpr, WIDE: tl.constexpr, KEY_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scores of some keys of one axis, rank and head, for some tokens. `WIDE` is for the interpreter."""
     batch = tl.program_id(1)
@@ -29,7 +29,7 @@ def _scores_kernel(
     first_key = keys + (batch.to(tl.int64) * num_keys + key) * KEY_DIM
     total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     squares = tl.zeros([BLOCK_T], tl.float32)
-    for start in range(0, KEY_DIM, BLOCK_D):
+    for start in tl.range(0, KEY_DIM, BLOCK_D, num_stages=STAGES):  # all loads under way at once
         of_dims = start + dims < KEY_DIM
         q = tl.load(first[:, None] + (start + dims)[None, :], of_tokens[:, None] & of_dims[None, :], 0.0)
         k = tl.load(first_key[None, :] + (start + dims)[:, None], of_keys[None, :] & of_dims[:, None], 0.0)
@@ -49,12 +49,12 @@ def axis_scores(queries: Tensor, grid: Grid) -> Tensor:
     tokens, _, key_dim = queries.shape
     scores = queries.new_empty((*grid.keys.shape[:3], tokens, grid.keys.shape[3]))
     block_t = min(max(next_power_of_2(tokens), 16), 64)
-    block_n = 32
+    block_n, block_d = 32, min(max(next_power_of_2(key_dim), 16), 256 // queries.element_size())
     _scores_kernel(
         (ceil_div(grid.keys.shape[3], block_n), 2 * grid.sizes.rank * grid.sizes.heads, ceil_div(tokens, block_t)),
         queries, queries.stride(0), *grid.query_steps, grid.keys, scores, tokens, grid.keys.shape[3],
         grid.sizes.rank, grid.sizes.heads, grid.norm_eps or 0.0,
         NORMED=grid.norm_eps is not None, WIDE=not queries.is_cuda, KEY_DIM=key_dim, BLOCK_T=block_t,
-        BLOCK_N=block_n, BLOCK_D=min(max(next_power_of_2(key_dim), 16), 64), num_warps=4,
+        BLOCK_N=block_n, BLOCK_D=block_d, STAGES=4, num_warps=4,
     )  # fmt: skip
     return scores

@@ -1,4 +1,8 @@
-"""Choosing reads with Triton kernels."""
+"""Choosing reads with two Triton kernels: the scores of all keys, then the choice.
+
+Few tokens do not fill a GPU, and their time is that of starting kernels and of waiting for memory: hence few kernels,
+many programs for the keys, and several warps for a choice.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,9 @@ from torch import Tensor
 from ultramem.ops.backend import can_run_kernels
 from ultramem.ops.choose_reads.axis_scores import axis_scores
 from ultramem.ops.choose_reads.grid import Grid, GridSizes
-from ultramem.ops.choose_reads.naive import locate
-from ultramem.ops.kernels.candidates import MAX_KEYS
-from ultramem.ops.kernels.cells import best_cells
+from ultramem.ops.choose_reads.selection import MOST_CANDIDATES, select_reads
 
-_MOST_CANDIDATES = 128
+_MAX_KEYS = 8192
 _MAX_RANK = 4
 
 
@@ -25,15 +27,12 @@ def takes_sizes(dtype: torch.dtype, sizes: GridSizes) -> bool:
     """Whether there are kernels for such a search."""
     return (
         dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and sizes.num_keys <= MAX_KEYS
-        and max(sizes.k, sizes.axis_k) <= _MOST_CANDIDATES
+        and sizes.num_keys <= _MAX_KEYS
+        and max(sizes.k, sizes.axis_k) <= MOST_CANDIDATES
         and sizes.rank <= _MAX_RANK
     )
 
 
 def choose_reads(queries: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
     """As the definition in `naive.py`. Scores are float32."""
-    scores, sizes = axis_scores(queries, grid), grid.sizes
-    cells = best_cells(scores.transpose(2, 3), sizes.num_keys, sizes.k, sizes.axis_k, grid.cores, grid.u, grid.t)
-    weights = cells.scores.softmax(2) if grid.cores is None else cells.scores
-    return locate(cells.indices.flatten(1), weights.flatten(1, 2), grid)
+    return select_reads(axis_scores(queries, grid), grid)
