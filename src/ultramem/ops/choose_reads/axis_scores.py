@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ultramem.ops.choose_reads.grid import Grid
 from ultramem.ops.kernels.launching import Launcher, ceil_div, next_power_of_2
+from ultramem.ops.kernels.overlapping import can_overlap, wait_for_others
 
 
 @Launcher
@@ -15,9 +16,10 @@ from ultramem.ops.kernels.launching import Launcher, ceil_div, next_power_of_2
 def _scores_kernel(
     queries, token_stride, axis_step, rank_step, head_step, keys, scores, tokens, num_keys, rank, heads, eps,
     NORMED: tl.constexpr, WIDE: tl.constexpr, KEY_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_D: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Scores of some keys of one axis, rank and head, for some tokens. `WIDE` is for the interpreter."""
+    wait_for_others(OVERLAPS)
     batch = tl.program_id(1)
     axis, head = batch // (rank * heads), batch % heads
     query = axis * axis_step + batch // heads % rank * rank_step + head * head_step
@@ -55,6 +57,6 @@ def axis_scores(queries: Tensor, grid: Grid) -> Tensor:
         queries, queries.stride(0), *grid.query_steps, grid.keys, scores, tokens, grid.keys.shape[3],
         grid.sizes.rank, grid.sizes.heads, grid.norm_eps or 0.0,
         NORMED=grid.norm_eps is not None, WIDE=not queries.is_cuda, KEY_DIM=key_dim, BLOCK_T=block_t,
-        BLOCK_N=block_n, BLOCK_D=block_d, STAGES=4, num_warps=4,
+        BLOCK_N=block_n, BLOCK_D=block_d, STAGES=4, OVERLAPS=can_overlap(queries.device), num_warps=4,
     )  # fmt: skip
     return scores

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ultramem.ops.choose_reads.grid import Grid
 from ultramem.ops.kernels.launching import Launcher, next_power_of_2
+from ultramem.ops.kernels.overlapping import can_overlap, wait_for_others
 from ultramem.ops.kernels.selection import LIMIT, find_threshold, finite
 
 MOST_CANDIDATES = 128  # whose grid the registers hold
@@ -116,9 +117,10 @@ def _selection_kernel(
     cell_numbers, rows, copies, scores, heads, num_keys, candidates, k, window_start, window_rows, table_rows,
     RANK: tl.constexpr, WEIGHTED: tl.constexpr, CORES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, MORE_CELLS: tl.constexpr, EXPANDED: tl.constexpr,
-    HAS_COPIES: tl.constexpr,
+    HAS_COPIES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """The reads of one token and head. `chosen`, `chosen_scores` and `cell_numbers` are for its own use."""
+    wait_for_others(OVERLAPS)
     program = tl.program_id(0).to(tl.int64)
     token, head = program // heads, program % heads
     axis_scores += token * token_stride + head * head_stride
@@ -181,6 +183,7 @@ def select_reads(axis_scores: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tenso
         ROWS=next_power_of_2(sizes.num_keys) // columns, COLUMNS=columns, BLOCK_C=block_c,
         BLOCK_K=next_power_of_2(sizes.k), MORE_CELLS=sizes.k > sizes.axis_k,
         EXPANDED=grid.window_rows < sizes.num_keys**2, HAS_COPIES=grid.separate_copies,
+        OVERLAPS=can_overlap(axis_scores.device),
         num_warps=8 if max(block_c**2, sizes.num_keys) > 4096 else 4,
     )  # fmt: skip
     return rows, scores, copies

@@ -14,6 +14,7 @@ from torch import Tensor
 from ultramem.ops.backend import autocast_dtype, can_run_kernels
 from ultramem.ops.kernels.launching import Launcher, ceil_div, next_power_of_2
 from ultramem.ops.kernels.operators import FusedOperator, find
+from ultramem.ops.kernels.overlapping import can_overlap, wait_for_others
 from ultramem.ops.weighted_lookup.reads import Products, Reads
 from ultramem.ops.weighted_lookup.table_gradient import table_gradients
 
@@ -113,9 +114,10 @@ def _lookup_kernel(
     scores, rows, copies, values, value_stride, pre_values, pre_stride, pre_input, input_stride, output,
     HAS_COPIES: tl.constexpr, ACTIVATION: tl.constexpr, K: tl.constexpr, CORES: tl.constexpr,
     VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """A slice of one token's sum, of one virtual copy if these are kept apart."""
+    wait_for_others(OVERLAPS)
     token, copy = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns, pre_columns = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_P)
     if PRE_DIM > 0:
@@ -248,9 +250,9 @@ def _forward(*inputs: Any) -> Tensor:
     tokens, k, cores = reads.scores.shape
     programs, widths = tokens * reads.num_virtual_copies, (values.shape[1], _width(reads.pre_input))
     if programs <= _FEW:
-        sizes = _few_sizes(k, cores, *widths, programs)
+        sizes = _few_sizes(k, cores, *widths, programs) | {"OVERLAPS": can_overlap(values.device)}
     else:
-        sizes = _sizes(k, cores, *widths, backward=False) | {"STAGES": 1}
+        sizes = _sizes(k, cores, *widths, backward=False) | {"STAGES": 1, "OVERLAPS": False}
     if tokens:
         _lookup_kernel(
             (tokens, reads.num_virtual_copies, ceil_div(widths[0], sizes["BLOCK_V"])), reads.scores, reads.rows,
