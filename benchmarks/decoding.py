@@ -44,6 +44,7 @@ from ultramem.cli.border import run_command
 from ultramem.hosts.olmo_core import MoEConfig
 from ultramem.layers import MemoryLayer, decoding
 from ultramem.ops.choose_reads import choose_reads
+from ultramem.ops.linear import linear
 
 BANDWIDTH = 3.0e12  # bytes per second
 COLD_BYTES = 300e6  # several times the L2 cache
@@ -150,10 +151,10 @@ def parts_of(layers: Sequence[MemoryLayer], inputs: Sequence[Tensor]) -> dict[st
     parts: dict[str, list[Callable[[Tensor], object]]] = {PROJECTION: [], CHOICE: [], LOOKUP: [], OUTPUT: []}
     for layer, x in zip(layers, inputs, strict=True):
         folded = layer.folded.of(layer, x.dtype)
-        projected = nn.functional.linear(x, folded.projection)
+        projected = linear(x, folded.projection)
         queries = projected[:, : layer.num_queries * layer.config.key_dim].unflatten(1, (layer.num_queries, -1))
         reads = decoding.choose(layer, x)
-        parts[PROJECTION].append(partial(nn.functional.linear, weight=folded.projection))
+        parts[PROJECTION].append(partial(linear, weight=folded.projection))
         parts[CHOICE].append(_on(partial(choose_reads, queries, folded.grid)))
         parts[LOOKUP].append(_on(partial(layer.table.lookup, reads)))
         parts[OUTPUT].append(partial(layer.project, layer.table.lookup(reads)))

@@ -6,18 +6,20 @@ what it needs for that. To compilers `choose` is one operator: they see neither 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultramem.ops.backend import autocast_dtype
 from ultramem.ops.choose_reads import choose_reads, is_fast
 from ultramem.ops.choose_reads.grid import Grid
 from ultramem.ops.kernels.operators import find, seen_by_compilers
+from ultramem.ops.linear import linear
 from ultramem.ops.weighted_lookup.reads import Reads
 from ultramem.tables.torch_internals import after_each_step, describe_contents
 
@@ -63,10 +65,14 @@ class Fold:
     def of(self, layer: MemoryLayer, dtype: torch.dtype) -> Folded:
         """What is folded of the layer, in `dtype`."""
         contents = [describe_contents(source) for source in _sources(layer)]
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        device = layer.query_proj.weight.device
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         self._captured |= capturing
         if self._folded is None or self._dtype != dtype or self._contents != contents:
-            self._make(layer, dtype)
+            if device.type == "cuda" and not capturing:
+                _run_apart(partial(self._make, layer, dtype), device)
+            else:
+                self._make(layer, dtype)
             self._contents = [] if capturing else contents  # what is captured is not computed yet
         assert self._folded is not None
         return self._folded
@@ -90,19 +96,28 @@ class Fold:
         self._dtype = dtype
 
 
+def _run_apart(make: Callable[[], None], device: torch.device) -> None:
+    """Run it in a thread of its own, and wait for it.
+
+    Where a compiler makes CUDA graphs, memory that this thread gets is theirs, and must not live on.
+    """
+    torch.cuda.current_stream(device).synchronize()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(make).result()
+        thread.submit(torch.cuda.synchronize, device).result()
+
+
 def decodes(layer: MemoryLayer, x: Tensor) -> bool:
     """Whether a layer chooses rows for x (tokens, d_model) by what it has folded.
 
     It does not where other modules or tensors stand in for its own, as adapters and shards do; nor in a program that is
     to take any number of tokens.
     """
-    if torch.is_grad_enabled() or layer.training or torch.compiler.is_exporting() or x.is_meta:
-        return False
-    if not torch.compiler.is_compiling() and (torch.jit.is_tracing() or seen_by_compilers(x)):  # type: ignore[attr-defined]
-        return False
     weight = layer.query_proj.weight
     return (
-        0 < x.shape[0] <= MOST_TOKENS
+        _computes_at_once(x)
+        and 0 < x.shape[0] <= MOST_TOKENS
+        and not layer.training
         and layer.query_conv is None
         and layer.grid_sizes is not None
         and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
@@ -123,6 +138,22 @@ def choose(layer: MemoryLayer, x: Tensor) -> Reads:
     return Reads(rows, scores, pre_input, config.pre_activation, copies if separate else None, config.virtual_copies)
 
 
+def apply(module: nn.Linear, x: Tensor) -> Tensor:
+    """The linear map of x (tokens, d), by the kernel for few tokens where there is one and no gradient is wanted."""
+    weight = module.weight
+    alike = type(weight) is nn.Parameter and (weight.dtype, weight.device) == (x.dtype, x.device)
+    takes = alike and _computes_at_once(x) and _is_plain(module) and module.bias is None
+    result: Tensor = linear(x, weight) if takes else module(x)
+    return result
+
+
+def _computes_at_once(x: Tensor) -> bool:
+    """Whether what is computed with x is neither recorded for gradients nor for other numbers of tokens."""
+    if torch.is_grad_enabled() or torch.compiler.is_exporting() or x.is_meta:
+        return False
+    return torch.compiler.is_compiling() or not (torch.jit.is_tracing() or seen_by_compilers(x))  # type: ignore[attr-defined]
+
+
 def _choose(
     x: Tensor, sources: Sequence[Tensor], number: Tensor, dtype: torch.dtype, width: int, reads: int, cores: int,
     separate: bool,
@@ -134,7 +165,7 @@ def _choose(
     layer: MemoryLayer = find(number, 0)
     with torch.autocast(x.device.type, enabled=False):
         folded = layer.folded.of(layer, dtype)
-        projected = F.linear(x.to(dtype), folded.projection)
+        projected = linear(x.to(dtype), folded.projection)
         queries = projected[:, : layer.num_queries * layer.config.key_dim].unflatten(1, (layer.num_queries, -1))
         rows, scores, copies = choose_reads(queries, folded.grid)
     return projected, rows, scores, rows.new_empty(0) if copies is None else copies

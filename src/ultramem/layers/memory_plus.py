@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ultramem.layers import decoding
 from ultramem.layers.initial_values import HostScheme, second_moment
 from ultramem.layers.memory_layer import rms_norm
 from ultramem.layers.product_key import ProductKeyLayer
@@ -57,7 +58,7 @@ class MemoryPlus(ProductKeyLayer):
 
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
         """As in `MemoryLayer`: gate and project."""
-        return self.output_proj(looked_up * F.silu(self.gate_proj(x)))
+        return decoding.apply(self.output_proj, looked_up * F.silu(decoding.apply(self.gate_proj, x)))
 
     def init_keys(self, generator: torch.Generator) -> None:
         """As in `ProductKeyLayer`, with the queries' gains."""

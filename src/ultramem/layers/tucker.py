@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ultramem.errors import ConfigError
 from ultramem.files.checksums import DamagedFileError
+from ultramem.layers import decoding
 from ultramem.layers.decoding import Folded
 from ultramem.layers.initial_values import SIMULATED_TOKENS, HostScheme
 from ultramem.layers.memory_layer import MemoryLayer, balance_loss, rms_norm
@@ -119,7 +120,7 @@ class TuckerMemory(MemoryLayer):
         return Reads(rows, scores, pre_input, config.pre_activation, copies, config.virtual_copies)
 
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
-        return self.output_proj(looked_up)
+        return decoding.apply(self.output_proj, looked_up)
 
     @property
     def grid_sizes(self) -> GridSizes:
