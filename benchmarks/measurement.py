@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 from ultramem.errors import UltraMemError
 from ultramem.files.whole_files import cannot_write, check_output, whole_file, write_text
@@ -124,6 +125,25 @@ def graphed_ms(run: Callable[[int], object], device: torch.device, repeats: int,
         torch.cuda.synchronize()
         return None
     return median_ms(lambda _: graph.replay(), device, repeats) / rotations
+
+
+def kernel_times(run: Callable[[], object], device: torch.device, layers: int) -> list[tuple[str, float]]:
+    """Names and mean times in microseconds of the kernels that one of a run's `layers` layers launches, in order.
+
+    Layers launch the same kernels. None are found on a CPU.
+    """
+    if device.type == "cpu":
+        return []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.start)
+    count = len(events) // layers
+    return [
+        (events[place].name, statistics.mean(event.device_time for event in events[place::count]))
+        for place in range(count)
+    ]
 
 
 def allocated_gb(device: torch.device) -> float:

@@ -119,9 +119,14 @@ class Memory(nn.Module):
             table.begin_pass()
 
     def refresh(self) -> None:
-        """Recompute `u` and `t`, which rank the keys, and tables' copies in autocast's dtype; call after each step."""
+        """Recompute `u` and `t`, which rank the keys, and tables' copies in autocast's dtype; call after each step.
+
+        What layers have folded for decoding is folded anew: at the next use, or at once if a CUDA graph holds it.
+        """
         if self.layers:
             self.config.layer_type.refresh_all(self.layers)
+        for layer in self.layers:
+            layer.folded.refresh(layer)
         for table in self.tables:
             table.refresh()
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ultramem.layers import decoding
+from ultramem.layers.decoding import Fold, Folded
 from ultramem.layers.initial_values import HostScheme, table_std
+from ultramem.ops.choose_reads.grid import GridSizes
+from ultramem.ops.kernels.operators import register
 from ultramem.ops.weighted_lookup.reads import Reads
 from ultramem.tables.filling import fill, normal
 from ultramem.tables.layout import TableLayout
@@ -85,6 +89,11 @@ class MemoryLayer(nn.Module):
         self.query_conv = None
         if config.query_conv:
             self.query_conv = nn.Conv1d(width, width, config.query_conv, groups=width, bias=False, **factory)
+        self._make_helpers()
+
+    def _make_helpers(self) -> None:
+        self.folded = Fold()
+        self.number = register(self)  # by which an operator finds the layer
 
     @classmethod
     def check(cls, config: MemoryConfig, d_model: int | None = None) -> None:
@@ -121,9 +130,12 @@ class MemoryLayer(nn.Module):
                 (..., sequence, d_model).
         """
         self.auxiliary_loss = None
-        scores, indices = self.retrieve(self.queries(x))
         flat = x.reshape(-1, self.d_model)
-        reads = self.locate(indices, scores, flat)
+        if decoding.decodes(self, flat):
+            reads = decoding.choose(self, flat)
+        else:
+            scores, indices = self.retrieve(self.queries(x))
+            reads = self.locate(indices, scores, flat)
         output = self.project(self.table.lookup(reads, flat.dtype), flat)
         for observer in self.observers:
             observer.observe(self, reads, output)
@@ -156,6 +168,32 @@ class MemoryLayer(nn.Module):
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
         """Map the lookup's result (tokens, output_width) to (tokens, d_model); x is (tokens, d_model)."""
         raise NotImplementedError
+
+    @property
+    def grid_sizes(self) -> GridSizes | None:
+        """Of the search in decoding; None if the kind cannot be folded."""
+        return None
+
+    @property
+    def score_cores(self) -> int:
+        """Scores of a read."""
+        return 1
+
+    def joined_projections(self) -> list[nn.Linear]:
+        """What projects the input to queries and to the input of the pre-values; decoding joins them."""
+        return [self.query_proj]
+
+    def folded_parameters(self) -> list[Tensor]:
+        """The parameters that `fold` computes from."""
+        return [projection.weight for projection in self.joined_projections()]
+
+    def fold(self, dtype: torch.dtype) -> Folded:
+        """What decoding needs of the parameters, in `dtype`, in memory of its own; for kinds with `grid_sizes`."""
+        raise NotImplementedError
+
+    def fold_projections(self, dtype: torch.dtype) -> Tensor:
+        """The joined projections' weights (width, d_model)."""
+        return torch.cat([projection.weight.to(dtype) for projection in self.joined_projections()])
 
     @property
     def active_parameters(self) -> int:
@@ -217,10 +255,21 @@ class MemoryLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
         self.check_loaded(state_dict, prefix)
+        self.folded.forget()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryLayer:
+        super()._apply(fn, recurse)
+        self.folded.forget()
+        return self
+
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "auxiliary_loss": None}  # it has a graph, which cannot be copied
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("folded", "number")}
+        return {**kept, "auxiliary_loss": None}  # it has a graph, which cannot be copied
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        self._make_helpers()
 
     def extra_repr(self) -> str:
         """Sizes, for `print(module)`."""

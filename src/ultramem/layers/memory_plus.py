@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ultramem.layers import decoding
 from ultramem.layers.initial_values import HostScheme, second_moment
 from ultramem.layers.memory_layer import rms_norm
 from ultramem.layers.product_key import ProductKeyLayer
@@ -48,9 +49,16 @@ class MemoryPlus(ProductKeyLayer):
         """Normalised queries (tokens, num_queries, key_dim)."""
         return rms_norm(super().queries(x), self.query_norm.weight, self.config.norm_eps)
 
+    def folded_parameters(self) -> list[Tensor]:
+        return [*super().folded_parameters(), self.query_norm.weight]
+
+    def query_gain(self) -> tuple[Tensor | None, float | None]:
+        """As in `ProductKeyLayer`."""
+        return self.query_norm.weight, self.config.norm_eps
+
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
         """As in `MemoryLayer`: gate and project."""
-        return self.output_proj(looked_up * F.silu(self.gate_proj(x)))
+        return decoding.apply(self.output_proj, looked_up * F.silu(decoding.apply(self.gate_proj, x)))
 
     def init_keys(self, generator: torch.Generator) -> None:
         """As in `ProductKeyLayer`, with the queries' gains."""

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ultramem.layers.decoding import Folded
 from ultramem.layers.initial_values import SIMULATED_TOKENS, HostScheme
 from ultramem.layers.memory_layer import MemoryLayer, balance_loss
+from ultramem.ops.choose_reads.grid import Grid, GridSizes
+from ultramem.ops.kernels.axis_scores import pad_keys
 from ultramem.ops.product_key_topk import product_key_topk
 from ultramem.ops.product_key_topk.naive import axis_scores
 from ultramem.ops.product_key_topk.naive import product_key_topk as product_key_topk_by_definition
@@ -60,6 +63,31 @@ class ProductKeyLayer(MemoryLayer):
             losses = [balance_loss(axis, config.top_k) for axis in axis_scores(per_axis, self.keys)]
             self.auxiliary_loss = config.balance_coef * torch.stack(losses).sum()
         return scores.softmax(-1).flatten(1).unsqueeze(-1), indices.flatten(1)
+
+    @property
+    def grid_sizes(self) -> GridSizes:
+        """As in `MemoryLayer`."""
+        k, heads = self.config.top_k, self.config.heads
+        return GridSizes(self.axis_keys, k, min(k, self.axis_keys), rank=1, heads=heads)
+
+    def folded_parameters(self) -> list[Tensor]:
+        return [*super().folded_parameters(), self.keys]
+
+    def fold(self, dtype: torch.dtype) -> Folded:
+        """As in `MemoryLayer`."""
+        gain, eps = self.query_gain()
+        keys = self.keys if gain is None else self.keys * gain
+        grid = Grid(
+            keys=pad_keys(keys.to(dtype).transpose(0, 1).unsqueeze(1)), sizes=self.grid_sizes,
+            query_steps=(1, 0, 2), norm_eps=eps, cores=None, u=None, t=None, shuffle=None,
+            window_start=int(self.window_start), window_rows=self.window_rows, table_rows=self.table.rows,
+            separate_copies=False,
+        )  # fmt: skip
+        return Folded(self.fold_projections(dtype), grid)
+
+    def query_gain(self) -> tuple[Tensor | None, float | None]:
+        """The gain of the queries' norm and its epsilon; None for both without a norm."""
+        return None, None
 
     def init_retrieval(self, scheme: HostScheme, generator: torch.Generator) -> float:
         self.init_keys(generator)

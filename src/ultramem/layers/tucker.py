@@ -13,8 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from ultramem.errors import ConfigError
 from ultramem.files.checksums import DamagedFileError
+from ultramem.layers import decoding
+from ultramem.layers.decoding import Folded
 from ultramem.layers.initial_values import SIMULATED_TOKENS, HostScheme
 from ultramem.layers.memory_layer import MemoryLayer, balance_loss, rms_norm
+from ultramem.ops.choose_reads.grid import Grid, GridSizes
+from ultramem.ops.kernels.axis_scores import pad_keys
 from ultramem.ops.tucker_topk import tucker_topk
 from ultramem.ops.tucker_topk.naive import axis_scores
 from ultramem.ops.tucker_topk.naive import tucker_topk as tucker_topk_by_definition
@@ -116,7 +120,38 @@ class TuckerMemory(MemoryLayer):
         return Reads(rows, scores, pre_input, config.pre_activation, copies, config.virtual_copies)
 
     def project(self, looked_up: Tensor, x: Tensor) -> Tensor:
-        return self.output_proj(looked_up)
+        return decoding.apply(self.output_proj, looked_up)
+
+    @property
+    def grid_sizes(self) -> GridSizes:
+        """As in `MemoryLayer`."""
+        config = self.config
+        return GridSizes(self.axis_keys, config.top_k, self.axis_top_k, config.tucker_rank, config.heads)
+
+    @property
+    def score_cores(self) -> int:
+        """As in `MemoryLayer`."""
+        return self.config.cores
+
+    def joined_projections(self) -> list[nn.Linear]:
+        return [self.query_proj] if self.pre_proj is None else [self.query_proj, self.pre_proj]
+
+    def folded_parameters(self) -> list[Tensor]:
+        own = self.keys, self.key_norm.weight, self.query_norm.weight, self.cores
+        return [*super().folded_parameters(), *own]
+
+    def fold(self, dtype: torch.dtype) -> Folded:
+        """As in `MemoryLayer`."""
+        config, wide = self.config, torch.promote_types(dtype, torch.float32)
+        cores, u, t = (part.to(wide, copy=True) for part in (self.cores, self.u, self.t))
+        grid = Grid(
+            keys=pad_keys(self.normed_keys().to(dtype).permute(1, 3, 0, 2, 4)), sizes=self.grid_sizes,
+            query_steps=(self.num_queries // 2, int(config.query_per_rank is True), 0), norm_eps=config.norm_eps,
+            cores=cores, u=u, t=t, shuffle=self.shuffle, window_start=int(self.window_start),
+            window_rows=self.window_rows, table_rows=self.table.rows,
+            separate_copies=config.value_projectors == "per_block",
+        )  # fmt: skip
+        return Folded(self.fold_projections(dtype), grid)
 
     def check_loaded(self, state: Mapping[str, Tensor], prefix: str) -> None:
         """As in `MemoryLayer`: the shuffle must be a permutation, `u` and `t` finite."""

@@ -36,8 +36,10 @@ def keep_until_it_ends(thing: object) -> None:
 
 
 def describe_contents(tensor: Tensor) -> tuple[int, int]:
-    """Address and version of a tensor. They differ after each change that PyTorch sees."""
-    return tensor.data_ptr(), tensor._version
+    """Address and version of a tensor. They differ after each change that PyTorch sees, of which tensors that were made
+    in inference mode have none.
+    """
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def accumulates(node: Any) -> bool:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers.cache_utils import StaticCache
 
 from ultramem import ConfigError, RowwiseAdamW, UltraMemError
 from ultramem.hosts.transformers import UltraMemConfig, UltraMemForCausalLM, UltraMemModel
+from ultramem.layers import decoding
 
 Make = Callable[..., UltraMemForCausalLM]
 KINDS = ("ultramem_v2", "ultramem", "memory_plus", "pkm")
@@ -192,6 +194,18 @@ def test_static_cache(kind: str, make_model: Make, tokens: Tensor) -> None:
     options = {"max_new_tokens": 6, "do_sample": False}
     dynamic = model.generate(tokens, **options)
     assert torch.equal(model.generate(tokens, cache_implementation="static", **options), dynamic)
+
+
+@kinds
+@torch.no_grad()
+def test_generation_takes_what_is_folded(kind: str, make_model: Make, tokens: Tensor) -> None:
+    model, options = make_model(kind), {"max_new_tokens": 6, "do_sample": False}
+    layer = model.memory.layers[0]
+    with patch.object(decoding.Fold, "of", autospec=True, side_effect=decoding.Fold.of) as used:
+        found = model.generate(tokens, **options)
+    assert sum(call.args[1] is layer for call in used.mock_calls) == 6
+    with patch.object(decoding, "MOST_TOKENS", 0):
+        assert torch.equal(model.generate(tokens, **options), found)
 
 
 @kinds

@@ -127,6 +127,32 @@ def test_equals_the_definition(sizes: Sizes, dtype: torch.dtype, generator: torc
     check(random_case(generator, sizes), dtype)
 
 
+@pytest.mark.parametrize("sizes", SIZES[4::2], ids=str)
+def test_many_programs(sizes: Sizes, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are enough tokens, a program makes all of a token's sum."""
+    monkeypatch.setattr(fused, "_FEW", 0)
+    check(random_case(generator, sizes), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "sizes", [Sizes(3, 9, cores=2, value_dim=330, pre_dim=70), Sizes(1, 40, 3, 600, 0, copies=4)], ids=str
+)
+def test_slices_of_a_sum(sizes: Sizes, generator: torch.Generator) -> None:
+    """Several programs for a token, also where cores meet within a slice; each reads the input where it lies."""
+    case = random_case(generator, sizes)
+    if case.reads.pre_input is not None:
+        joined = torch.cat([case.reads.pre_input, case.reads.pre_input], dim=1)
+        case.reads = case.reads._replace(pre_input=joined[:, sizes.pre_dim :])
+    check(case, torch.float32)
+    with torch.no_grad():
+        reads = case.reads._replace(scores=case.reads.scores.float())
+        if reads.pre_input is not None:
+            reads = reads._replace(pre_input=joined.float()[:, sizes.pre_dim :])
+        tables = (None if part is None else part.float() for part in (case.values, case.pre_values))
+        found = weighted_lookup(reads, *tables)
+    assert_near(found, case.run(naive.weighted_lookup), 1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(

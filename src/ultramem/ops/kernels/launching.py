@@ -16,6 +16,9 @@ class Launcher:
 
     Triton inspects all arguments at every launch for the properties that a kernel is specialised for: 16-byte
     alignment, integers that are 1 or multiples of 16. Here integers are compared by value, which is less work.
+
+    A kernel with a constant `OVERLAPS` that is true begins with `wait_for_others`: the GPU starts it before the kernels
+    before it have ended (programmatic dependent launch).
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -41,7 +44,8 @@ class Launcher:
             if len(self._compiled) == _MOST_KEPT:
                 self._compiled.clear()
             assert self.kernel.arg_names[len(arguments) :] == [*constants]
-            self._compiled[key] = self.kernel[grid](*arguments, **constants, num_warps=num_warps)
+            overlaps = {"launch_pdl": True} if constants.get("OVERLAPS") else {}
+            self._compiled[key] = self.kernel[grid](*arguments, **constants, num_warps=num_warps, **overlaps)
         else:
             compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values())
 

@@ -67,9 +67,13 @@ class FusedOperator:
         self._function: Any = type(name, (torch.autograd.Function,), static)
 
     def __call__(self, *args: Any) -> Any:
-        plain = type(args[0]) in (Tensor, torch.nn.Parameter)
-        seen = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not plain
-        return self._operator(*args) if seen else self._function.apply(*args)
+        return self._operator(*args) if seen_by_compilers(args[0]) else self._function.apply(*args)
+
+
+def seen_by_compilers(tensor: Tensor) -> bool:
+    """Whether a compiler or dispatch mode, or the kind of tensor itself, sees the operators that are called with it."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not plain
 
 
 # Operators take only tensors and plain values: Python objects go by number.

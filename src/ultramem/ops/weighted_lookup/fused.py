@@ -12,14 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ultramem.ops.backend import autocast_dtype, can_run_kernels
-from ultramem.ops.kernels.launching import Launcher, next_power_of_2
+from ultramem.ops.kernels.launching import Launcher, ceil_div, next_power_of_2
 from ultramem.ops.kernels.operators import FusedOperator, find
+from ultramem.ops.kernels.overlapping import can_overlap, wait_for_others
 from ultramem.ops.weighted_lookup.reads import Products, Reads
 from ultramem.ops.weighted_lookup.table_gradient import table_gradients
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Widest rows that one program holds several of in registers.
 _MAX_WIDTH = 4096
+_MULTIPROCESSORS = 132  # of a GPU, to be kept busy
+_FEW = 8 * _MULTIPROCESSORS  # programs that are too few to hide each other's waiting
 _ACTIVATIONS = (None, "gelu", "silu")  # of `_activation` and its gradient
 
 
@@ -71,7 +74,9 @@ def weighted_lookup(
     if link is not None:
         values, pre_values = values.detach(), None if pre_values is None else pre_values.detach()
     rows, scores = reads.rows.contiguous(), reads.scores.float().contiguous()
-    pre_input = None if reads.pre_input is None else reads.pre_input.to(dtype).contiguous()
+    pre_input = None if reads.pre_input is None else reads.pre_input.to(dtype)
+    if pre_input is not None and pre_input.stride(1) != 1:
+        pre_input = pre_input.contiguous()
     copies = None if reads.virtual_copies is None else reads.virtual_copies.contiguous()
     prepared = rows, scores, pre_input, reads.pre_activation, copies, reads.sums
     result: Tensor = _weighted_lookup(*prepared, values, pre_values, link, numbers, dtype)
@@ -110,17 +115,19 @@ def _load_rows(table, stride, rows, columns, mask, WIDTH: tl.constexpr):
 @Launcher
 @triton.jit
 def _lookup_kernel(
-    scores, rows, copies, values, value_stride, pre_values, pre_stride, pre_input, output,
+    scores, rows, copies, values, value_stride, pre_values, pre_stride, pre_input, input_stride, output,
     HAS_COPIES: tl.constexpr, ACTIVATION: tl.constexpr, K: tl.constexpr, CORES: tl.constexpr,
     VALUE_DIM: tl.constexpr, PRE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """One token's sum, of one virtual copy if these are kept apart."""
+    """A slice of one token's sum, of one virtual copy if these are kept apart."""
+    wait_for_others(OVERLAPS)
     token, copy = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    columns, pre_columns = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_P)
+    columns, pre_columns = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_P)
     if PRE_DIM > 0:
-        x = tl.load(pre_input + token * PRE_DIM + pre_columns, pre_columns < PRE_DIM, 0.0).to(tl.float32)
+        x = tl.load(pre_input + token * input_stride + pre_columns, pre_columns < PRE_DIM, 0.0).to(tl.float32)
     total = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         reads = start + tl.arange(0, BLOCK_K)
         mask = reads < K
         row = tl.load(rows + token * K + reads, mask, 0)
@@ -212,6 +219,21 @@ def _sizes(k: int, cores: int, value_dim: int, pre_dim: int, *, backward: bool) 
     }
 
 
+@lru_cache
+def _few_sizes(k: int, cores: int, value_dim: int, pre_dim: int, programs: int) -> dict[str, int]:
+    """Compile-time sizes of a forward pass that would have few programs, in which waiting for rows takes the time.
+
+    Values are cut into slices until programs fill a GPU; each reads all pre-values, of which most then come from the
+    cache. Several warps have as many loads under way as fit.
+    """
+    block_v, block_p = (next_power_of_2(max(width, 1)) for width in (value_dim, pre_dim))
+    while block_v > 64 and programs * ceil_div(value_dim, block_v) < 2 * _MULTIPROCESSORS:
+        block_v //= 2
+    block_k = min(next_power_of_2(k), 1 << (16384 // (block_v + block_p)).bit_length() - 1)
+    sizes = _sizes(k, cores, value_dim, pre_dim, backward=False)
+    return sizes | {"BLOCK_K": block_k, "BLOCK_V": block_v, "STAGES": 4, "num_warps": 8}
+
+
 _READS = "Tensor rows, Tensor scores, Tensor? pre_input, str? pre_activation, Tensor? copies, int num_copies"
 _TABLE = "Tensor values, Tensor? pre_values"
 
@@ -230,12 +252,17 @@ def _forward(*inputs: Any) -> Tensor:
     reads, (values, pre_values, _, numbers, dtype) = Reads(*inputs[:6]), inputs[6:]
     output = _fake(*inputs)
     tokens, k, cores = reads.scores.shape
+    programs, widths = tokens * reads.num_virtual_copies, (values.shape[1], _width(reads.pre_input))
+    if programs <= _FEW:
+        sizes = _few_sizes(k, cores, *widths, programs) | {"OVERLAPS": can_overlap(values.device)}
+    else:
+        sizes = _sizes(k, cores, *widths, backward=False) | {"STAGES": 1, "OVERLAPS": False}
     if tokens:
         _lookup_kernel(
-            (tokens, reads.num_virtual_copies), reads.scores, reads.rows, reads.virtual_copies,
-            *_tables(numbers, values, pre_values, dtype), reads.pre_input, output,
-            HAS_COPIES=reads.virtual_copies is not None, ACTIVATION=reads.pre_activation or "",
-            **_sizes(k, cores, values.shape[1], _width(reads.pre_input), backward=False),
+            (tokens, reads.num_virtual_copies, ceil_div(widths[0], sizes["BLOCK_V"])), reads.scores, reads.rows,
+            reads.virtual_copies, *_tables(numbers, values, pre_values, dtype), reads.pre_input,
+            0 if reads.pre_input is None else reads.pre_input.stride(0), output,
+            HAS_COPIES=reads.virtual_copies is not None, ACTIVATION=reads.pre_activation or "", **sizes,
         )  # fmt: skip
     return output
 
@@ -253,6 +280,8 @@ def _width(pre_input: Tensor | None) -> int:
 def _backward(gradient: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     """Gradients of scores, pre-value input, values, pre-values and link; None where none is wanted."""
     reads, (values, pre_values, numbers, has_link, needs) = Reads(*inputs[:6]), inputs[6:]
+    if reads.pre_input is not None:
+        reads = reads._replace(pre_input=reads.pre_input.contiguous())
     tokens, k, cores = reads.scores.shape
     score_gradients, weights = torch.empty_like(reads.scores), torch.empty_like(reads.scores)
     input_gradients = None if reads.pre_input is None else torch.empty_like(reads.pre_input)
