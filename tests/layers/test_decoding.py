@@ -227,6 +227,18 @@ def test_when_the_ordinary_path_is_taken() -> None:
     assert made == [layer]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_an_adapted_output_projection(backend: Any, device: torch.device) -> None:
+    layer, x = build("memory_plus").to(device).layers[0], tokens(2).to(device)
+    with use_backend(backend):
+        before = layer(x)
+        weight = layer.output_proj.weight
+        layer.output_proj = Doubled(*weight.T.shape, bias=False)
+        layer.output_proj.weight = weight
+        torch.testing.assert_close(layer(x), 2 * before)
+
+
 @torch.no_grad()
 def test_observers_see_the_reads() -> None:
     layer, x, seen = build("ultramem").layers[0], tokens(3), []

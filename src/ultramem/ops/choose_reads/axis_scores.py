@@ -51,7 +51,8 @@ def axis_scores(queries: Tensor, grid: Grid) -> Tensor:
     tokens, _, key_dim = queries.shape
     scores = queries.new_empty((*grid.keys.shape[:3], tokens, grid.keys.shape[3]))
     block_t = min(max(next_power_of_2(tokens), 16), 64)
-    block_n, block_d = 32, min(max(next_power_of_2(key_dim), 16), 256 // queries.element_size())
+    block_n, step_bytes = 32, 256 if block_t < 64 else 128  # of a key: three steps fit into the shared memory
+    block_d = min(max(next_power_of_2(key_dim), 16), step_bytes // queries.element_size())
     _scores_kernel(
         (ceil_div(grid.keys.shape[3], block_n), 2 * grid.sizes.rank * grid.sizes.heads, ceil_div(tokens, block_t)),
         queries, queries.stride(0), *grid.query_steps, grid.keys, scores, tokens, grid.keys.shape[3],

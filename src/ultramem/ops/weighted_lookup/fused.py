@@ -23,6 +23,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_WIDTH = 4096
 _MULTIPROCESSORS = 132  # of a GPU, to be kept busy
 _FEW = 8 * _MULTIPROCESSORS  # programs that are too few to hide each other's waiting
+_STEP_BYTES = 2**15  # of rows that are loaded at once; three steps fit into any GPU's shared memory
 _ACTIVATIONS = (None, "gelu", "silu")  # of `_activation` and its gradient
 
 
@@ -220,7 +221,7 @@ def _sizes(k: int, cores: int, value_dim: int, pre_dim: int, *, backward: bool) 
 
 
 @lru_cache
-def _few_sizes(k: int, cores: int, value_dim: int, pre_dim: int, programs: int) -> dict[str, int]:
+def _few_sizes(k: int, cores: int, value_dim: int, pre_dim: int, programs: int, item_bytes: int) -> dict[str, int]:
     """Compile-time sizes of a forward pass that would have few programs, in which waiting for rows takes the time.
 
     Values are cut into slices until programs fill a GPU; each reads all pre-values, of which most then come from the
@@ -229,7 +230,8 @@ def _few_sizes(k: int, cores: int, value_dim: int, pre_dim: int, programs: int) 
     block_v, block_p = (next_power_of_2(max(width, 1)) for width in (value_dim, pre_dim))
     while block_v > 64 and programs * ceil_div(value_dim, block_v) < 2 * _MULTIPROCESSORS:
         block_v //= 2
-    block_k = min(next_power_of_2(k), 1 << (16384 // (block_v + block_p)).bit_length() - 1)
+    rows = max(_STEP_BYTES // (item_bytes * (block_v + block_p)), 1)
+    block_k = min(next_power_of_2(k), 1 << rows.bit_length() - 1)
     sizes = _sizes(k, cores, value_dim, pre_dim, backward=False)
     return sizes | {"BLOCK_K": block_k, "BLOCK_V": block_v, "STAGES": 4, "num_warps": 8}
 
@@ -254,7 +256,7 @@ def _forward(*inputs: Any) -> Tensor:
     tokens, k, cores = reads.scores.shape
     programs, widths = tokens * reads.num_virtual_copies, (values.shape[1], _width(reads.pre_input))
     if programs <= _FEW:
-        sizes = _few_sizes(k, cores, *widths, programs) | {"OVERLAPS": can_overlap(values.device)}
+        sizes = _few_sizes(k, cores, *widths, programs, dtype.itemsize) | {"OVERLAPS": can_overlap(values.device)}
     else:
         sizes = _sizes(k, cores, *widths, backward=False) | {"STAGES": 1, "OVERLAPS": False}
     if tokens:
