@@ -43,6 +43,7 @@ from ultramem import Memory
 from ultramem.cli.border import run_command
 from ultramem.hosts.olmo_core import MoEConfig
 from ultramem.layers import MemoryLayer, decoding
+from ultramem.ops import use_backend
 from ultramem.ops.choose_reads import choose_reads
 from ultramem.ops.linear import linear
 
@@ -138,11 +139,13 @@ def measure_memory(result: Result, memory: Memory) -> None:
     weights = sum(_bytes(layer) for layer in layers) / len(layers)
     label = f"{result.shape}, {tokens}"
     record = partial(measure, inputs=inputs)
-    result.rows[MEMORY] = record(f"{label}: {MEMORY}", layers, least=weights + read * tokens * DTYPE.itemsize)
+    with use_backend("fused" if inputs[0].is_cuda else "auto"):
+        result.rows[MEMORY] = record(f"{label}: {MEMORY}", layers, least=weights + read * tokens * DTYPE.itemsize)
     with patch.multiple(decoding, decodes=lambda *_: False, apply=lambda module, x: module(x)):
         result.rows[ORDINARY] = record(f"{label}: {ORDINARY}", layers)
-    for name, parts in parts_of(layers, inputs).items():
-        result.rows[name] = record(f"{label}: {name}", parts)
+    with use_backend("fused" if inputs[0].is_cuda else "auto"):
+        for name, parts in parts_of(layers, inputs).items():
+            result.rows[name] = record(f"{label}: {name}", parts)
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from ultramem.runs.layout import THROUGHPUT
 from ultramem.training import train
 from ultramem.training.graphs import GraphedPasses
 
@@ -36,7 +35,7 @@ def both(make_config, metrics_of, system, change=lambda config: config, **option
         config = change(make_config(system, f"graphs-{graphs}", cuda_graphs=graphs, deterministic=True, **options))
         train(config)
         metrics = metrics_of(config.trainer.directory)
-        found.append({step: {n: v for n, v in of.items() if n != THROUGHPUT} for step, of in metrics.items()})
+        found.append({step: {n: v for n, v in of.items() if "throughput" not in n} for step, of in metrics.items()})
     return found
 
 

@@ -1,7 +1,8 @@
 """Few tokens without gradients, as in decoding: what depends on parameters alone is computed once, not for each token.
 
-A layer decodes by itself in evaluation mode, without gradients, up to `MOST_TOKENS` tokens at once. Its `Fold` keeps
-what it needs for that. To compilers `choose` is one operator: they see neither what is folded nor when.
+A layer decodes by itself in evaluation mode, without gradients, up to `MOST_TOKENS` tokens at once; on GPUs for now
+only with the backend `fused`. Its `Fold` keeps what it needs for that. To compilers `choose` is one operator: they see
+neither what is folded nor when.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ultramem.ops.backend import autocast_dtype
+from ultramem.ops.backend import autocast_dtype, kernels_are_demanded
 from ultramem.ops.choose_reads import choose_reads, is_fast
 from ultramem.ops.choose_reads.grid import Grid
 from ultramem.ops.kernels.operators import find, seen_by_compilers
@@ -115,7 +116,8 @@ def decodes(layer: MemoryLayer, x: Tensor) -> bool:
     """
     weight = layer.query_proj.weight
     return (
-        _computes_at_once(x)
+        (not x.is_cuda or kernels_are_demanded())
+        and _computes_at_once(x)
         and 0 < x.shape[0] <= MOST_TOKENS
         and not layer.training
         and layer.query_conv is None
@@ -142,7 +144,13 @@ def apply(module: nn.Linear, x: Tensor) -> Tensor:
     """The linear map of x (tokens, d), by the kernel for few tokens where there is one and no gradient is wanted."""
     weight = module.weight
     alike = type(weight) is nn.Parameter and (weight.dtype, weight.device) == (x.dtype, x.device)
-    takes = alike and _computes_at_once(x) and _is_plain(module) and module.bias is None
+    takes = (
+        (not x.is_cuda or kernels_are_demanded())
+        and alike
+        and _computes_at_once(x)
+        and _is_plain(module)
+        and module.bias is None
+    )
     result: Tensor = linear(x, weight) if takes else module(x)
     return result
 

@@ -48,6 +48,11 @@ def can_run_kernels(tensor: Tensor) -> bool:
     return HAS_KERNELS and (tensor.is_cuda or interpreted)
 
 
+def kernels_are_demanded() -> bool:
+    """Whether the backend is `fused`. On GPUs kernels whose tests have not all passed there need it."""
+    return _backend == "fused"
+
+
 def takes_kernels(operation: str, supported: bool) -> bool:
     """Whether an operation, by name, uses its kernels: if they support its arguments, unless the backend is `naive`.
 

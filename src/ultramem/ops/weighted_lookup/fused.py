@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ultramem.ops.backend import autocast_dtype, can_run_kernels
+from ultramem.ops.backend import autocast_dtype, can_run_kernels, kernels_are_demanded
 from ultramem.ops.kernels.launching import Launcher, ceil_div, next_power_of_2
 from ultramem.ops.kernels.operators import FusedOperator, find
 from ultramem.ops.kernels.overlapping import can_overlap, wait_for_others
@@ -255,7 +255,7 @@ def _forward(*inputs: Any) -> Tensor:
     output = _fake(*inputs)
     tokens, k, cores = reads.scores.shape
     programs, widths = tokens * reads.num_virtual_copies, (values.shape[1], _width(reads.pre_input))
-    if programs <= _FEW:
+    if programs <= _FEW and kernels_are_demanded():
         sizes = _few_sizes(k, cores, *widths, programs, dtype.itemsize) | {"OVERLAPS": can_overlap(values.device)}
     else:
         sizes = _sizes(k, cores, *widths, backward=False) | {"STAGES": 1, "OVERLAPS": False}
