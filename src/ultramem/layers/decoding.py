@@ -113,15 +113,14 @@ def decodes(layer: MemoryLayer, x: Tensor) -> bool:
     It does not where other modules or tensors stand in for its own, as adapters and shards do; nor in a program that is
     to take any number of tokens.
     """
-    weight = layer.query_proj.weight
     return (
         _computes_at_once(x)
         and 0 < x.shape[0] <= MOST_TOKENS
         and not layer.training
         and layer.query_conv is None
         and layer.grid_sizes is not None
-        and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
         and all(_is_plain(linear) for linear in layer.joined_projections())
+        and (x.dtype == layer.query_proj.weight.dtype or torch.is_autocast_enabled(x.device.type))
         and all(type(part) is nn.Parameter and part.device == x.device for part in layer.folded_parameters())
         and is_fast(x, _computing_dtype(x), layer.grid_sizes)
     )
@@ -140,10 +139,14 @@ def choose(layer: MemoryLayer, x: Tensor) -> Reads:
 
 def apply(module: nn.Linear, x: Tensor) -> Tensor:
     """The linear map of x (tokens, d), by the kernel for few tokens where there is one and no gradient is wanted."""
-    weight = module.weight
-    alike = type(weight) is nn.Parameter and (weight.dtype, weight.device) == (x.dtype, x.device)
-    takes = alike and _computes_at_once(x) and _is_plain(module) and module.bias is None
-    result: Tensor = linear(x, weight) if takes else module(x)
+    takes = (
+        _computes_at_once(x)
+        and _is_plain(module)
+        and type(module.weight) is nn.Parameter
+        and (module.weight.dtype, module.weight.device) == (x.dtype, x.device)
+        and module.bias is None
+    )
+    result: Tensor = linear(x, module.weight) if takes else module(x)
     return result
 
 
