@@ -220,6 +220,8 @@ def test_when_the_ordinary_path_is_taken() -> None:
             build("ultramem_v2", query_conv=2).layers[0](x.unsqueeze(0))
             plain, layer.query_proj = layer.query_proj, Doubled(D_MODEL, layer.query_proj.out_features, bias=False)
             layer(x)
+            layer.query_proj = nn.Sequential(plain)  # has no weight itself
+            layer(x)
             layer.query_proj = plain
             torch.func.functional_call(layer, {"keys": layer.keys.detach() * 2}, x)
             assert not made

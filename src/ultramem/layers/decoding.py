@@ -114,16 +114,14 @@ def decodes(layer: MemoryLayer, x: Tensor) -> bool:
     It does not where other modules or tensors stand in for its own, as adapters and shards do; nor in a program that is
     to take any number of tokens.
     """
-    weight = layer.query_proj.weight
     return (
-        (not x.is_cuda or kernels_are_demanded())
-        and _computes_at_once(x)
+        _computes_at_once(x)
         and 0 < x.shape[0] <= MOST_TOKENS
         and not layer.training
         and layer.query_conv is None
         and layer.grid_sizes is not None
-        and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
         and all(_is_plain(linear) for linear in layer.joined_projections())
+        and (x.dtype == layer.query_proj.weight.dtype or torch.is_autocast_enabled(x.device.type))
         and all(type(part) is nn.Parameter and part.device == x.device for part in layer.folded_parameters())
         and is_fast(x, _computing_dtype(x), layer.grid_sizes)
     )
@@ -142,22 +140,22 @@ def choose(layer: MemoryLayer, x: Tensor) -> Reads:
 
 def apply(module: nn.Linear, x: Tensor) -> Tensor:
     """The linear map of x (tokens, d), by the kernel for few tokens where there is one and no gradient is wanted."""
-    weight = module.weight
-    alike = type(weight) is nn.Parameter and (weight.dtype, weight.device) == (x.dtype, x.device)
     takes = (
-        (not x.is_cuda or kernels_are_demanded())
-        and alike
-        and _computes_at_once(x)
+        _computes_at_once(x)
         and _is_plain(module)
+        and type(module.weight) is nn.Parameter
+        and (module.weight.dtype, module.weight.device) == (x.dtype, x.device)
         and module.bias is None
     )
-    result: Tensor = linear(x, weight) if takes else module(x)
+    result: Tensor = linear(x, module.weight) if takes else module(x)
     return result
 
 
 def _computes_at_once(x: Tensor) -> bool:
     """Whether what is computed with x is neither recorded for gradients nor for other numbers of tokens."""
     if torch.is_grad_enabled() or torch.compiler.is_exporting() or x.is_meta:
+        return False
+    if x.is_cuda and not kernels_are_demanded():  # until all of their tests have passed on a GPU
         return False
     return torch.compiler.is_compiling() or not (torch.jit.is_tracing() or seen_by_compilers(x))  # type: ignore[attr-defined]
 

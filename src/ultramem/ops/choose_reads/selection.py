@@ -14,7 +14,7 @@ from torch import Tensor
 from ultramem.ops.choose_reads.grid import Grid
 from ultramem.ops.kernels.launching import Launcher, next_power_of_2
 from ultramem.ops.kernels.overlapping import can_overlap, wait_for_others
-from ultramem.ops.kernels.selection import LIMIT, find_threshold, finite
+from ultramem.ops.kernels.selection import LIMIT, distance, find_threshold, finite, from_ordered, next_probe, to_ordered
 
 MOST_CANDIDATES = 128  # whose grid the registers hold
 
@@ -25,10 +25,53 @@ def _count(probe, numbers):
 
 
 @triton.jit
-def _places(numbers, low, k):
-    """Places from 0 to k - 1 for the best k numbers, row by row; k for others. At least k numbers reach `low`."""
-    count_low = _count(low, numbers)
-    low, high, count_high = find_threshold(_count, (numbers,), low, tl.max(numbers), count_low, k, k, 1)
+def _count_both(first_probe, second_probe, first, second):
+    """How many of the first and of the second numbers reach their probes, by one sum: that is what takes the time."""
+    marks = (first >= first_probe).to(tl.int32) + ((second >= second_probe).to(tl.int32) << 16)
+    counts = tl.sum(marks)
+    return counts & 65535, counts >> 16
+
+
+@triton.jit
+def _narrowed(is_open, probe, count, low, high, count_low, count_high, k):
+    """The bounds of an open search after a probe; those of another stay."""
+    raised, lowered = is_open & (count >= k), is_open & (count < k)
+    low, count_low = tl.where(raised, probe, low), tl.where(raised, count, count_low)
+    high, count_high = tl.where(lowered, probe, high), tl.where(lowered, count, count_high)
+    return low, high, count_low, count_high
+
+
+@triton.jit
+def _find_both(first, second, low_1, low_2, k):
+    """Two searches for the best k numbers at once, each as `find_threshold`; its three results for each."""
+    high_1, high_2 = from_ordered(to_ordered(tl.max(first)) + 1), from_ordered(to_ordered(tl.max(second)) + 1)
+    count_low_1, count_low_2 = _count_both(low_1, low_2, first, second)
+    count_high_1, count_high_2 = count_low_1 * 0, count_low_2 * 0
+    open_1 = (count_low_1 > k) & (distance(low_1, high_1) > 1)
+    open_2 = (count_low_2 > k) & (distance(low_2, high_2) > 1)
+    passes = 0
+    while open_1 | open_2:
+        probe_1 = next_probe(low_1, high_1, count_low_1, count_high_1, k, passes, 1)
+        probe_2 = next_probe(low_2, high_2, count_low_2, count_high_2, k, passes, 1)
+        count_1, count_2 = _count_both(probe_1, probe_2, first, second)
+        low_1, high_1, count_low_1, count_high_1 = _narrowed(
+            open_1, probe_1, count_1, low_1, high_1, count_low_1, count_high_1, k
+        )
+        low_2, high_2, count_low_2, count_high_2 = _narrowed(
+            open_2, probe_2, count_2, low_2, high_2, count_low_2, count_high_2, k
+        )
+        open_1 = (count_low_1 > k) & (distance(low_1, high_1) > 1)
+        open_2 = (count_low_2 > k) & (distance(low_2, high_2) > 1)
+        passes += 1
+    exact_1, exact_2 = count_low_1 == k, count_low_2 == k
+    high_1, count_high_1 = tl.where(exact_1, low_1, high_1), tl.where(exact_1, k, count_high_1)
+    high_2, count_high_2 = tl.where(exact_2, low_2, high_2), tl.where(exact_2, k, count_high_2)
+    return low_1, high_1, count_high_1, low_2, high_2, count_high_2
+
+
+@triton.jit
+def _places(numbers, low, high, count_high, k):
+    """Places from 0 to k - 1 for the best k numbers, row by row; k for others. The bounds are of `find_threshold`."""
     best, tied = numbers >= high, (numbers >= low) & (numbers < high)
     marks = best.to(tl.int32) + (tied.to(tl.int32) << 16)  # one scan for both: neither fills 16 bits
     of_rows = tl.sum(marks, axis=1)
@@ -44,24 +87,49 @@ def _lowest(best):
 
 
 @triton.jit
-def _choose_keys(
-    scores, rank_stride, directions, num_keys, k, chosen, chosen_scores,
+def _load_axis(
+    scores, rank_stride, directions, num_keys,
     RANK: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write the best k keys of an axis, and their scores in all ranks, in any order."""
+    """The scores of an axis' keys, row by row, summed over ranks with the direction's weights; -inf beyond the last."""
     key = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = key < num_keys
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for rank in tl.static_range(RANK):
         weight = tl.load(directions + rank) if WEIGHTED else 1.0
         total += weight * tl.load(scores + rank * rank_stride + key, mask, 0.0).to(tl.float32)
-    total = tl.where(mask, finite(total), -float("inf"))
-    # Each column has a key, or each key a column: k numbers or more reach the lowest of their maxima.
-    place = _places(total, _lowest(tl.max(total, axis=0)), k)
+    return tl.where(mask, finite(total), -float("inf"))
+
+
+@triton.jit
+def _write_keys(
+    place, scores, rank_stride, k, chosen, chosen_scores,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Write the keys that have a place below k, and their scores in all ranks."""
+    key = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     tl.store(chosen + place, key, place < k)
     for rank in tl.static_range(RANK):
         score = tl.load(scores + rank * rank_stride + key, place < k, 0.0)
         tl.store(chosen_scores + rank * k + place, score.to(tl.float32), place < k)
+
+
+@triton.jit
+def _choose_keys(
+    scores, axis_stride, rank_stride, u, t, num_keys, k, chosen, chosen_scores,
+    RANK: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Write the best k keys of both axes, in any order."""
+    columns = scores + axis_stride
+    first = _load_axis(scores, rank_stride, u, num_keys, RANK, WEIGHTED, ROWS, COLUMNS)
+    second = _load_axis(columns, rank_stride, t, num_keys, RANK, WEIGHTED, ROWS, COLUMNS)
+    # Each column has a key, or each key a column: k numbers or more reach the lowest of their maxima.
+    low_1, low_2 = _lowest(tl.max(first, axis=0)), _lowest(tl.max(second, axis=0))
+    low_1, high_1, count_high_1, low_2, high_2, count_high_2 = _find_both(first, second, low_1, low_2, k)
+    place = _places(first, low_1, high_1, count_high_1, k)
+    _write_keys(place, scores, rank_stride, k, chosen, chosen_scores, RANK, ROWS, COLUMNS)
+    place = _places(second, low_2, high_2, count_high_2, k)
+    _write_keys(place, columns, rank_stride, k, chosen + k, chosen_scores + RANK * k, RANK, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -126,20 +194,21 @@ def _selection_kernel(
     axis_scores += token * token_stride + head * head_stride
     chosen += program * 2 * candidates
     chosen_scores += program * 2 * RANK * candidates
-    for axis in tl.static_range(2):
-        directions = u
-        if WEIGHTED:
-            directions = (u if axis == 0 else t) + head * RANK
-        _choose_keys(
-            axis_scores + axis * axis_stride, rank_stride, directions, num_keys, candidates, chosen + axis * candidates,
-            chosen_scores + axis * RANK * candidates, RANK, WEIGHTED, ROWS, COLUMNS,
-        )  # fmt: skip
+    if WEIGHTED:
+        u += head * RANK
+        t += head * RANK
+    _choose_keys(
+        axis_scores, axis_stride, rank_stride, u, t, num_keys, candidates, chosen, chosen_scores,
+        RANK, WEIGHTED, ROWS, COLUMNS,
+    )  # fmt: skip
     tl.debug_barrier()
 
     columns = chosen_scores + RANK * candidates
     cells = _cells(chosen_scores, columns, cores, head, heads, candidates, RANK, WEIGHTED, CORES, BLOCK_C)
     low = _lowest(cells) if MORE_CELLS else _lowest(tl.max(cells, axis=0))
-    place = _places(cells, low, k)
+    count_low = _count(low, cells)
+    low, high, count_high = find_threshold(_count, (cells,), low, tl.max(cells), count_low, k, k, 1)
+    place = _places(cells, low, high, count_high, k)
     number = tl.arange(0, BLOCK_C)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     cell_numbers += program * k
     tl.store(cell_numbers + place, number, place < k)

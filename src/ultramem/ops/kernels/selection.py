@@ -28,12 +28,12 @@ def to_ordered(x):
 
 
 @triton.jit
-def _from_ordered(image):
+def from_ordered(image):
     return (image ^ ((image >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _distance(low, high):
+def distance(low, high):
     """Of the integer images; without a sign, it cannot overflow."""
     return to_ordered(high).to(tl.uint32, bitcast=True) - to_ordered(low).to(tl.uint32, bitcast=True)
 
@@ -45,7 +45,7 @@ def _logarithm(x):
 
 
 @triton.jit
-def _next_probe(low, high, count_low, count_high, k, passes, STEP: tl.constexpr):
+def next_probe(low, high, count_low, count_high, k, passes, STEP: tl.constexpr):
     """A threshold strictly between `low` and `high`, where the count that reaches it may be k.
 
     The logarithm of the count is nearly linear in the threshold: interpolation halves the passes of bisection. From
@@ -58,10 +58,10 @@ def _next_probe(low, high, count_low, count_high, k, passes, STEP: tl.constexpr)
     if passes < 12:
         image = to_ordered(low + (high - low) * tl.minimum(tl.maximum(share, 0.02), 0.98))
     else:
-        image = image_low + (_distance(low, high) // 2).to(tl.int32)
+        image = image_low + (distance(low, high) // 2).to(tl.int32)
     if STEP > 1:
         image = image // STEP * STEP
-    return _from_ordered(tl.minimum(tl.maximum(image, image_low + STEP), image_high - STEP))
+    return from_ordered(tl.minimum(tl.maximum(image, image_low + STEP), image_high - STEP))
 
 
 @triton.jit
@@ -81,11 +81,11 @@ def find_threshold(count_reaching: tl.constexpr, numbers, low, highest, count_lo
     Returns the raised `low`; `high`; how many numbers reach `high`, at most k. If `enough` is k, these are the best,
     and together with any others that reach `low`, which are all equal, the best k.
     """
-    high = _from_ordered(to_ordered(highest) + STEP)
+    high = from_ordered(to_ordered(highest) + STEP)
     count_high = 0
     passes = 0
-    while (count_low > enough) & (_distance(low, high) > STEP):
-        probe = _next_probe(low, high, count_low, count_high, k, passes, STEP)
+    while (count_low > enough) & (distance(low, high) > STEP):
+        probe = next_probe(low, high, count_low, count_high, k, passes, STEP)
         count = count_reaching(probe, *numbers)
         reached = count >= k
         low, count_low = tl.where(reached, probe, low), tl.where(reached, count, count_low)
