@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ultramem.ops.backend import HAS_KERNELS, takes_kernels
 from ultramem.ops.kernels.operators import register
+from ultramem.ops.weighted_lookup import bags
 from ultramem.ops.weighted_lookup.reads import Products, Reads
 from ultramem.tables.computing_copy import ComputingCopy
 from ultramem.tables.filling import normal
@@ -55,9 +56,17 @@ class TrainableTable(Table):
     def lookup(self, reads: Reads) -> Tensor:
         """As of `Table`; with kernels computed and returned in autocast's dtype where that is on."""
         if not takes_kernels("weighted_lookup", HAS_KERNELS and fused.supports(reads, self.values, self.pre_values)):
+            if takes_kernels("weighted_lookup", bags.supports(reads, self.values, self.pre_values)):
+                return bags.weighted_lookup(reads, *self._sources())
             return super().lookup(reads)
         link = self._link.get(self.values, self.pre_values)
         return fused.weighted_lookup(reads, self.values, self.pre_values, link=link, numbers=self._numbers)
+
+    def _sources(self) -> tuple[bags.Source, bags.Source | None]:
+        """Values and pre-values, whose gradients are added up in the accumulator."""
+        link = self._link.get(self.values, self.pre_values)
+        values = self._accumulator.source(0, self.values, link)
+        return values, None if self.pre_values is None else self._accumulator.source(1, self.pre_values, link)
 
     def gather(self, rows: Tensor, *, pre_values: bool) -> tuple[Tensor, Tensor | None]:
         link = self._link.get(self.values, self.pre_values)
