@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ultramem import device
-from ultramem.device import check_memory, total_memory
+from ultramem.device import check_memory, keep_freed_memory, total_memory
 from ultramem.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -34,3 +35,17 @@ def test_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert total_memory(CPU) == pytest.approx(1024 * kilobytes, rel=0.01)
     monkeypatch.setattr(Path, "read_text", lambda path: "1000000\n")
     assert total_memory(CPU) == 1_000_000
+
+
+def test_freed_memory_is_kept_where_the_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    library = SimpleNamespace(mallopt=lambda option, value: asked.append((option, value)))
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(device.sys, "platform", "linux")
+    keep_freed_memory()
+    assert asked == [(-4, 0), (-1, -1)]
+    del library.mallopt  # musl
+    keep_freed_memory()
+    monkeypatch.setattr(device.sys, "platform", "darwin")
+    keep_freed_memory()
+    assert len(asked) == 2

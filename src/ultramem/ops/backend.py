@@ -53,6 +53,12 @@ def kernels_are_demanded() -> bool:
     return _backend == "fused"
 
 
+def runs_now_on_cpu(tensor: Tensor) -> bool:
+    """Whether what is done with a tensor is done at once, on a CPU: not while a program is traced or compiled."""
+    with_contents = type(tensor) is Tensor and tensor.device.type == "cpu"
+    return with_contents and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
 def takes_kernels(operation: str, supported: bool) -> bool:
     """Whether an operation, by name, uses its kernels: if they support its arguments, unless the backend is `naive`.
 

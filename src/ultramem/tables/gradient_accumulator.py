@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -12,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ultramem.errors import UltraMemError
 from ultramem.ops.backend import HAS_KERNELS
+from ultramem.ops.weighted_lookup import bags
 from ultramem.ops.weighted_lookup.reads import Products
 from ultramem.tables.torch_internals import (
     NO_BACKWARD_PASS,
@@ -23,6 +25,11 @@ from ultramem.tables.torch_internals import (
 
 if HAS_KERNELS:
     from ultramem.ops.weighted_lookup.table_gradient import table_gradients
+
+_CONSTANT = (
+    "create_graph=True: a table's gradient cannot be differentiated again; freeze the table, or use "
+    "ultramem.ops.weighted_lookup"
+)
 
 
 class GradientAccumulator:
@@ -54,12 +61,22 @@ class GradientAccumulator:
 
     def add_rows(self, which: int, table: Tensor, rows: Tensor, gradient: Tensor) -> None:
         """Add `gradient` (*rows.shape, dim) to the gradients of the values' (0) or pre-values' (1) rows."""
-        sums = self._current().sums
-        total = sums[which]
-        if total is None:
-            dtype = torch.promote_types(table.dtype, torch.float32)
-            total = sums[which] = torch.zeros_like(table, dtype=dtype)
+        total = self._total(which, table)
         total.index_add_(0, rows.flatten(), gradient.flatten(0, -2).to(total.dtype))
+
+    def source(self, which: int, table: Tensor, link: Tensor | None) -> bags.Source:
+        """Values (0) or pre-values (1) for a lookup in bags, which leaves here what it knows if there is a link."""
+        if link is None or not table.requires_grad:
+            return bags.Source(table)
+        table = table.detach()
+        return bags.Source(table, link, partial(self.add_bags, which, table))
+
+    def add_bags(self, which: int, table: Tensor, weights: Tensor, vectors: Tensor, reads: bags.Bags) -> None:
+        """Add what a lookup in bags knows of the gradients of the values' (0) or pre-values' (1) rows."""
+        if torch.is_grad_enabled():  # create_graph=True
+            self._current().differentiated = True
+        with torch.no_grad():
+            bags.add_row_gradients(self._total(which, table), weights, vectors, reads)
 
     def add_products(self, products: Products) -> None:
         """Keep what a fused lookup knows."""
@@ -71,6 +88,8 @@ class GradientAccumulator:
         A table that needs no gradient is None. `nodes` are those of the autograd graph that gradients go to, or None.
         """
         found = self._passes.pop(current_backward_pass(), None) or _Pass()
+        if found.differentiated:  # what was added up here would be a constant
+            raise UltraMemError(_CONSTANT)
         sums, products = found.sums, found.products
         found.sums, found.products = [None, None], []  # the engine holds it for longer
         if self.defers and self._can_defer(sums, tables, nodes):
@@ -84,6 +103,14 @@ class GradientAccumulator:
             None if total is None or table is None else total.to(table.dtype)
             for total, table in zip(sums, tables, strict=True)
         ]
+
+    def _total(self, which: int, table: Tensor) -> Tensor:
+        sums = self._current().sums
+        total = sums[which]
+        if total is None:
+            dtype = torch.promote_types(table.dtype, torch.float32)
+            total = sums[which] = torch.zeros_like(table, dtype=dtype)
+        return total
 
     def _can_defer(self, sums: list[Tensor | None], tables: list[Tensor | None], nodes: list[Any]) -> bool:
         learning = [node for table, node in zip(tables, nodes, strict=True) if table is not None]
@@ -106,6 +133,7 @@ class _Pass:
     def __init__(self) -> None:
         self.sums: list[Tensor | None] = [None, None]
         self.products: list[Products] = []
+        self.differentiated = False  # whether the gradients of this pass are to be differentiated again
 
 
 class TableLink:
@@ -200,10 +228,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
         if torch.is_grad_enabled():  # create_graph=True: what is added up here would be a constant
-            raise UltraMemError(
-                "create_graph=True: a table's gradient cannot be differentiated again; freeze the table, or use "
-                "ultramem.ops.weighted_lookup"
-            )
+            raise UltraMemError(_CONSTANT)
         (rows,) = ctx.saved_tensors
         ctx.accumulator.add_rows(ctx.which, ctx.table, rows, gradient)
         return (None,) * 6

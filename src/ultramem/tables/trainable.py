@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ultramem.ops.backend import HAS_KERNELS, takes_kernels
 from ultramem.ops.kernels.operators import register
+from ultramem.ops.weighted_lookup import bags
 from ultramem.ops.weighted_lookup.reads import Products, Reads
 from ultramem.tables.computing_copy import ComputingCopy
 from ultramem.tables.filling import normal
@@ -51,9 +52,18 @@ class TrainableTable(Table):
     def lookup(self, reads: Reads, dtype: torch.dtype | None = None) -> Tensor:
         """As of `Table`; with kernels computed and returned in autocast's dtype where that is on."""
         tables = self.values, self.pre_values
-        if not takes_kernels("weighted_lookup", HAS_KERNELS and fused.supports(reads, *tables, dtype=dtype)):
-            return super().lookup(reads, dtype)
-        return fused.weighted_lookup(reads, *tables, dtype=dtype, link=self._link.get(*tables), numbers=self._numbers)
+        if takes_kernels("weighted_lookup", HAS_KERNELS and fused.supports(reads, *tables, dtype=dtype)):
+            link = self._link.get(*tables)
+            return fused.weighted_lookup(reads, *tables, dtype=dtype, link=link, numbers=self._numbers)
+        if takes_kernels("weighted_lookup", dtype in (None, self.values.dtype) and bags.supports(reads, *tables)):
+            return bags.weighted_lookup(reads, *self._sources())
+        return super().lookup(reads, dtype)
+
+    def _sources(self) -> tuple[bags.Source, bags.Source | None]:
+        """Values and pre-values, whose gradients are added up in the accumulator."""
+        link = self._link.get(self.values, self.pre_values)
+        values = self._accumulator.source(0, self.values, link)
+        return values, None if self.pre_values is None else self._accumulator.source(1, self.pre_values, link)
 
     def gather(
         self, rows: Tensor, *, pre_values: bool, dtype: torch.dtype | None = None

@@ -22,7 +22,7 @@ from rich.markup import escape
 
 from ultramem.convert.initial_weights import load_weights, read_model_config
 from ultramem.data.tokenizers import load_model_tokenizer
-from ultramem.device import check_memory
+from ultramem.device import check_memory, keep_freed_memory
 from ultramem.errors import ConfigError, UltraMemError, explain, system_reason
 from ultramem.evaluation.tasks import TaskSuite, task_names
 from ultramem.files.checksums import DamagedFileError
@@ -116,6 +116,8 @@ def train(
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(config))
         _check_memory(config, processes)
+        if processes.device.type == "cpu":
+            keep_freed_memory()
         stack.enter_context(_quiet_engine(verbose))
         if processes.compiles:
             torch.compiler.reset()  # what an earlier run of this process left would change what is compiled now

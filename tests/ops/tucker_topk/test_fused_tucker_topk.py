@@ -76,10 +76,10 @@ def distinct_case(generator: torch.Generator, sizes: Sizes) -> Case:
     """One in which rounding to float32 changes no choice."""
     while True:
         case = random_case(generator, sizes)
-        rows, columns = naive.axis_scores(case.queries, case.keys)
-        axes = [torch.einsum("thrn,hr->thn", *axis) for axis in ((rows, case.u), (columns, case.t))]
+        scores = naive.axis_scores(case.queries, case.keys)
+        axes = [torch.einsum("thrn,hr->thn", *axis) for axis in zip(scores, (case.u, case.t), strict=True)]
         gaps = [gap(axis.sort(descending=True).values, case.axis_k) for axis in axes]
-        scores, _ = naive.best_cells(rows, columns, case.cores, case.u, case.t, case.axis_k**2, case.axis_k)
+        scores, _ = naive.best_cells(scores, case.cores, case.u, case.t, case.axis_k**2, case.axis_k)
         gaps.append(gap(scores.sum(-1), case.k))
         if all((distance > 1e-5).all() for distance in gaps):
             return case

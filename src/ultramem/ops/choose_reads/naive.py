@@ -13,27 +13,26 @@ from ultramem.ops.tucker_topk.naive import best_cells
 
 def choose_reads(queries: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
     """The definition; arguments and result as in `ultramem.ops.choose_reads.choose_reads`."""
-    rows, columns = axis_scores(queries, grid)
+    axes = axis_scores(queries, grid)
     if grid.cores is None:
-        sums, cells = best_sums(rows.squeeze(2), columns.squeeze(2), grid.sizes.k)
+        sums, cells = best_sums(*axes.squeeze(3).unbind(), grid.sizes.k)
         scores = sums.softmax(-1).unsqueeze(-1)
     else:
         assert grid.u is not None
         assert grid.t is not None
-        scores, cells = best_cells(rows, columns, grid.cores, grid.u, grid.t, grid.sizes.k, grid.sizes.axis_k)
+        scores, cells = best_cells(axes, grid.cores, grid.u, grid.t, grid.sizes.k, grid.sizes.axis_k)
     return locate(cells.flatten(1), scores.flatten(1, 2), grid)
 
 
-def axis_scores(queries: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Row and column scores, (tokens, heads, rank, num_keys) each."""
+def axis_scores(queries: Tensor, grid: Grid) -> Tensor:
+    """Row and column scores, (2, tokens, heads, rank, num_keys)."""
     if grid.norm_eps is not None:
         queries = F.rms_norm(queries, queries.shape[-1:], eps=grid.norm_eps)
     tokens, _, key_dim = queries.shape
     axis, rank, head = (step * key_dim for step in grid.query_steps)
     shape = tokens, 2, grid.sizes.rank, grid.sizes.heads, key_dim
     of_cells = queries.contiguous().as_strided(shape, (queries.shape[1] * key_dim, axis, rank, head, 1))
-    scores = torch.einsum("txrhd,xrhnd->xthrn", of_cells, grid.keys)[..., : grid.sizes.num_keys]
-    return scores[0], scores[1]
+    return torch.einsum("txrhd,xrhnd->xthrn", of_cells, grid.keys)[..., : grid.sizes.num_keys]
 
 
 def locate(cells: Tensor, scores: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:

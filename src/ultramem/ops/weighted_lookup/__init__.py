@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ultramem.ops.backend import HAS_KERNELS, takes_kernels
-from ultramem.ops.weighted_lookup import naive
+from ultramem.ops.weighted_lookup import bags, naive
 from ultramem.ops.weighted_lookup.reads import Reads
 
 if HAS_KERNELS:
@@ -34,4 +34,6 @@ def weighted_lookup(reads: Reads, values: Tensor, pre_values: Tensor | None = No
     """
     if takes_kernels("weighted_lookup", HAS_KERNELS and fused.supports(reads, values, pre_values)):
         return fused.weighted_lookup(reads, values, pre_values)
+    if takes_kernels("weighted_lookup", bags.supports(reads, values, pre_values)):
+        return bags.weighted_lookup(reads, bags.Source(values), None if pre_values is None else bags.Source(pre_values))
     return naive.weighted_lookup(reads, values, pre_values)
