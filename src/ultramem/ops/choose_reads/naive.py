@@ -15,7 +15,8 @@ def choose_reads(queries: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | 
     """The definition; arguments and result as in `ultramem.ops.choose_reads.choose_reads`."""
     axes = axis_scores(queries, grid)
     if grid.cores is None:
-        sums, cells = best_sums(*axes.squeeze(3).unbind(), grid.sizes.k)
+        rows, columns = axes.squeeze(3).unbind()
+        sums, cells = best_sums(rows, columns, grid.sizes.k)
         scores = sums.softmax(-1).unsqueeze(-1)
     else:
         assert grid.u is not None
