@@ -136,10 +136,12 @@ def test_definition(case: Case) -> None:
             virtual, expected_scores = by_the_whole_grid(queries, grid, token, head)
             expected = (virtual % grid.window_rows + grid.window_start) % grid.table_rows
             place = slice(head * case.k, (head + 1) * case.k)
-            assert torch.equal(rows[token, place], expected)
-            torch.testing.assert_close(scores[token, place], expected_scores)
+            found = scores[token, place].sum(1).sort(descending=True).indices + head * case.k  # they come in any order
+            best = expected_scores.sum(1).sort(descending=True).indices
+            assert torch.equal(rows[token, found], expected[best])
+            torch.testing.assert_close(scores[token, found], expected_scores[best])
             if copies is not None:
-                assert torch.equal(copies[token, place], virtual // grid.window_rows)
+                assert torch.equal(copies[token, found], virtual[best] // grid.window_rows)
 
 
 def narrowed(grid: Grid, dtype: torch.dtype) -> Grid:
