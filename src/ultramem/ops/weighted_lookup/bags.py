@@ -29,6 +29,8 @@ with warnings.catch_warnings():  # PyTorch says once that sparse tensors are new
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
+_HAS_MKL: bool = torch.backends.mkl.is_available()  # `sampled_addmm` needs it
+
 
 class Bags:
     """Which row each read is of, and which bag, in the order of the bags.
@@ -78,7 +80,7 @@ def supports(reads: Reads, values: Tensor, pre_values: Tensor | None) -> bool:
     """Whether these are tensors on a CPU, of a dtype and size that all operations take, and nothing is compiled."""
     tables = [values] if pre_values is None else [values, pre_values]
     return (
-        torch.backends.mkl.is_available()  # which `sampled_addmm` needs
+        _HAS_MKL
         and runs_now_on_cpu(reads.rows)
         and all(table.device.type == "cpu" and table.is_contiguous() for table in tables)
         and values.dtype in (torch.float32, torch.float64)
