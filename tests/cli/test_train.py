@@ -95,7 +95,7 @@ def test_a_mistake_is_one_line(command, arguments, message):
     [
         ("--model.num_blocks=1000000000", "model.num_blocks=1000000000: must be at least 1 and at most 4096"),
         ("--model.d_model=1000000", "model.d_model=1000000: must be lower, as at least 128,0"),
-        ("--model.memory.num_keys=1000000", "model.memory.num_keys=1000000: must be lower, as at least 512,0"),
+        ("--model.memory.num_keys=1000000", "model.memory.num_keys=1000000: must be lower, as at least 128,0"),
         ("--model.vocab_size=1000000000", "model.vocab_size=1000000000: must be lower, as at least 512 GB of memory"),
         ("--data.sequence_length=1000000000", "trainer.batch_size=128: must be a multiple of data.sequence_length"),
     ],

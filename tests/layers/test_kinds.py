@@ -68,7 +68,7 @@ def config(**options: Any) -> MemoryConfig:
 
 
 def test_its_defaults_and_what_it_has_no_use_for() -> None:
-    assert config().value_lr == 2e-3
+    assert config(optimizer="adamw").value_lr == 2e-3
     with pytest.raises(ConfigError, match="axis_top_k=8: flat has no axes; leave it out, or choose kind='ultramem' or"):
         config(axis_top_k=8)
     with pytest.raises(ConfigError, match=r"kind='flut': must be one of pkm, .*, flat"):

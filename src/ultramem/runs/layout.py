@@ -25,6 +25,7 @@ def is_runs_own(path: Path) -> bool:
 TOKENS = "train/tokens"
 TRAIN_LOSS = "train/CE loss"
 GRADIENT_NORM = "optim/total grad norm"
+TABLE_GRADIENT_NORM = "optim/table grad norm"  # of tables with the row-wise optimizer, which the other leaves out
 THROUGHPUT = "throughput/tokens per second"
 UTILISATION = "throughput/model FLOPs utilisation"
 TABLE_BANDWIDTH = "throughput/table bytes per second"

@@ -14,7 +14,7 @@ from olmo_core.train.callbacks import Callback
 from rich.console import Console
 
 from ultramem.errors import UltraMemError
-from ultramem.runs.layout import GRADIENT_NORM
+from ultramem.runs.layout import GRADIENT_NORM, TABLE_GRADIENT_NORM
 
 
 @dataclass
@@ -52,10 +52,11 @@ class StopWhenDiverged(Callback):
     priority: ClassVar[int] = 100
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Check the gradient norm."""
-        norm = metrics.get(GRADIENT_NORM, 0.0)
-        if not math.isfinite(norm):
-            raise DivergedError("gradient norm", norm, step)
+        """Check the gradient norms."""
+        for name in (GRADIENT_NORM, TABLE_GRADIENT_NORM):
+            norm = metrics.get(name, 0.0)
+            if not math.isfinite(norm):
+                raise DivergedError("gradient norm", norm, step)
 
 
 class DivergedError(UltraMemError):

@@ -22,7 +22,7 @@ from ultramem.data.token_sequences import TokenSequences
 from ultramem.evaluation.tasks import TaskSuite
 from ultramem.hosts.olmo_core.model import MemoryTransformer
 from ultramem.runs.config import RunConfig
-from ultramem.runs.layout import METRICS_NAME
+from ultramem.runs.layout import METRICS_NAME, TABLE_GRADIENT_NORM
 from ultramem.runs.tokens import TokenData
 from ultramem.tables.trainable import TrainableTable
 from ultramem.training.checkpointer import CheckpointerConfig
@@ -75,7 +75,7 @@ class TrainModule(TransformerTrainModule):
                 norm = norm.square()
                 dist.all_reduce(norm, group=self.dp_process_group)
                 norm = norm.sqrt()
-            self.trainer.record_metric("table grad norm", norm, reduce_type=None, namespace="optim")
+            self.trainer.record_metric(TABLE_GRADIENT_NORM, norm, reduce_type=None)
 
     def _clip_grad_norm(self, *arguments: Any, **options: Any) -> torch.Tensor:
         gradients = [parameter.grad for parameter in self._rowwise]

@@ -198,3 +198,14 @@ def test_narrow_around_the_unrounded_row(generator: torch.Generator) -> None:
     # Another order of the sums in float32 tips a number over about once in 2^16.
     assert (step.parameter != found.parameter).double().mean() < 1e-3
     assert not torch.equal(begin, exact)
+
+
+def test_a_gradient_that_is_not_a_number(generator: torch.Generator) -> None:
+    """It steps no row, and shows in the norm, which ends a run."""
+    (step,) = random_steps(generator, [6])
+    assert step is not None
+    before, gradient = step.parameter.clone(), torch.zeros_like(step.parameter)
+    gradient[2, 3] = torch.nan
+    step_rows(step, gradient)
+    assert torch.equal(step.parameter, before)
+    assert step.means.isnan().nonzero().flatten().tolist() == [2]

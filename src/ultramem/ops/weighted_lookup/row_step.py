@@ -62,6 +62,8 @@ def write_row(
 ):  # fmt: skip
     """Step a row by its gradient (columns,), in float32, which is zero beyond the width."""
     mean, row = tl.sum(gradient * gradient) / WIDTH, row.to(tl.int64)
+    if write:
+        tl.store(means + row, mean)  # also one that is not a number, by which no row is stepped
     if write & (mean > 0):
         step = tl.load(steps + row) + 1.0
         square = tl.load(squares + row)
@@ -76,7 +78,6 @@ def write_row(
             tl.store(copy + row * copy_stride + columns, value, columns < WIDTH)
         tl.store(steps + row, step)
         tl.store(squares + row, square)
-        tl.store(means + row, mean)
 
 
 @Launcher
