@@ -32,7 +32,11 @@ from ultramem.training import RunConfig, load_config, train
 
 SYSTEMS = ("dense", "olmoe", "pkm", "memory_plus", "ultramem", "ultramem_v2")
 # The values' learning rate falls to the model's, as in the papers, here from eight times it.
-DECAYING = ("model.memory.value_lr=null", "model.memory.value_lr_multiplier=8")
+DECAYING = (
+    "model.memory.optimizer=adamw",
+    "model.memory.value_lr=null",
+    "model.memory.value_lr_multiplier=8",
+)
 VARIANTS = {
     "dense-nondeterministic": ("trainer.deterministic=false",),
     "ultramem_v2-nondeterministic": ("trainer.deterministic=false",),

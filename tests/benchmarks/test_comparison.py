@@ -40,10 +40,8 @@ def compare(tmp_path, monkeypatch):
 
 def test_results(compare, capsys):
     compare("dense", "ultramem_v2-decaying:3")
-    for model, seed, overrides in (
-        ("dense", 0, ""),
-        ("ultramem_v2-decaying", 3, " --model.memory.value_lr=null --model.memory.value_lr_multiplier=8"),
-    ):
+    decaying = " --model.memory.optimizer=adamw --model.memory.value_lr=null --model.memory.value_lr_multiplier=8"
+    for model, seed, overrides in (("dense", 0, ""), ("ultramem_v2-decaying", 3, decaying)):
         name = f"{model}-seed{seed}"
         result = json.loads(Path(f"runs/results/{name}.json").read_text())
         seeds = f" --model.seed={seed} --trainer.seed={seed}" if seed else ""

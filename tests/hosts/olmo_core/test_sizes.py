@@ -54,9 +54,9 @@ def test_bytes() -> None:
 
 
 def test_a_table_with_the_rowwise_optimizer_needs_its_parameters_alone() -> None:
-    adamw = preset("ultramem_v2_small")
-    assert adamw.memory is not None
-    rowwise = replace(adamw, memory=replace(adamw.memory, optimizer="rowwise", value_lr_multiplier=4.0))
+    rowwise = preset("ultramem_v2_small")
+    assert rowwise.memory is not None
+    adamw = replace(rowwise, memory=replace(rowwise.memory, optimizer="adamw", value_lr=None))
     table = sum(parameter.numel() for parameter in adamw.build("meta").memory.value_parameters().values())
     assert sum(bytes_to_train(rowwise).values()) == 16 * built(adamw) - 12 * table
 

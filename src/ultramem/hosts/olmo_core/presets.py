@@ -32,8 +32,8 @@ _DENSE = {
     "1b": ModelConfig(d_model=2048, num_blocks=16, num_heads=16, feed_forward_size=8192, tie_embeddings=False),
     # Small ones: equal active parameters, and equal totals of the sparse systems as far as whole numbers allow.
     "medium": ModelConfig(d_model=512, num_blocks=8, num_heads=8, feed_forward_size=1536),
-    # For a few minutes on a CPU. At this length of training values do best that start small and learn no faster than
-    # the rest, and pre-values do not pay yet.
+    # For a few minutes on a CPU. At this length of training values do best that start small, and pre-values do not pay
+    # yet.
     "small": ModelConfig(d_model=64, num_blocks=4, num_heads=2, feed_forward_size=192, vocab_size=4096),
 }
 
@@ -92,6 +92,6 @@ PRESETS: dict[str, ModelConfig] = {
         value_dim=64,
         axis_top_k=16,
         query_per_rank=False,
-        value_lr_multiplier=1.0,
+        optimizer="rowwise",
     ),
 }
