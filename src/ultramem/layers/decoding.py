@@ -174,7 +174,8 @@ def _choose(
         projected = linear(x.to(dtype), folded.projection)
         queries = projected[:, : layer.num_queries * layer.config.key_dim].unflatten(1, (layer.num_queries, -1))
         rows, scores, copies = choose_reads(queries, folded.grid)
-    return projected, rows, scores, rows.new_empty(0) if copies is None else copies
+    copies = rows.new_empty(0) if copies is None else copies
+    return projected, rows, scores.contiguous(), copies  # as compilers are told
 
 
 def _fake(
