@@ -164,10 +164,9 @@ def check(case: Case, tokens: int, generator: torch.Generator) -> None:
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_the_definition(case: Case, tokens: int, generator: torch.Generator) -> None:
-    check(case, tokens, generator)
+def test_equals_the_definition(case: Case, generator: torch.Generator) -> None:
+    check(case, 3, generator)
 
 
 @pytest.mark.kernels
@@ -177,8 +176,8 @@ def test_large_grids(case: Case, generator: torch.Generator) -> None:
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("tokens", [64, 70])
-def test_several_blocks_of_tokens(tokens: int, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_other_numbers_of_tokens(tokens: int, generator: torch.Generator) -> None:
     check(CASES[0], tokens, generator)
 
 
@@ -203,7 +202,7 @@ def test_narrow_types(case: Case, dtype: torch.dtype, generator: torch.Generator
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[4], CASES[6], CASES[8]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[8]], ids=str)
 @pytest.mark.parametrize(
     ("where", "number"),
     [("all", math.nan), ("all", math.inf), ("queries", -math.inf), ("keys", 3e38), ("u", math.nan), ("cores", 1e38)],

@@ -22,7 +22,7 @@ def random(tokens: int, dim: int, width: int, generator: torch.Generator, dtype:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("tokens", [1, 3, 17, 64])
+@pytest.mark.parametrize("tokens", [1, 17, 64])
 @pytest.mark.parametrize(("dim", "width"), [(1, 1), (7, 35), (128, 16), (300, 70)])
 def test_equals_the_definition(
     dim: int, width: int, tokens: int, dtype: torch.dtype, generator: torch.Generator
