@@ -19,6 +19,8 @@ Backend = Literal["auto", "naive", "fused"]
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 HAS_KERNELS = find_spec("triton") is not None and (_INTERPRETED or bool(torch.version.cuda or torch.version.hip))
 
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 _backend: Backend = "auto"
 
 

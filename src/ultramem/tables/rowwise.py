@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor, zeros
 from torch.optim import AdamW
 
-from ultramem.ops.backend import HAS_KERNELS, can_run_kernels, takes_kernels
+from ultramem.ops.backend import HAS_KERNELS, KERNEL_DTYPES, can_run_kernels, takes_kernels
 from ultramem.ops.weighted_lookup import naive
 from ultramem.ops.weighted_lookup.reads import RowStep
 from ultramem.ops.weighted_lookup.rounding import part_seed
@@ -21,8 +21,6 @@ from ultramem.tables.trainable import TrainableTable
 if HAS_KERNELS:
     from ultramem.ops.weighted_lookup.row_step import step_rows
     from ultramem.ops.weighted_lookup.table_gradient import step_by_products, table_gradients
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of kernels
 
 _SQUARES = "row_squares"
 _STEPS = "step"  # AdamW wants each parameter to have one
@@ -165,7 +163,7 @@ class RowwiseAdamW(AdamW):
             table.copy_in_use.written(*parts)
 
     def _step_rows(self, step: RowStep, gradient: Tensor) -> None:
-        supported = HAS_KERNELS and can_run_kernels(step.parameter) and step.parameter.dtype in _DTYPES
+        supported = HAS_KERNELS and can_run_kernels(step.parameter) and step.parameter.dtype in KERNEL_DTYPES
         if takes_kernels("step_rows", supported):
             step_rows(step, gradient.contiguous())
         else:

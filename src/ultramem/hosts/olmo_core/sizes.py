@@ -31,7 +31,7 @@ def _count_of_memory(memory: MemoryConfig, d_model: int, blocks: int) -> dict[st
     layers = len(memory.insertions(blocks))
     layout = memory.layout(layers)
     return {
-        _name_of_table(memory): (layout.num_tables * layout.table_rows * (memory.value_dim + memory.pre_value_dim)),
+        _name_of_table(memory): layout.num_tables * layout.table_rows * (memory.value_dim + memory.pre_value_dim),
         f"model.memory.key_dim={memory.key_dim}": (
             layers * memory.layer_type.count_parameters(memory, d_model, layout.axis_keys)
         ),

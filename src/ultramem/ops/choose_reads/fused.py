@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ultramem.ops.backend import can_run_kernels
+from ultramem.ops.backend import KERNEL_DTYPES, can_run_kernels
 from ultramem.ops.choose_reads.axis_scores import axis_scores
 from ultramem.ops.choose_reads.grid import Grid, GridSizes
 from ultramem.ops.choose_reads.selection import MOST_CANDIDATES, select_reads
@@ -26,7 +26,7 @@ def supports(queries: Tensor, grid: Grid) -> bool:
 def takes_sizes(dtype: torch.dtype, sizes: GridSizes) -> bool:
     """Whether there are kernels for such a search."""
     return (
-        dtype in (torch.bfloat16, torch.float16, torch.float32)
+        dtype in KERNEL_DTYPES
         and sizes.num_keys <= _MAX_KEYS
         and max(sizes.k, sizes.axis_k) <= MOST_CANDIDATES
         and sizes.rank <= _MAX_RANK

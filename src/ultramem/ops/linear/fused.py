@@ -6,21 +6,18 @@ loads for several steps are under way.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ultramem.ops.backend import can_run_kernels
+from ultramem.ops.backend import KERNEL_DTYPES, can_run_kernels
 from ultramem.ops.kernels.launching import Launcher, ceil_div, next_power_of_2
 from ultramem.ops.kernels.overlapping import can_overlap, wait_for_others
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def supports(x: Tensor, weight: Tensor) -> bool:
     """Whether there is a kernel for these arguments."""
-    return can_run_kernels(x) and x.dtype in _DTYPES and weight.dtype == x.dtype and weight.is_contiguous()
+    return can_run_kernels(x) and x.dtype in KERNEL_DTYPES and weight.dtype == x.dtype and weight.is_contiguous()
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

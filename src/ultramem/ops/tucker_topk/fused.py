@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultramem.ops.backend import autocast_dtype, can_run_kernels
+from ultramem.ops.backend import KERNEL_DTYPES, autocast_dtype, can_run_kernels
 from ultramem.ops.kernels.axis_scores import axis_scores, axis_scores_backward, pad_keys
 from ultramem.ops.kernels.candidates import MAX_KEYS
 from ultramem.ops.kernels.cells import MAX_CANDIDATES, best_cells
@@ -23,7 +23,7 @@ def supports(queries: Tensor, keys: Tensor, cores: Tensor, u: Tensor, t: Tensor,
     """Whether there are kernels for these arguments."""
     return (
         can_run_kernels(queries)
-        and autocast_dtype(queries) in (torch.bfloat16, torch.float16, torch.float32)
+        and autocast_dtype(queries) in KERNEL_DTYPES
         and keys.shape[2] <= MAX_KEYS
         and max(k, axis_k) <= MAX_CANDIDATES
         and keys.shape[3] <= _MAX_RANK

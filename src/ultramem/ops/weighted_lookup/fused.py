@@ -11,14 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ultramem.ops.backend import autocast_dtype, can_run_kernels, kernels_are_demanded
+from ultramem.ops.backend import KERNEL_DTYPES, autocast_dtype, can_run_kernels, kernels_are_demanded
 from ultramem.ops.kernels.launching import Launcher, ceil_div, next_power_of_2
 from ultramem.ops.kernels.operators import FusedOperator, find
 from ultramem.ops.kernels.overlapping import can_overlap, wait_for_others
 from ultramem.ops.weighted_lookup.reads import Products, Reads
 from ultramem.ops.weighted_lookup.table_gradient import table_gradients
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Widest rows that one program holds several of in registers.
 _MAX_WIDTH = 4096
 _MULTIPROCESSORS = 132  # of a GPU, to be kept busy
@@ -49,8 +48,8 @@ def supports(
     return (
         can_run_kernels(values)
         and reads.pre_activation in _ACTIVATIONS
-        and all(part.dtype in _DTYPES and part.shape[1] <= _MAX_WIDTH for part in tables)
-        and autocast_dtype(values, dtype) in _DTYPES
+        and all(part.dtype in KERNEL_DTYPES and part.shape[1] <= _MAX_WIDTH for part in tables)
+        and autocast_dtype(values, dtype) in KERNEL_DTYPES
     )
 
 
