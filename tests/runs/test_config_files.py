@@ -17,7 +17,7 @@ from ultramem.runs.config import (
     TrainerConfig,
     WandbConfig,
 )
-from ultramem.runs.config_files import load_config
+from ultramem.runs.config_files import as_begun, load_config
 
 SECTIONS = (RunConfig, DataConfig, TrainerConfig, OptimizerConfig, ScheduleConfig, LoggingConfig, WandbConfig)
 CONTENT = {
@@ -83,6 +83,25 @@ def test_vocabulary_is_the_datas_unless_given(write):
     assert load_config(write()).model.vocab_size == 128  # of 100 tokens
     assert load_config(write(), ["--model.vocab_size=100"]).model.vocab_size == 100
     assert load_config(write(model={"preset": "dense_227m"})).model.vocab_size == 128
+
+
+def test_an_own_file_in_the_run_directory_is_no_run(write):
+    """Only what version 0.1 wrote itself, with all fields, means AdamW."""
+    own = load_config(write(model={"preset": "ultramem_v2_small", "memory": {"top_k": 8}}))
+    own.trainer.directory.mkdir(exist_ok=True)
+    stored = own.trainer.directory / "config.yaml"
+    stored.write_text("model: {preset: ultramem_v2_small, memory: {top_k: 8}}")
+    assert as_begun(own) == own
+    stored.write_text("model: [")
+    assert as_begun(own) == own
+    own.save(stored)
+    content = yaml.safe_load(stored.read_text())
+    for name in ("optimizer", "row_beta", "table_dtype"):
+        del content["model"]["memory"][name]
+    content["model"]["memory"]["value_lr"] = None
+    stored.write_text(yaml.safe_dump(content))
+    memory = as_begun(own).model.memory
+    assert (memory.optimizer, memory.value_lr) == ("adamw", None)
 
 
 def test_another_optimizer_than_the_presets(write):

@@ -59,16 +59,19 @@ def load_stored_config(path: Path) -> RunConfig:
     Raises:
         ConfigError: as `load_config`.
     """
-    overrides = [] if _says_optimizer(path) else ["model.memory.optimizer=adamw"]
+    overrides = ["model.memory.optimizer=adamw"] if _is_of_version_0_1(path) else []
     return load_config(path, overrides)
 
 
 def as_begun(config: RunConfig) -> RunConfig:
     """With the optimizer of tables that a run of version 0.1 in the run directory began with; else as it is."""
     path, memory = config.trainer.directory / CONFIG_NAME, config.model.memory
-    if memory is None or not path.is_file() or _says_optimizer(path):
+    if memory is None or not path.is_file():
         return config
-    begun = load_stored_config(path).model.memory
+    try:
+        begun = load_stored_config(path).model.memory if _is_of_version_0_1(path) else None
+    except ConfigError:  # `RunDirectory` says what is wrong with it, and what to do
+        return config
     if begun is None:
         return config
     names = ("optimizer", "value_lr", "value_lr_multiplier", "value_lr_decay", "row_beta")
@@ -76,12 +79,15 @@ def as_begun(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))
 
 
-def _says_optimizer(path: Path) -> bool:
-    """Whether a stored configuration has a memory's optimizer, or no memory."""
+def _is_of_version_0_1(path: Path) -> bool:
+    """Whether that version wrote this, with a memory: all of its fields, but not yet the optimizer.
+
+    A user's own file, which may stand in the run directory too, names only some.
+    """
     content = read_yaml(path)
     model = content.get("model") if isinstance(content, dict) else None
     memory = model.get("memory") if isinstance(model, dict) else None
-    return not isinstance(memory, dict) or "optimizer" in memory
+    return isinstance(memory, dict) and "optimizer" not in memory and "value_lr_decay" in memory
 
 
 def _read_other_model(
