@@ -156,6 +156,11 @@ def peak_gb(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
 
 
+def peak_reserved_gb(device: torch.device) -> float | None:
+    """Peak memory that was reserved on a GPU since `reset_peak`, CUDA graphs' included, in 10⁹ bytes."""
+    return torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else None
+
+
 def reset_peak(device: torch.device) -> None:
     """Reset `peak_gb`."""
     if device.type == "cuda":

@@ -42,6 +42,7 @@ from benchmarks.measurement import (
     environment,
     free_memory,
     number,
+    peak_reserved_gb,
     ratio,
     reset_peak,
     write_json,
@@ -202,7 +203,7 @@ def measure(name: str, config: RunConfig, device: torch.device, profile_to: Path
         free_memory()
         reset_peak(device)
         train(config, overwrite=True, console=Console(quiet=True))
-        row.peak_gb = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else None
+        row.peak_gb = peak_reserved_gb(device)
         lines = map(json.loads, (config.trainer.directory / METRICS_NAME).read_text().splitlines())
         metrics = {line["step"]: line["metrics"] for line in lines}
         row.command = median(
@@ -237,9 +238,14 @@ def time_steps(config: RunConfig, profile_to: Path | None) -> tuple[float, float
         stopwatch.mark()
         for trainer.global_step, tokens in enumerate(batches, 1):
             step(tokens)
-        intervals = stopwatch.intervals()[2 * WARMUP_STEPS :]
+        medians = median_times(stopwatch.intervals()[2 * WARMUP_STEPS :])
         if profile_to is not None:
             write_profile(lambda: step(batches[0]), processes.device, profile_to)
+    return medians
+
+
+def median_times(intervals: list[float]) -> tuple[float, float]:
+    """Median of the passes and of whole steps, from the times of passes and updates in turn."""
     passes, updates = intervals[::2], intervals[1::2]
     return median(passes), median(map(sum, zip(passes, updates, strict=True)))
 
@@ -268,9 +274,7 @@ class Rival:
             stopwatch.mark()
             self.optimizer.step()
             stopwatch.mark()
-        intervals = stopwatch.intervals()
-        passes, updates = intervals[::2], intervals[1::2]
-        return median(passes), median(map(sum, zip(passes, updates, strict=True)))
+        return median_times(stopwatch.intervals())
 
 
 def measure_rival(config: ModelConfig, compiled: bool, device: torch.device, batch: tuple[int, int], steps: int) -> Row:
@@ -284,7 +288,7 @@ def measure_rival(config: ModelConfig, compiled: bool, device: torch.device, bat
             rival.time(batches[:WARMUP_STEPS])
         reset_peak(device)
         row.passes_ms, row.step_ms = rival.time(batches[WARMUP_STEPS:])
-        row.peak_gb = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else None
+        row.peak_gb = peak_reserved_gb(device)
     except torch.OutOfMemoryError:
         row.note = "out of memory"
     except Exception as error:
